@@ -1,0 +1,96 @@
+"""`full_attention` in Triton: a split-KV scan of the whole live cache. Reference: `reference.full_attention`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .split import (
+    check_rows,
+    load_group,
+    merge,
+    num_splits,
+    padded_dim,
+    padded_rows,
+    score_tile,
+    store_split,
+    weigh_tile,
+)
+
+
+@triton.jit
+def _scan(
+    q_ptr, k_ptr, v_ptr, mask_ptr, length_ptr, acc_ptr, stat_ptr, score_ptr, scale, slots,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb, stride_mn,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, HAS_MASK: tl.constexpr, WRITE_SCORES: tl.constexpr,
+):  # fmt: skip
+    """One program: the query group of one kv head against one split of its cache."""
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    head = (batch * NUM_KV_HEADS + kv_head) * GROUP
+
+    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+    tiles = tl.cdiv(length, BLOCK_N)
+    chunk = tl.cdiv(tiles, SPLITS) * BLOCK_N  # bounds from the device: equal splits of what is alive
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, length)
+
+    q = load_group(
+        q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D
+    )
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    row = tl.arange(0, ROWS)
+    for start in range(begin, end, BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        inside = token < end
+        valid = inside
+        if HAS_MASK:
+            valid = inside & (tl.load(mask_ptr + batch * stride_mb + token * stride_mn, mask=inside, other=0) != 0)
+        where = token.to(tl.int64)
+        score = score_tile(
+            q, k_ptr + batch * stride_kb + kv_head * stride_kh, where * stride_kn, valid, scale, D, BLOCK_D
+        )
+        if WRITE_SCORES:
+            rows = score_ptr + (head + row[:, None]) * slots + where[None, :]
+            tl.store(rows, score, mask=(row[:, None] < GROUP) & inside[None, :])
+        m, l, acc = weigh_tile(
+            score, v_ptr + batch * stride_vb + kv_head * stride_vh, where * stride_vn, valid, m, l, acc, D, BLOCK_D
+        )
+    store_split(m, l, acc, acc_ptr, stat_ptr, head, split, GROUP, ROWS, SPLITS, D, BLOCK_D)
+
+
+def scan(
+    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float, write_scores: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Attend to all: -> out `[B, Hq, 1, D]`, log2-sum-exp `[B, Hq]` and, on request, base-2 scores `[B, Hq, S]` float32.
+
+    Scores are -inf where the mask hides a token, and left unwritten beyond the live length.
+    """
+    check_rows(k, v)
+    batch, num_heads, _, head_dim = q.shape
+    num_kv_heads, slots = k.shape[1:3]
+    block_n = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
+    splits = num_splits(q.device, batch * num_kv_heads, triton.cdiv(slots, block_n))
+    acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
+    stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
+    scores = q.new_empty(batch, num_heads, slots, dtype=torch.float32) if write_scores else None
+    bits = None if mask is None else mask.view(torch.uint8).expand(batch, 1, 1, slots)
+    _scan[(splits, num_kv_heads, batch)](
+        q, k, v, bits, length, acc, stats, scores, scale, slots,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3],
+        0 if bits is None else bits.stride(0), 0 if bits is None else bits.stride(3),
+        NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, ROWS=padded_rows(num_heads // num_kv_heads),
+        D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, SPLITS=splits,
+        HAS_MASK=mask is not None, WRITE_SCORES=write_scores, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    out = q.new_empty(q.shape)
+    return out, merge(acc, stats, out), scores
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """See `reference.full_attention`."""
+    return scan(q, k, v, length, mask, scale)[0]

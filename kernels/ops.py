@@ -1,0 +1,148 @@
+"""The `tidal::` operators: schemas, shapes and dispatch. The only file that registers anything with PyTorch.
+
+    full_attention   (q, k, v, length, mask, scale)                                      -> out
+    select_attention (q, k, v, length, mask, scale, budget, ratio, sinks, recent, share) -> out, index
+    sparse_attention (q, k, v, index, length, mask, scale)                               -> out
+
+`q [B, Hq, 1, D]`; `k, v [B, Hkv, S, D]` the static cache, read in place; `length` 0-d int64 on the device, the number of
+live slots with the new token; `mask [B or 1, 1, 1, S]` bool or None; `index [B, G, K]` int32, ascending, -1 padded, G in
+{1, Hkv, Hq}. float32, float16 and bfloat16. Outputs never alias inputs and no shape depends on data.
+
+They are `custom_op`s, opaque to Inductor: a `triton_op` would be traced into its Triton call even on a CPU.
+A CPU runs `reference`, a GPU the Triton kernels, imported at their first call since a CPU-only machine has no Triton.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+@torch.library.custom_op("tidal::full_attention", mutates_args=(), device_types="cuda")
+def full_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one new token over the whole live cache."""
+    from . import dense
+
+    _check(q, k, v, length, mask)
+    return dense.full_attention(q, k, v, length, mask, scale)
+
+
+@full_attention.register_kernel("cpu")
+def _(q, k, v, length, mask, scale):
+    _check(q, k, v, length, mask)
+    return reference.full_attention(q, k, v, length, mask, scale)
+
+
+@full_attention.register_fake
+def _(q, k, v, length, mask, scale):
+    _check(q, k, v, length, mask)
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("tidal::select_attention", mutates_args=(), device_types="cuda")
+def select_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    budget: int,
+    ratio: float,
+    sinks: int,
+    recent: int,
+    share: str,
+) -> tuple[Tensor, Tensor]:
+    """`full_attention`, and the positions of the tokens that mattered: max(budget, ratio x live tokens) of them."""
+    from . import select
+
+    _check(q, k, v, length, mask)
+    _check_selection(budget, ratio, sinks, recent, share)
+    return select.select_attention(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share)
+
+
+@select_attention.register_kernel("cpu")
+def _(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share):
+    _check(q, k, v, length, mask)
+    _check_selection(budget, ratio, sinks, recent, share)
+    return reference.select_attention(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share)
+
+
+@select_attention.register_fake
+def _(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share):
+    _check(q, k, v, length, mask)
+    _check_selection(budget, ratio, sinks, recent, share)
+    sets = {"query_head": q.shape[1], "kv_head": k.shape[1], "layer": 1}[share]
+    width = reference.index_width(budget, ratio, k.shape[2])
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], sets, width), dtype=torch.int32)
+
+
+@torch.library.custom_op("tidal::sparse_attention", mutates_args=(), device_types="cuda")
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, length: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attention of one new token over the tokens in `index`."""
+    from . import sparse
+
+    _check(q, k, v, length, mask)
+    _check_index(q, k, index)
+    return sparse.sparse_attention(q, k, v, index, length, mask, scale)
+
+
+@sparse_attention.register_kernel("cpu")
+def _(q, k, v, index, length, mask, scale):
+    _check(q, k, v, length, mask)
+    _check_index(q, k, index)
+    return reference.sparse_attention(q, k, v, index, length, mask, scale)
+
+
+@sparse_attention.register_fake
+def _(q, k, v, index, length, mask, scale):
+    _check(q, k, v, length, mask)
+    _check_index(q, k, index)
+    return q.new_empty(q.shape)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None) -> None:
+    if q.dim() != 4 or q.shape[2] != 1:
+        raise ValueError(f"tidal: q must be [B, Hq, 1, D], found {tuple(q.shape)}")
+    if k.dim() != 4 or k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"tidal: k and v must be [B, Hkv, S, D] beside q {tuple(q.shape)}, found {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"tidal: {q.shape[1]} query heads can't share {k.shape[1]} key/value heads")
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"tidal: q, k and v must share one of float32, float16, bfloat16, found {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if length.numel() != 1 or length.dtype != torch.int64:
+        raise ValueError(f"tidal: length must be one int64, found {tuple(length.shape)} {length.dtype}")
+    if mask is not None and (
+        mask.dtype != torch.bool
+        or mask.dim() != 4
+        or mask.shape[0] not in (1, q.shape[0])
+        or mask.shape[1:] != (1, 1, k.shape[2])
+    ):
+        raise ValueError(
+            f"tidal: mask must be bool [B or 1, 1, 1, {k.shape[2]}], found {mask.dtype} {tuple(mask.shape)}"
+        )
+
+
+def _check_selection(budget: int, ratio: float, sinks: int, recent: int, share: str) -> None:
+    if share not in reference.SHARES:
+        raise ValueError(f"tidal: share must be one of {', '.join(reference.SHARES)}, found {share!r}")
+    if budget < 1 or sinks < 0 or recent < 0 or sinks + recent > budget:
+        raise ValueError(f"tidal: budget {budget} must hold at least one token and sinks + recent ({sinks} + {recent})")
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"tidal: ratio must be from 0 to 1, found {ratio}")
+
+
+def _check_index(q: Tensor, k: Tensor, index: Tensor) -> None:
+    if (
+        index.dtype != torch.int32
+        or index.dim() != 3
+        or index.shape[0] != q.shape[0]
+        or index.shape[1] not in (1, k.shape[1], q.shape[1])
+    ):
+        raise ValueError(f"tidal: index must be int32 [B, 1 or Hkv or Hq, K], found {index.dtype} {tuple(index.shape)}")

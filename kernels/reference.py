@@ -1,0 +1,131 @@
+"""The three attention ops in plain PyTorch: their definition, and what a CPU runs.
+
+`B` batch, `Hq` query heads, `Hkv` key/value heads (`g = Hq / Hkv` query heads share one), `S` slots of the static
+cache, `n` live slots, `D` head size, `G` token sets (1, `Hkv` or `Hq`), `K` slots of a token set.
+
+Sums and softmax are float32 whatever the input is. The live length is read on the host: on a CPU that costs nothing,
+and the slice `[:n]` is what keeps the garbage beyond it out. The Triton kernels read it on the device.
+"""
+
+import torch
+from torch import Tensor
+
+SHARES = ("query_head", "kv_head", "layer")
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attend to every live token: `q [B, Hq, 1, D]` over `k, v [B, Hkv, S, D]` -> `[B, Hq, 1, D]`."""
+    scores, live_v = _score_live_tokens(q, k, v, length, mask, scale)
+    return _weigh(scores, live_v).view(q.shape).to(q.dtype)
+
+
+def select_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    budget: int,
+    ratio: float,
+    sinks: int,
+    recent: int,
+    share: str,
+) -> tuple[Tensor, Tensor]:
+    """Attend to every live token, and choose the ones that matter: -> `[B, Hq, 1, D]`, `index [B, G, K]` int32.
+
+    TidalDecode's selection layer (https://arxiv.org/abs/2410.05076). The first `sinks` and the last `recent` live tokens
+    are always chosen, inside the budget; the rest by importance (see `importance`), ties to the lower position.
+    """
+    scores, live_v = _score_live_tokens(q, k, v, length, mask, scale)
+    out = _weigh(scores, live_v).view(q.shape).to(q.dtype)
+    width = index_width(budget, ratio, k.shape[2])
+    return out, choose_tokens(
+        importance(scores, share), scores[:, 0, 0] > -torch.inf, width, budget, ratio, sinks, recent
+    )
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, length: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attend to the tokens in `index [B, G, K]` only, exactly: -> `[B, Hq, 1, D]`."""
+    batch, num_heads, _, head_dim = q.shape
+    num_kv_heads, slots = k.shape[1:3]
+    heads = max(index.shape[1], num_kv_heads)  # one gather a head of this many
+    live = (index >= 0) & (index < length)
+    index = index.clamp(0, slots - 1).long().expand(batch, heads, -1)  # [B, heads, K]
+    b = torch.arange(batch, device=q.device)[:, None, None]
+    if mask is not None:
+        live = live & mask.expand(batch, 1, 1, slots)[b, 0, 0, index]
+    live = live.expand(batch, heads, -1)
+    kv_head = torch.arange(heads, device=q.device)[None, :, None] // (heads // num_kv_heads)
+    keys = k[b, kv_head, index].float()  # [B, heads, K, D]
+    values = v[b, kv_head, index].float().masked_fill(~live[..., None], 0.0)
+    grouped = q.float().view(batch, heads, num_heads // heads, head_dim)
+    scores = (grouped @ keys.mT * scale).masked_fill(~live[:, :, None], -torch.inf)
+    return _weigh(scores, values).view(q.shape).to(q.dtype)
+
+
+def index_width(budget: int, ratio: float, slots: int) -> int:
+    """`K`, the slots that a token set needs in a cache of `slots`: the budget at a full cache."""
+    return max(budget, -(-slots * parts_per_million(ratio) // 1_000_000))
+
+
+def parts_per_million(ratio: float) -> int:
+    """A ratio as an integer, so that host and device round a ratio budget alike."""
+    return round(ratio * 1_000_000)
+
+
+def importance(scores: Tensor, share: str) -> Tensor:
+    """How much each token set wants each token: scores `[B, Hkv, g, n]` -> `[B, G, n]`.
+
+    Within one head raw scores rank as probabilities do; across heads only probabilities may be added.
+    """
+    if share == "query_head":
+        return scores.flatten(1, 2)
+    probs = scores.softmax(-1)
+    return probs.sum(2) if share == "kv_head" else probs.sum((1, 2))[:, None]
+
+
+def choose_tokens(
+    importance: Tensor, valid: Tensor, width: int, budget: int, ratio: float, sinks: int, recent: int
+) -> Tensor:
+    """The positions of the chosen tokens, ascending, padded with -1: `[B, G, n]`, valid `[B, n]` -> `[B, G, K]`."""
+    n = valid.shape[-1]
+    rank = valid.cumsum(-1)  # 1-based among the valid tokens
+    count = rank[:, -1:] if n else rank.new_zeros(valid.shape[0], 1)
+    always = valid & ((rank <= sinks) | (rank > count - recent))
+    wish = importance.masked_fill(always[:, None], torch.inf).masked_fill(~valid[:, None], -torch.inf)
+    order = wish.argsort(dim=-1, descending=True, stable=True)[..., :width]
+
+    live_budget = (-(-count * parts_per_million(ratio) // 1_000_000)).clamp(min=budget).minimum(count)  # [B, 1]
+    taken = torch.arange(order.shape[-1], device=order.device) < live_budget[:, None]
+    index = order.masked_fill(~taken, n).sort(-1).values.int()
+    index = index.masked_fill(index == n, -1)
+    return torch.nn.functional.pad(index, (0, width - index.shape[-1]), value=-1)
+
+
+def _score_live_tokens(
+    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Scores `[B, Hkv, g, n]` in float32, -inf where masked, and the live values `[B, Hkv, n, D]`."""
+    batch, num_heads, _, head_dim = q.shape
+    num_kv_heads, slots = k.shape[1:3]
+    n = min(int(length), slots)
+    keys, values = k[:, :, :n].float(), v[:, :, :n].float()
+    grouped = q.float().view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = grouped @ keys.mT * scale
+    if mask is not None:
+        hidden = ~mask.expand(batch, 1, 1, slots)[..., :n]
+        if hidden.any():  # padding: nothing that stands there may count, not even NaN
+            scores = scores.masked_fill(hidden, -torch.inf)
+            values = values.masked_fill(hidden.mT, 0.0)
+    return scores, values
+
+
+def _weigh(scores: Tensor, values: Tensor) -> Tensor:
+    """Softmax-weighted sum of values; zeros where no token is left to attend to."""
+    if scores.shape[-1] == 0:
+        return values.new_zeros(*scores.shape[:-1], values.shape[-1])
+    nothing = scores.amax(-1, keepdim=True) == -torch.inf
+    return scores.softmax(-1).masked_fill(nothing, 0.0) @ values

@@ -1,0 +1,85 @@
+"""`sparse_attention` in Triton: a split-K gather of the chosen cache rows. Reference: `reference.sparse_attention`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .split import (
+    check_rows,
+    load_group,
+    merge,
+    num_splits,
+    padded_dim,
+    padded_rows,
+    score_tile,
+    store_split,
+    weigh_tile,
+)
+
+
+@triton.jit
+def _gather(
+    q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, length_ptr, acc_ptr, stat_ptr, scale, slots,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ib, stride_ig, stride_ik, stride_mb, stride_mn,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SHARED_BY: tl.constexpr, ONE_SET: tl.constexpr,
+    WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """One program: GROUP query heads that share a token set and a kv head, against one split of that set."""
+    split = tl.program_id(0)
+    h = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    kv_head = h // SHARED_BY
+    token_set = 0 if ONE_SET else h
+    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+
+    q = load_group(q_ptr + batch * stride_qb + h * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    chunk: tl.constexpr = (WIDTH + SPLITS - 1) // SPLITS
+    for start in range(split * chunk, tl.minimum(split * chunk + chunk, WIDTH), BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        inside = (slot < split * chunk + chunk) & (slot < WIDTH)
+        token = tl.load(index_ptr + batch * stride_ib + token_set * stride_ig + slot * stride_ik, mask=inside, other=-1)
+        valid = (token >= 0) & (token < length)
+        if HAS_MASK:
+            valid = valid & (tl.load(mask_ptr + batch * stride_mb + token * stride_mn, mask=valid, other=0) != 0)
+        where = token.to(tl.int64)
+        score = score_tile(
+            q, k_ptr + batch * stride_kb + kv_head * stride_kh, where * stride_kn, valid, scale, D, BLOCK_D
+        )
+        m, l, acc = weigh_tile(
+            score, v_ptr + batch * stride_vb + kv_head * stride_vh, where * stride_vn, valid, m, l, acc, D, BLOCK_D
+        )
+    store_split(m, l, acc, acc_ptr, stat_ptr, (batch * HEADS + h) * GROUP, split, GROUP, ROWS, SPLITS, D, BLOCK_D)
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, length: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """See `reference.sparse_attention`."""
+    check_rows(k, v)
+    batch, num_heads, _, head_dim = q.shape
+    num_kv_heads, slots = k.shape[1:3]
+    sets, width = index.shape[1:]
+    heads = max(sets, num_kv_heads)  # programs a sequence and split
+    group = num_heads // heads
+    block_n = 64 if head_dim <= 128 else 32
+    splits = num_splits(q.device, batch * heads, triton.cdiv(width, block_n))
+    acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
+    stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
+    bits = None if mask is None else mask.view(torch.uint8).expand(batch, 1, 1, slots)
+    _gather[(splits, heads, batch)](
+        q, k, v, index, bits, length, acc, stats, scale, slots,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *index.stride(),
+        0 if bits is None else bits.stride(0), 0 if bits is None else bits.stride(3),
+        HEADS=heads, GROUP=group, ROWS=padded_rows(group), SHARED_BY=heads // num_kv_heads, ONE_SET=sets == 1,
+        WIDTH=width, D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, SPLITS=splits, HAS_MASK=mask is not None,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    out = q.new_empty(q.shape)
+    merge(acc, stats, out)
+    return out
