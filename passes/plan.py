@@ -1,0 +1,94 @@
+"""Decide what each attention call becomes: the policy's roles, laid over the calls that the graph has.
+
+In: the calls that `match` found and the policy's role for each layer. Out: a `Decision` for each call, in graph order, or
+the reasons why the graph can't follow the policy.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .match import AttentionSite, Unmatched
+
+
+class Role(Protocol):
+    """What the plan reads of a policy's role (`tidal_compile.policy.LayerRole`)."""
+
+    layer: int
+    role: str
+    source: int | None
+    budget: int | None
+    ratio: float
+    sinks: int
+    recent: int
+    share: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One attention call: its role, or None and the reason why it stays as it is."""
+
+    layer: int | None
+    call: AttentionSite | Unmatched
+    role: Role | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions, and the `problems`: layers for which the policy asks what the graph can't give."""
+
+    decisions: tuple[Decision, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def rewritten(self) -> int:
+        """How many calls will be replaced."""
+        return sum(decision.role is not None for decision in self.decisions)
+
+
+def make_plan(calls: Sequence[AttentionSite | Unmatched], roles: Sequence[Role]) -> Plan:
+    """Give every call its role. A layer that can't follow stays exact, and so do the layers that reuse its tokens."""
+    decisions: list[Decision] = []
+    problems: list[str] = []
+    selected: dict[int, AttentionSite] = {}
+    for call in calls:
+        layer = call.layer
+        role = roles[layer] if layer is not None and layer < len(roles) else None
+        reason = call.reason if isinstance(call, Unmatched) else ""
+        if isinstance(call, AttentionSite) and role.role == "select":
+            selected[layer] = call
+        if isinstance(call, AttentionSite) and role.role == "reuse":
+            reason = _cannot_reuse(call, role, selected)
+        if reason:
+            if role is not None and role.role != "full":
+                problems.append(f"layer {layer} ({role.role}): {reason}")
+            role = None
+        decisions.append(Decision(layer, call, role, reason))
+    problems += _missing(decisions, roles)
+    return Plan(tuple(decisions), tuple(problems))
+
+
+def _cannot_reuse(call: AttentionSite, role: Role, selected: dict[int, AttentionSite]) -> str:
+    """Why a call can't attend to its source's tokens, or nothing."""
+    source = selected.get(role.source)
+    if source is None:
+        return f"its selection, layer {role.source}, is not in this graph (compile with fullgraph=True)"
+    for name, dim in (("batch", 0), ("kv heads", 1), ("cache slots", 2)):
+        here, there = (site.key.meta["example_value"].shape[dim] for site in (call, source))
+        if here != there and not (name == "kv heads" and role.share == "layer"):
+            return f"{here} {name}, but its selection, layer {role.source}, has {there}"
+    heads = [site.query.meta["example_value"].shape[1] for site in (call, source)]
+    if role.share == "query_head" and heads[0] != heads[1]:
+        return f"{heads[0]} query heads, but its selection, layer {role.source}, has {heads[1]}"
+    return ""
+
+
+def _missing(decisions: list[Decision], roles: Sequence[Role]) -> list[str]:
+    """Layers with a sparse role and no attention call in the graph."""
+    present = {decision.layer for decision in decisions}
+    return [
+        f"layer {role.layer} ({role.role}): no attention call of this layer in the graph"
+        for role in roles
+        if role.role != "full" and role.layer not in present
+    ]

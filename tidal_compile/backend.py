@@ -1,0 +1,126 @@
+"""The `torch.compile` backend: policy + graph -> calls -> plan -> rewritten graph -> Inductor.
+
+Registered by the entry point in pyproject.toml alone, so that `torch.compile(model, backend="tidal")` finds it unimported.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch._inductor
+from torch import fx
+
+from .errors import TidalError, UnsupportedModelError
+from .kernels import ops as _ops  # noqa: F401  registers the ops that `rewrite` inserts
+from .passes.match import AttentionSite, count_layers, find_attention
+from .passes.plan import Plan, make_plan
+from .passes.rewrite import apply_plan
+from .policy import Defaults, Policy, is_preset, load_any, resolve
+
+if TYPE_CHECKING:
+    from transformers import CompileConfig
+
+log = logging.getLogger(__name__)
+
+OWN_OPTIONS = ("policy", "strict", "cuda_graphs", "inductor")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `torch.compile(..., backend="tidal", options={...})`, checked."""
+
+    policy: Any
+    strict: bool = True
+    cuda_graphs: bool | None = None  # None: on a CUDA device
+    inductor: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)  # of the policy's defaults
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> "Options":
+        """Raises `TidalError` for an unknown option or a value of the wrong type."""
+        valid = (*OWN_OPTIONS, *Defaults.model_fields)
+        for name in options:
+            if name not in valid:
+                raise TidalError(f"unknown option {name!r} for backend 'tidal'; valid options are: {', '.join(valid)}")
+        own = {name: options[name] for name in OWN_OPTIONS if name in options}
+        for name, kind, valid in (
+            ("strict", bool, "true or false"),
+            ("cuda_graphs", bool | None, "true, false or none"),
+            ("inductor", dict, "a mapping of Inductor settings"),
+        ):
+            if name in own and not isinstance(own[name], kind):
+                raise TidalError(f"option {name!r} must be {valid}, found {own[name]!r}")
+        unknown = sorted(set(own.get("inductor", {})) - set(torch._inductor.list_options()))
+        if unknown:
+            raise TidalError(f"option 'inductor': no Inductor setting {unknown[0]!r}; see torch._inductor.list_options()")
+        if not is_preset(own.setdefault("policy", "full")):
+            load_any(own["policy"])  # a bad file is an error now, not at the first decode step
+        return cls(**own, overrides={name: options[name] for name in Defaults.model_fields if name in options})
+
+
+def tidal(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable:
+    """Compile one graph that Dynamo captured: follow the policy in decode steps, leave all else to Inductor.
+
+    Raises `PolicyError` for a policy that doesn't fit the model and, if strict, `UnsupportedModelError` where the graph
+    can't give what it asks for.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    parsed = Options.parse(options or {})
+    plan = plan_graph(gm, parsed)
+    if plan is not None:
+        apply_plan(gm, plan)
+        log.info("tidal: %d attention calls, %d rewritten", len(plan.decisions), plan.rewritten)
+
+    on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in example_inputs)
+    settings = {"triton.cudagraphs": on_cuda if parsed.cuda_graphs is None else parsed.cuda_graphs}
+    settings |= torch._inductor.list_mode_options(mode or "default") | parsed.inductor
+    return compile_fx(gm, example_inputs, config_patches=settings)
+
+
+def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
+    """The plan for a graph; None where nothing is to be done, as in prefill. Raises, or warns if not strict."""
+    calls = find_attention(gm)
+    sites = [call for call in calls if isinstance(call, AttentionSite)]
+    if not sites:
+        others = [call for call in calls if not call.expected]
+        if others or not calls:
+            reasons = dict.fromkeys(call.reason for call in others) or ["there is none (compile the whole decoder at once)"]
+            _refuse(options, f"no attention call of the graph can be rewritten: {'; '.join(reasons)}")
+        return None
+    layers = tuple(sorted({site.layer for site in sites}))
+    policy = resolve(options.policy, count_layers(gm), attention_layers=layers, **options.overrides)
+    plan = make_plan(calls, policy.roles)
+    if plan.problems:
+        _refuse(options, f"the model's graph can't follow policy {policy.name!r}: {'; '.join(plan.problems)}")
+    return plan
+
+
+def _refuse(options: Options, problem: str) -> None:
+    if options.strict:
+        raise UnsupportedModelError(f"{problem} (strict=False leaves such layers exact)")
+    warnings.warn(f"tidal: {problem}; left exact", stacklevel=2)
+
+
+def compile_config(policy: Policy | dict | str | Path = "full", **options: Any) -> "CompileConfig":
+    """The `compile_config` for `model.generate(..., cache_implementation="static")`; `options` are the backend's.
+
+    Takes effect on a CPU as well, where `generate` by itself never compiles. Raises `PolicyError` and `TidalError`.
+    """
+    from transformers import CompileConfig
+
+    options = {"policy": policy, **options}
+    Options.parse(options)
+    if isinstance(policy, Policy):  # generate prints its configuration as JSON
+        options["policy"] = policy.to_dict()
+    elif isinstance(policy, Path):
+        options["policy"] = str(policy)
+    config = CompileConfig(backend="tidal", mode=None, fullgraph=True, options=options)  # mode and options exclude each other
+    config._compile_all_devices = True
+    return config

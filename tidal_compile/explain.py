@@ -1,0 +1,114 @@
+"""`explain`: what a policy does to a model, call by call, from its traced decode graph. No kernel runs."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backend import Options
+from .errors import UnsupportedModelError
+from .passes.match import AttentionSite, count_layers, find_attention
+from .passes.plan import Decision, make_plan
+from .policy import Policy, resolve
+
+CACHE_SLOTS = 64  # of the cache that the graph is traced with: small, as nothing is ever stored in it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attention call. `role` is None where the call is left alone, and `reason` says why."""
+
+    layer: int | None
+    role: str | None
+    source: int | None
+    budget: str
+    share: str
+    kv_heads: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a policy does to a model: one row an attention call, and the layers where it asks what can't be done."""
+
+    policy: Policy
+    rows: tuple[Row, ...]
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"policy": self.policy.name, "calls": [asdict(row) for row in self.rows], "problems": list(self.problems)}
+
+    def __str__(self) -> str:
+        from .report import explanation_text
+
+        return explanation_text(self)
+
+
+def explain(model: nn.Module, policy: Policy | dict | str | Path, **overrides: Any) -> Explanation:
+    """Match a model's decode step against a policy, without running it.
+
+    `model` is a Hugging Face decoder on any device, `meta` included; `policy` any form that the backend takes, and
+    `overrides` its defaults. Raises `PolicyError` if the policy doesn't fit, and `UnsupportedModelError` if the decode step
+    can't be traced as one graph.
+    """
+    options = Options.parse({"policy": policy, **overrides})
+    calls, num_layers = _trace(model)
+    layers = tuple(sorted({call.layer for call in calls if isinstance(call, AttentionSite)}))
+    name = getattr(model.config, "_name_or_path", None)
+    found = resolve(options.policy, num_layers, attention_layers=layers, model=name, **options.overrides)
+    plan = make_plan(calls, found.roles)
+    return Explanation(found, tuple(_row(decision) for decision in plan.decisions), plan.problems)
+
+
+def _row(decision: Decision) -> Row:
+    role, call = decision.role, decision.call
+    kv_heads = call.key.meta["example_value"].shape[1] if isinstance(call, AttentionSite) else None
+    if role is None:
+        return Row(decision.layer, None, None, "", "", kv_heads, decision.reason)
+    if role.role == "full":
+        return Row(decision.layer, "full", None, "all", "", kv_heads, "")
+    budget = f"max({role.budget}, {role.ratio:g} x live)" if role.ratio else str(role.budget)
+    return Row(decision.layer, role.role, role.source, budget, role.share, kv_heads, "")
+
+
+def _trace(model: nn.Module) -> tuple[list, int]:
+    """The attention calls of one decode step, and the model's number of layers. Dynamo traces, nothing is compiled."""
+    captured = []
+
+    def stop_here(gm: torch.fx.GraphModule, example_inputs: list) -> None:
+        captured.append((find_attention(gm), count_layers(gm)))
+        raise _Traced
+
+    model = getattr(model, "_orig_mod", model)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend=stop_here, fullgraph=True)(
+                input_ids=token, past_key_values=_empty_cache(model), use_cache=True
+            )
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if not isinstance(error.inner_exception, _Traced):
+            raise
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise UnsupportedModelError(f"the decode step can't be traced as one graph: {error}") from error
+    if not captured:
+        raise UnsupportedModelError("Dynamo traced no graph (is TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE set?)")
+    return captured[0]
+
+
+class _Traced(Exception):
+    """Raised by the tracing backend in place of a compiled graph, so that nothing is installed or run."""
+
+
+def _empty_cache(model: nn.Module):
+    from transformers import StaticCache
+
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = StaticCache(config=config, max_cache_len=CACHE_SLOTS)
+    cache.early_initialization(1, heads, head_dim, model.dtype, model.device)
+    return cache

@@ -1,0 +1,357 @@
+"""Policy files: which layers attend to everything, which choose tokens, and which reuse the choice.
+
+    version: 1
+    num_layers: 32
+    defaults: {budget: 1024, sinks: 4, recent: 64, share: kv_head}
+    layers:
+      0-1: full
+      2: select
+      3-12: reuse
+      13: {role: select, budget: 2048}
+      14-31: reuse                       # from the nearest selection before it, unless `from:` names another
+
+A `Policy` is what such a file says, checked; `policy.roles` is what it means for each layer.
+"""
+
+import dataclasses
+import json
+import re
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from . import presets
+from .errors import PolicyError
+
+ROLES = ("full", "select", "reuse")
+Count = Annotated[int, Field(strict=True, ge=0)]
+Share = Literal["query_head", "kv_head", "layer"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class RatioBudget(_Strict):
+    """A budget that grows with the context: `ratio` of the live tokens, at least `min`."""
+
+    ratio: float = Field(gt=0, le=1)
+    min: Annotated[int, Field(strict=True, ge=1)] = 1
+
+
+Budget = Annotated[int, Field(strict=True, ge=1)] | RatioBudget
+
+
+class Defaults(_Strict):
+    """What holds for a layer that doesn't say otherwise.
+
+    `budget`: tokens a selection keeps, sinks and recent ones among them. `sinks`, `recent`: the first and last valid
+    tokens, always kept. `share`: who shares a token set: each `query_head` its own (the paper), the query heads of a
+    `kv_head`, or the whole `layer`.
+    """
+
+    budget: Budget = 1024
+    sinks: Count = 4
+    recent: Count = 64
+    share: Share = "kv_head"
+
+
+class Layer(_Strict):
+    """One entry of `layers`: a role, and what differs from the defaults. `from` names a reuse layer's selection."""
+
+    role: Literal["full", "select", "reuse"]
+    budget: Budget | None = None
+    sinks: Count | None = None
+    recent: Count | None = None
+    share: Share | None = None
+    source: Count | None = Field(default=None, alias="from")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRole:
+    """What one layer does, everything resolved.
+
+    `source` is the selection whose tokens a reuse layer attends to; the budget of a reuse layer is its source's. A
+    selection keeps max(budget, ratio x live tokens) tokens.
+    """
+
+    layer: int
+    role: str
+    source: int | None = None
+    budget: int | None = None
+    ratio: float = 0.0
+    sinks: int = 0
+    recent: int = 0
+    share: str = "kv_head"
+
+
+class Policy(_Strict):
+    """A checked policy. Make one with `preset`, `load`, `from_dict` or `resolve`; equal policies compare equal."""
+
+    version: Literal[1] = 1
+    name: str = "unnamed"
+    description: str = ""
+    num_layers: Annotated[int, Field(strict=True, ge=1, le=10_000)]
+    defaults: Defaults = Defaults()
+    layers: dict[str, Layer]
+    calibration: dict[str, Any] | None = None
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _shorthand(cls, layers: Any) -> Any:
+        if not isinstance(layers, dict):
+            return layers
+        entries = {str(key): {"role": entry} if isinstance(entry, str) else entry for key, entry in layers.items()}
+        if len(entries) < len(layers):
+            raise ValueError("layers: a layer is given twice, once as a number and once as text")
+        return entries
+
+    @model_validator(mode="after")
+    def _resolves(self) -> Self:
+        _ = self.roles
+        return self
+
+    @classmethod
+    def preset(cls, name: str, num_layers: int, *, attention_layers: tuple[int, ...] | None = None,
+               model: str | None = None, **defaults: Any) -> Self:  # fmt: skip
+        """The preset `name` for a model of `num_layers`.
+
+        `attention_layers` are the layers with full attention (default: all); the others, such as sliding-window layers,
+        stay as they are. `model`, a name, picks the published layer where there is one. `defaults` are `budget`,
+        `sinks`, `recent` and `share`. Raises `PolicyError`.
+        """
+        if name not in presets.PRESETS:
+            raise PolicyError(f"unknown preset {name!r}; presets are: {', '.join(presets.PRESETS)}")
+        if not isinstance(num_layers, int) or num_layers < 1:
+            raise PolicyError(f"preset {name!r}: num_layers must be a positive number, found {num_layers!r}")
+        attention = tuple(range(num_layers)) if attention_layers is None else attention_layers
+        roles = dict.fromkeys(range(num_layers), "full")
+        roles |= dict(zip(attention, presets.PRESETS[name](len(attention), model), strict=True))
+        layers = dict(_ranges(sorted(roles.items())))
+        description = (presets.PRESETS[name].__doc__ or "").partition("\n")[0]
+        data = {"name": name, "description": description, "num_layers": num_layers, "layers": layers}
+        return cls.from_dict({**data, "defaults": defaults}, where=f"preset {name!r}")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a YAML or JSON policy file. Raises `PolicyError` that names the file, the key and what is valid."""
+        try:
+            data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_NoDuplicates)
+        except OSError as error:
+            raise PolicyError(f"{path}: can't read the policy file: {error.strerror or error}") from None
+        except (ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an impossible date
+            raise PolicyError(f"{path}: not a YAML or JSON policy file: {' '.join(str(error).split())}") from None
+        return cls.from_dict(data, where=str(path))
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "policy") -> Self:
+        """Check a policy given as plain data; `where` starts the message of a `PolicyError`."""
+        if not isinstance(data, dict):
+            raise PolicyError(f"{where}: a policy is a mapping with the keys {_keys(cls)}; found {type(data).__name__}")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            problems = dict.fromkeys(_explain(problem) for problem in error.errors())
+            raise PolicyError(f"{where}: " + "; ".join(filter(None, problems))) from None
+
+    @cached_property
+    def roles(self) -> tuple[LayerRole, ...]:
+        """The role of every layer, in order."""
+        entries: dict[int, tuple[str, Layer]] = {}
+        for key, entry in self.layers.items():
+            for layer in _layer_range(key, self.num_layers):
+                if layer in entries:
+                    raise ValueError(f"layers.{key}: layer {layer} is already set by layers.{entries[layer][0]}")
+                entries[layer] = (key, entry)
+        missing = [layer for layer in range(self.num_layers) if layer not in entries]
+        if missing:
+            gaps = ", ".join(key for key, _ in _ranges([(layer, "gap") for layer in missing]))
+            raise ValueError(
+                f"layers: no role for layer {gaps} of {self.num_layers}; every layer needs one of {', '.join(ROLES)}"
+            )
+        roles: dict[int, LayerRole] = {}
+        for layer in range(self.num_layers):
+            roles[layer] = _role(layer, *entries[layer], self.defaults, roles)
+        return tuple(roles.values())
+
+    def with_defaults(self, **changes: Any) -> Self:
+        """The same policy with other defaults (`budget`, `sinks`, `recent`, `share`). Raises `PolicyError`."""
+        data = self.to_dict()
+        return type(self).from_dict(
+            {**data, "defaults": {**data["defaults"], **changes}}, where=f"policy {self.name!r}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as a policy file holds it."""
+        data = self.model_dump(by_alias=True, exclude_none=True)
+        data["layers"] = {key: entry["role"] if len(entry) == 1 else entry for key, entry in data["layers"].items()}
+        return data
+
+    def to_yaml(self) -> str:
+        """The text of a policy file that says the same."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
+
+
+def resolve(
+    policy: Policy | dict | str | Path, num_layers: int, *, attention_layers: tuple[int, ...] | None = None,
+    model: str | None = None, **overrides: Any,
+) -> Policy:  # fmt: skip
+    """A policy given in any form (object, plain data, file, preset or shipped name), for a model of `num_layers`.
+
+    `overrides` replace its defaults. Raises `PolicyError`, also if it is written for another number of layers.
+    """
+    if is_preset(policy):
+        return Policy.preset(policy, num_layers, attention_layers=attention_layers, model=model, **overrides)
+    found = load_any(policy)
+    if found.num_layers != num_layers:
+        raise PolicyError(
+            f"{_title(policy, found)}: num_layers is {found.num_layers}, but the model has {num_layers} decoder layers"
+        )
+    return found.with_defaults(**overrides) if overrides else found
+
+
+def is_preset(policy: Any) -> bool:
+    """Whether `policy` names a preset, which becomes a policy only for a given model."""
+    return isinstance(policy, str) and policy in presets.PRESETS
+
+
+def load_any(policy: Policy | dict | str | Path) -> Policy:
+    """A policy from an object, plain data, a file or the name of a shipped policy; `resolve` knows presets as well."""
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, dict):
+        return Policy.from_dict(policy)
+    if not isinstance(policy, str | Path):
+        raise PolicyError(f"policy must be a Policy, a mapping, a file or a name, found {type(policy).__name__}")
+    if str(policy) in shipped():
+        return Policy.load(shipped()[str(policy)])
+    looks_like_file = Path(policy).suffix or len(Path(policy).parts) > 1
+    if not looks_like_file and not Path(policy).is_file():
+        raise PolicyError(
+            f"unknown policy {str(policy)!r}: no such file; presets are: {', '.join(presets.PRESETS)}; "
+            f"shipped policies are: {', '.join(shipped())}"
+        )
+    return Policy.load(policy)
+
+
+def shipped() -> dict[str, Path]:
+    """The policy files that come with the package, by name."""
+    folder = Path(str(resources.files(presets)))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _role(layer: int, key: str, entry: Layer, defaults: Defaults, earlier: dict[int, LayerRole]) -> LayerRole:
+    """The role of `layer`, given those before it. A problem is a ValueError, which pydantic reports."""
+    settings = {name: getattr(entry, name) for name in Defaults.model_fields if getattr(entry, name) is not None}
+    if entry.role != "select" and settings:
+        raise ValueError(f"layers.{key}: {', '.join(settings)} can only be set on a select layer, not on {entry.role}")
+    if entry.role != "reuse" and entry.source is not None:
+        raise ValueError(f"layers.{key}.from: only a reuse layer takes its tokens from another, not {entry.role}")
+    if entry.role == "full":
+        return LayerRole(layer, "full")
+    if entry.role == "select":
+        chosen = defaults.model_copy(update=settings)
+        ratio, budget = (
+            (chosen.budget.ratio, chosen.budget.min) if isinstance(chosen.budget, RatioBudget) else (0.0, chosen.budget)
+        )
+        if budget < chosen.sinks + chosen.recent:
+            raise ValueError(
+                f"layers.{key}: budget {budget} is smaller than sinks + recent ({chosen.sinks} + {chosen.recent}), "
+                "which are kept inside it"
+            )
+        return LayerRole(layer, "select", None, budget, ratio, chosen.sinks, chosen.recent, chosen.share)
+    selections = [role.layer for role in earlier.values() if role.role == "select"]
+    if not selections:
+        raise ValueError(f"layers.{key}: layer {layer} reuses tokens, but no layer before it selects any")
+    if entry.source is not None and entry.source not in selections:
+        raise ValueError(
+            f"layers.{key}.from: layer {entry.source} is no selection before layer {layer}; "
+            f"selections are: {', '.join(map(str, selections))}"
+        )
+    source = earlier[selections[-1] if entry.source is None else entry.source]
+    return dataclasses.replace(source, layer=layer, role="reuse", source=source.layer)
+
+
+def _layer_range(key: str, num_layers: int) -> range:
+    match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", key)
+    if not match:
+        raise ValueError(f"layers.{key}: a key is a layer (2) or an inclusive range (3-12)")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first:
+        raise ValueError(f"layers.{key}: the range runs backwards")
+    if last >= num_layers:
+        raise ValueError(
+            f"layers.{key}: the layers of this policy are 0 to {num_layers - 1} (num_layers: {num_layers})"
+        )
+    return range(first, last + 1)
+
+
+def _ranges(roles: list[tuple[int, str]]) -> list[tuple[str, str]]:
+    """Runs of neighbouring layers with one role as (range, role): [(0, full), (1, full)] -> [("0-1", full)]."""
+    runs: list[list] = []
+    for layer, role in roles:
+        if runs and runs[-1][1] == layer - 1 and runs[-1][2] == role and role != "select":
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer, role])
+    return [(str(first) if first == last else f"{first}-{last}", role) for first, last, role in runs]
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic problem in the words of a policy file: key, what was found, what is valid."""
+    if problem["type"] == "value_error":  # ours
+        return str(problem["ctx"]["error"])
+    path = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    within = (
+        "Layer" if path[:1] == ["layers"] and len(path) > 2 else "Defaults" if path[:1] == ["defaults"] else "Policy"
+    )
+    if "budget" in path:  # pydantic reports each kind of budget that this one is not
+        at = path.index("budget") + 1
+        if path[at:]:
+            return ""
+        return (
+            f"{'.'.join(path)}: a budget is a number of tokens >= 1, or {{ratio: 0.1, min: 128}} with a ratio up to 1; "
+            f"found {_show(problem['input'])}"
+        )
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        model = {"Layer": Layer, "Defaults": Defaults, "Policy": Policy}[within]
+        return f"{key}: unknown key; valid keys are {_keys(model)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; it is required"
+    if problem["type"] == "literal_error":
+        return f"{key}: found {_show(problem['input'])}; valid values are {problem['ctx']['expected']}"
+    if problem["type"] == "model_type" and within == "Policy" and path[:1] == ["layers"]:
+        valid = f"a role ({', '.join(ROLES)}) or a mapping with {_keys(Layer)}"
+        return f"{key}: an entry is {valid}; found {_show(problem['input'])}"
+    return f"{key}: {problem['msg']}; found {_show(problem['input'])}"
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys(model: type[BaseModel]) -> str:
+    return ", ".join(field.alias or name for name, field in model.model_fields.items())
+
+
+def _title(policy: Any, found: Policy) -> str:
+    return str(policy) if isinstance(policy, str | Path) else f"policy {found.name!r}"
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys; in a policy that hides a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.value in seen:
+                message = f"key {key_node.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
+            seen.add(str(key_node.value))
+        return super().construct_mapping(node, deep)
