@@ -92,7 +92,9 @@ def _match(node: fx.Node) -> AttentionSite:
     value, value_layer = _cache_input(args["value"], "values", num_heads)
     module_layer = _layer_of(node)
     if key_layer != value_layer or module_layer not in (None, key_layer):
-        raise _NoMatch(f"keys of layer {key_layer}, values of layer {value_layer}, in the module of layer {module_layer}")
+        raise _NoMatch(
+            f"keys of layer {key_layer}, values of layer {value_layer}, in the module of layer {module_layer}"
+        )
     if _shape(key) != _shape(value) or _shape(key)[0] != batch or _shape(key)[3] != head_dim:
         raise _NoMatch(f"q {_shape(query)}, keys {_shape(key)} and values {_shape(value)} don't go together")
     return AttentionSite(

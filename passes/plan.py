@@ -4,6 +4,7 @@ In: the calls that `match` found and the policy's role for each layer. Out: a `D
 the reasons why the graph can't follow the policy.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -92,3 +93,14 @@ def _missing(decisions: list[Decision], roles: Sequence[Role]) -> list[str]:
         for role in roles
         if role.role != "full" and role.layer not in present
     ]
+
+
+def kv_share(roles: Sequence[Role], length: int) -> float:
+    """The share of the cached tokens that one decode step reads at `length` live tokens, over all layers (dense: 1)."""
+    read = [live_budget(role, length) if role.role == "reuse" else length for role in roles]
+    return sum(read) / (len(roles) * length)
+
+
+def live_budget(role: Role, length: int) -> int:
+    """Tokens that a selection keeps of `length` valid ones."""
+    return min(length, max(role.budget, math.ceil(role.ratio * length)))

@@ -56,7 +56,9 @@ class Options:
                 raise TidalError(f"option {name!r} must be {valid}, found {own[name]!r}")
         unknown = sorted(set(own.get("inductor", {})) - set(torch._inductor.list_options()))
         if unknown:
-            raise TidalError(f"option 'inductor': no Inductor setting {unknown[0]!r}; see torch._inductor.list_options()")
+            raise TidalError(
+                f"option 'inductor': no Inductor setting {unknown[0]!r}; see torch._inductor.list_options()"
+            )
         if not is_preset(own.setdefault("policy", "full")):
             load_any(own["policy"])  # a bad file is an error now, not at the first decode step
         return cls(**own, overrides={name: options[name] for name in Defaults.model_fields if name in options})
@@ -91,7 +93,9 @@ def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
     if not sites:
         others = [call for call in calls if not call.expected]
         if others or not calls:
-            reasons = dict.fromkeys(call.reason for call in others) or ["there is none (compile the whole decoder at once)"]
+            reasons = dict.fromkeys(call.reason for call in others) or [
+                "there is none (compile the whole decoder at once)"
+            ]
             _refuse(options, f"no attention call of the graph can be rewritten: {'; '.join(reasons)}")
         return None
     layers = tuple(sorted({site.layer for site in sites}))
@@ -121,6 +125,8 @@ def compile_config(policy: Policy | dict | str | Path = "full", **options: Any) 
         options["policy"] = policy.to_dict()
     elif isinstance(policy, Path):
         options["policy"] = str(policy)
-    config = CompileConfig(backend="tidal", mode=None, fullgraph=True, options=options)  # mode and options exclude each other
+    config = CompileConfig(
+        backend="tidal", mode=None, fullgraph=True, options=options
+    )  # mode and options exclude each other
     config._compile_all_devices = True
     return config

@@ -39,7 +39,11 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"policy": self.policy.name, "calls": [asdict(row) for row in self.rows], "problems": list(self.problems)}
+        return {
+            "policy": self.policy.name,
+            "calls": [asdict(row) for row in self.rows],
+            "problems": list(self.problems),
+        }
 
     def __str__(self) -> str:
         from .report import explanation_text

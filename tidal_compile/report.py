@@ -1,32 +1,131 @@
-"""Tables and plots of what the command line finds."""
+"""Tables and charts of what the command line finds."""
 
-from typing import TYPE_CHECKING
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from .errors import TidalError
+from .policy import Policy
+
 if TYPE_CHECKING:
     from .explain import Explanation
+    from .run import Result
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A plain table of text."""
+    filled = Table(*columns)
+    for row in rows:
+        filled.add_row(*row)
+    return filled
 
 
 def explanation_table(explanation: "Explanation") -> Table:
     """One row an attention call: layer, role, source of its tokens, budget, or why it was left alone."""
-    table = Table("layer", "role", "tokens from", "budget", "shared by", "left alone because", title=None)
+    sources = {"full": "whole cache", "select": "whole cache, chosen here", None: ""}
+    rows = []
     for row in explanation.rows:
-        source = {"full": "whole cache", "select": "whole cache, chosen here"}.get(row.role or "", "")
-        if row.role == "reuse":
-            source = f"layer {row.source}"
+        source = f"layer {row.source}" if row.role == "reuse" else sources[row.role]
         layer = "?" if row.layer is None else str(row.layer)
-        table.add_row(layer, row.role or "-", source, row.budget, row.share, row.reason)
-    return table
+        rows.append((layer, row.role or "-", source, row.budget, row.share, row.reason))
+    return table(("layer", "role", "tokens from", "budget", "shared by", "left alone because"), rows)
 
 
 def explanation_text(explanation: "Explanation") -> str:
     """The table as plain text, with a line for each problem."""
     console = Console(width=120, no_color=True, highlight=False)
     with console.capture() as capture:
-        console.print(f"policy {explanation.policy.name}: {explanation.policy.description}", markup=False)
         console.print(explanation_table(explanation))
-        for problem in explanation.problems:
-            console.print(f"can't follow the policy: {problem}", markup=False)
-    return capture.get().rstrip()
+    problems = [f"can't follow the policy: {problem}" for problem in explanation.problems]
+    return "\n".join([f"policy {explanation.policy.name}", capture.get().rstrip(), *problems])
+
+
+def roles_line(policy: Policy) -> str:
+    """The layers of each role in one line."""
+    kinds = {"full": "full", "select": "select", "reuse": "reuse"}
+    groups = {kind: [role.layer for role in policy.roles if role.role == kind] for kind in kinds}
+    return f"policy {policy.name}: " + "; ".join(
+        f"{kind} {_spans(layers)}" for kind, layers in groups.items() if layers
+    )
+
+
+def run_record(measured: Sequence["Result"], **about: Any) -> dict[str, Any]:
+    """The JSON of a run: what was measured, with the layers' roles."""
+    return {
+        **about,
+        "variants": [
+            {
+                "name": result.variant.name,
+                "answer": result.text,
+                "found_key": None if about["key"] is None else about["key"] in result.text,
+                "kv_share": result.kv_share,
+                "median_ms": result.median_ms,
+                "p10_ms": _quantile(result.milliseconds, 0.1),
+                "p90_ms": _quantile(result.milliseconds, 0.9),
+                "first_step_s": result.compile_seconds,
+                "tokens": list(result.tokens),
+                "policy": result.variant.policy and result.variant.policy.to_dict(),
+                "roles": result.variant.policy and [role.role for role in result.variant.policy.roles],
+            }
+            for result in measured
+        ],
+    }
+
+
+def run_table(record: dict[str, Any]) -> Table:
+    """Variant, answer, share of the KV cache read a step, and latency."""
+    rows = []
+    for variant in record["variants"]:
+        found = {True: "found", False: "missed", None: "-"}[variant["found_key"]]
+        spread = f"{variant['p10_ms']:.2f}-{variant['p90_ms']:.2f}"
+        answer = variant["answer"].strip().replace("\n", " ")[:28]
+        rows.append((
+            variant["name"], found, answer, f"{variant['kv_share']:.1%}", f"{variant['median_ms']:.2f}", spread,
+            f"{variant['first_step_s']:.1f}",
+        ))  # fmt: skip
+    columns = ("variant", f"key {record['key'] or ''}", "answer", "KV read", "ms/token", "p10-p90", "first step s")
+    return table(columns, rows)
+
+
+def run_chart(record: dict[str, Any], file: Path) -> None:
+    """Median ms/token of every variant as bars, and the share of the KV cache read, into a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise TidalError("the chart needs matplotlib: pip install 'tidal-compile[plot]'") from None
+
+    variants = record["variants"][::-1]
+    figure = Figure(figsize=(8, 1.2 + 0.5 * len(variants)), layout="constrained")
+    axes = figure.subplots()
+    medians = [variant["median_ms"] for variant in variants]
+    bars = axes.barh([variant["name"] for variant in variants], medians, color="#3b7ea1")
+    verdict = {True: ", key found", False: ", key missed", None: ""}
+    labels = [
+        f"{variant['median_ms']:.2f} ms, {variant['kv_share']:.0%} of KV{verdict[variant['found_key']]}"
+        for variant in variants
+    ]
+    axes.bar_label(bars, labels, padding=4, fontsize=8)
+    axes.set_xlim(0, max(medians) * 1.5)
+    axes.set_xlabel("median ms per token")
+    axes.set_title(f"{record['model']}, {record['context']} tokens, {record['dtype']}\n{record['device']}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[round(share * 100) - 1]
+
+
+def _spans(layers: Sequence[int]) -> str:
+    """[0, 1, 5] -> "0-1, 5"."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and spans[-1][1] == layer - 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

@@ -1,0 +1,1 @@
+"""Tasks that show whether a policy still answers as the dense model does."""

@@ -1,0 +1,116 @@
+"""The main job of the command line: one prompt, decoded by several variants of one model, compared.
+
+Every variant decodes from one prefilled cache: a cache is rewound by setting its token counters back, so that what an
+earlier variant wrote becomes garbage beyond the live length.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .passes.plan import kv_share
+from .policy import Policy
+
+WARM_UP = 3  # steps that are not timed: compilation, CUDA-graph warm-up and recording
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How to run a decode step: `eager`, `inductor`, or `tidal` under a policy."""
+
+    name: str
+    kind: str
+    policy: Policy | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a variant did: tokens `[new tokens]`, text, ms a step, share of the KV cache read, and seconds to compile."""
+
+    variant: Variant
+    tokens: tuple[int, ...]
+    text: str
+    milliseconds: tuple[float, ...]
+    kv_share: float
+    compile_seconds: float
+
+    @property
+    def median_ms(self) -> float:
+        """Median ms/token over the timed steps."""
+        return statistics.median(self.milliseconds)
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, input_ids: Tensor, slots: int, chunk: int = 1024) -> Iterator[Any]:
+    """Fill a StaticCache of `slots` with all of input_ids `[1, n]` but the last token, which the first decode step reads.
+
+    Yields the cache after every chunk; the last one is complete.
+    """
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=slots)
+    for part in input_ids[:, :-1].split(chunk, dim=1):
+        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        yield cache
+
+
+def rewind(cache: Any, length: int) -> None:
+    """Make a static cache hold its first `length` tokens only."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(length)
+
+
+def make_step(model: nn.Module, variant: Variant) -> Callable:
+    """The decode step of a variant."""
+    if variant.kind == "eager":
+        return model.forward
+    if variant.kind == "inductor":
+        mode = "reduce-overhead" if model.device.type == "cuda" else None
+        return torch.compile(model.forward, fullgraph=True, mode=mode)
+    return torch.compile(model.forward, backend="tidal", fullgraph=True, options={"policy": variant.policy})
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module, variant: Variant, cache: Any, token: Tensor, length: int, steps: int
+) -> Iterator[tuple[int, float]]:
+    """Greedy decoding from `token [1, 1]` after `length` cached tokens: yields (next token, ms of the step).
+
+    The first step compiles.
+    """
+    torch._dynamo.reset()  # guards of other variants on the same forward would only slow this one down
+    rewind(cache, length)
+    step = make_step(model, variant)
+    for _ in range(steps):
+        torch.compiler.cudagraph_mark_step_begin()
+        _synchronize(model.device)
+        start = time.perf_counter()
+        logits = step(input_ids=token, past_key_values=cache, use_cache=True).logits
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        _synchronize(model.device)
+        yield token.item(), (time.perf_counter() - start) * 1e3
+
+
+def measure(
+    model: nn.Module, variant: Variant, cache: Any, token: Tensor, length: int, steps: int,
+    tokenizer: Any = None, on_step: Callable[[], None] = lambda: None,
+) -> Result:  # fmt: skip
+    """Decode `steps` tokens, all but the first few timed."""
+    tokens, milliseconds = [], []
+    for next_token, ms in decode(model, variant, cache, token, length, steps):
+        tokens.append(next_token)
+        milliseconds.append(ms)
+        on_step()
+    share = 1.0 if variant.policy is None else kv_share(variant.policy.roles, length + steps)
+    text = tokenizer.decode(tokens) if tokenizer is not None else ""
+    return Result(variant, tuple(tokens), text, tuple(milliseconds[WARM_UP:]), share, milliseconds[0] / 1e3)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
