@@ -1,0 +1,37 @@
+"""Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before its import."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+from models import MODELS
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_inductor_cache(tmp_path_factory):
+    """Compiled code of an earlier run must not stand in for what this one tests."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
+@pytest.fixture(params=MODELS)
+def tiny(request):
+    """A tiny random model of each head layout."""
+    return MODELS[request.param]()
+
+
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))

@@ -1,0 +1,141 @@
+"""What the product must compute, written from the definition in float64 and plain Python. Imports nothing of it.
+
+`attend` and `choose` are one attention call; `OracleModel` runs a whole Hugging Face model eagerly, with a DynamicCache and
+an attention function of its own that masks by the policy's roles.
+"""
+
+import contextlib
+import math
+from fractions import Fraction
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import sdpa_mask
+
+
+def scores_of(q, k, length, mask, scale):
+    """q `[B, Hq, 1, D]`, k `[B, Hkv, S, D]` -> float64 scores `[B, Hq, n]` and valid `[B, n]`, for n live slots."""
+    batch, num_heads = q.shape[:2]
+    group = num_heads // k.shape[1]
+    n = min(length, k.shape[2])
+    scores = torch.full((batch, num_heads, n), -math.inf, dtype=torch.float64)
+    valid = torch.ones(batch, n, dtype=torch.bool)
+    if mask is not None:
+        valid = mask[:, 0, 0, :n].expand(batch, n).clone()
+    for b in range(batch):
+        for h in range(num_heads):
+            keys = k[b, h // group, :n].double()
+            row = keys @ q[b, h, 0].double() * scale
+            scores[b, h] = torch.where(valid[b], row, -math.inf)
+    return scores, valid
+
+
+def attend(scores, v, allowed=None):
+    """Softmax over the allowed tokens (`[B, Hq, n]` bool) times v `[B, Hkv, S, D]` -> float64 `[B, Hq, 1, D]`; empty: 0."""
+    batch, num_heads, n = scores.shape
+    group = num_heads // v.shape[1]
+    out = torch.zeros(batch, num_heads, 1, v.shape[3], dtype=torch.float64)
+    for b in range(batch):
+        for h in range(num_heads):
+            keep = scores[b, h] > -math.inf
+            if allowed is not None:
+                keep &= allowed[b, h]
+            where = keep.nonzero()[:, 0]
+            if len(where):
+                probs = scores[b, h, where].softmax(-1)
+                out[b, h, 0] = probs @ v[b, h // group, where].double()
+    return out
+
+
+def importance_of(scores, num_kv_heads, share):
+    """float64 scores `[B, Hq, n]` -> what each token set ranks by, `[B, G, n]`."""
+    if share == "query_head":
+        return scores
+    probs = scores.softmax(-1).nan_to_num(0.0)
+    batch, num_heads, n = scores.shape
+    if share == "kv_head":
+        return probs.view(batch, num_kv_heads, num_heads // num_kv_heads, n).sum(2)
+    return probs.sum(1, keepdim=True)
+
+
+def live_budget(budget, ratio, count):
+    """The tokens that a selection keeps of `count` valid ones."""
+    return min(count, max(budget, math.ceil(Fraction(str(ratio)) * count)))
+
+
+def choose(importance, valid, budget, ratio, sinks, recent):
+    """The sets as Python: for every row of `[B, G, n]` the sorted list of chosen positions."""
+    chosen = []
+    for b in range(importance.shape[0]):
+        alive = valid[b].nonzero()[:, 0].tolist()
+        keep = live_budget(budget, ratio, len(alive))
+        always = set(alive[:sinks]) | set(alive[max(0, len(alive) - recent) :])
+        sets = []
+        for g in range(importance.shape[1]):
+            worth = importance[b, g].tolist()
+            others = sorted((p for p in alive if p not in always), key=lambda p: (-worth[p], p))
+            sets.append(sorted(always | set(others[: max(0, keep - len(always))])) if keep < len(alive) else alive)
+        chosen.append(sets)
+    return chosen
+
+
+def sets_as_mask(chosen, num_heads, n):
+    """Lists of positions `[B][G]` -> bool `[B, Hq, n]`."""
+    allowed = torch.zeros(len(chosen), num_heads, n, dtype=torch.bool)
+    for b, sets in enumerate(chosen):
+        for h in range(num_heads):
+            allowed[b, h, sets[h * len(sets) // num_heads]] = True
+    return allowed
+
+
+class OracleModel:
+    """A Hugging Face model, run eagerly, whose decode steps attend by the roles `{layer: (role, source, settings)}`."""
+
+    def __init__(self, model, roles):
+        self.model, self.roles, self.sets = model, roles, {}
+        AttentionInterface.register("oracle", self._attention)
+        AttentionMaskInterface.register("oracle", sdpa_mask)
+
+    @contextlib.contextmanager
+    def _installed(self):
+        before = self.model.config._attn_implementation
+        self.model.config._attn_implementation = "oracle"
+        try:
+            yield
+        finally:
+            self.model.config._attn_implementation = before
+
+    def _attention(self, module, query, key, value, attention_mask, scaling=None, **_):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if query.shape[2] > 1:
+            group = query.shape[1] // key.shape[1]
+            k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+            causal = torch.ones(query.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - query.shape[2])
+            mask = causal if attention_mask is None else attention_mask[..., : k.shape[2]]
+            weights = (query.double() @ k.double().mT * scale).masked_fill(~mask, -math.inf).softmax(-1).nan_to_num(0.0)
+            return (weights @ v.double()).to(query.dtype).transpose(1, 2), None
+        n = key.shape[2]
+        mask = None if attention_mask is None else attention_mask[..., :n].expand(query.shape[0], 1, 1, n)
+        scores, valid = scores_of(query, key, n, mask, scale)
+        role, source, settings = self.roles[module.layer_idx]
+        allowed = None
+        if role == "select":
+            ranked = importance_of(scores, key.shape[1], settings["share"])
+            chosen = choose(ranked, valid, *(settings[name] for name in ("budget", "ratio", "sinks", "recent")))
+            self.sets[module.layer_idx] = sets_as_mask(chosen, query.shape[1], n)
+        if role == "reuse":
+            allowed = self.sets[source]
+        return attend(scores, value, allowed).to(query.dtype).transpose(1, 2), None
+
+    @torch.no_grad()
+    def logits(self, prompt, tokens, mask=None):
+        """Prefill prompt `[B, n]` (2-D mask for padding), then feed tokens `[B, T]`: logits `[B, T, vocab]`."""
+        cache, rows = DynamicCache(config=self.model.config), []
+        with self._installed():
+            self.model(input_ids=prompt, attention_mask=mask, past_key_values=cache, use_cache=True)
+            for i in range(tokens.shape[1]):
+                if mask is not None:
+                    mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
+                out = self.model(input_ids=tokens[:, i : i + 1], attention_mask=mask, past_key_values=cache, use_cache=True)
+                rows.append(out.logits[:, -1])
+        return torch.stack(rows, 1)

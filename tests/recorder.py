@@ -1,0 +1,31 @@
+"""A backend that rewrites as `tidal` does and then runs the graph as it is: passes are tested without Inductor."""
+
+from tidal_compile.backend import Options, plan_graph
+from tidal_compile.passes.rewrite import apply_plan
+
+
+class Recorder:
+    """`torch.compile(model, backend=Recorder(policy=...))`; keeps the op counts before and after, and the graph."""
+
+    def __init__(self, **options):
+        self.options, self.before, self.after, self.plans, self.graphs = Options.parse(options), [], [], [], []
+
+    def __call__(self, gm, example_inputs):
+        self.before.append(op_counts(gm))
+        plan = plan_graph(gm, self.options)
+        if plan is not None:
+            apply_plan(gm, plan)
+        self.plans.append(plan)
+        self.after.append(op_counts(gm))
+        self.graphs.append(gm)
+        return gm.forward
+
+
+def op_counts(gm):
+    """How often each function or method is called: {name: count}."""
+    counts = {}
+    for node in gm.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            counts[name] = counts.get(name, 0) + 1
+    return counts

@@ -1,0 +1,153 @@
+"""Whole models through Inductor: `full` against eager, sparse policies against the oracle."""
+
+import copy
+
+import pytest
+import torch
+from models import decode_logits, prefilled, random_tokens, tiny_model
+from oracle import OracleModel
+
+import tidal_compile as tc
+
+STEPS = 16
+PROMPT = 90
+
+
+def tidal_step(model, policy, **options):
+    return torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy, **options})
+
+
+def oracle_roles(policy):
+    """The policy as the oracle takes it, read from the file's words rather than the product's plan."""
+    data = policy.to_dict()
+    defaults, roles, last = data["defaults"], {}, None
+    for key, entry in data["layers"].items():
+        entry = {"role": entry} if isinstance(entry, str) else entry
+        first, _, end = key.partition("-")
+        for layer in range(int(first), int(end or first) + 1):
+            settings = {**defaults, **{name: value for name, value in entry.items() if name not in ("role", "from")}}
+            budget = settings["budget"]
+            settings["ratio"] = budget["ratio"] if isinstance(budget, dict) else 0
+            settings["budget"] = budget["min"] if isinstance(budget, dict) else budget
+            last = layer if entry["role"] == "select" else last
+            roles[layer] = (entry["role"], entry.get("from", last), settings)
+    return roles
+
+
+def live_cache(cache):
+    """What a static cache holds: keys and values of the live tokens of each layer."""
+    length = int(cache.layers[0].cumulative_length)
+    return [side[:, :, :length] for layer in cache.layers for side in (layer.keys, layer.values)]
+
+
+def assert_same_but_for_rounding(ours, eager, exact):
+    """As close to the float64 result as eager's float32 is, give or take the order of sums; and close to eager."""
+    allowed = 4 * (eager.double() - exact).abs().max() + 1e-6
+    assert (ours.double() - exact).abs().max() <= allowed
+    torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_full_equals_eager_cache_included(tiny):
+    prompt, tokens = random_tokens(2, PROMPT), random_tokens(2, STEPS, seed=2)
+    double = copy.deepcopy(tiny).double()
+    models = [tiny, tidal_step(tiny, "full"), double]
+    caches = [prefilled(model, prompt, 128) for model in (tiny, tiny, double)]
+    eager, full, exact = (decode_logits(model, cache, tokens) for model, cache in zip(models, caches, strict=True))
+    assert_same_but_for_rounding(full, eager, exact)
+    for theirs, ours, truth in zip(*map(live_cache, caches), strict=True):
+        assert_same_but_for_rounding(ours, theirs, truth)
+
+
+def test_within_the_budget_tidal_equals_eager():
+    model, prompt, tokens = tiny_model(), random_tokens(2, PROMPT), random_tokens(2, STEPS, seed=2)
+    double = copy.deepcopy(model).double()
+    eager, exact = (decode_logits(one, prefilled(one, prompt, 128), tokens) for one in (model, double))
+    step = tidal_step(model, "tidal", budget=PROMPT + STEPS)
+    assert_same_but_for_rounding(decode_logits(step, prefilled(model, prompt, 128), tokens), eager, exact)
+
+
+POLICIES = {
+    "tidal-kv_head": {"defaults": {"budget": 24, "sinks": 2, "recent": 4}},
+    "tidal-query_head": {"defaults": {"budget": 24, "sinks": 0, "recent": 1, "share": "query_head"}},
+    "tidal-layer": {"defaults": {"budget": 24, "sinks": 2, "recent": 4, "share": "layer"}},
+    "ratio": {"defaults": {"budget": {"ratio": 0.25, "min": 8}, "sinks": 2, "recent": 4}},
+    "mixed": {
+        "defaults": {"budget": 16, "sinks": 1, "recent": 2},
+        "layers": {
+            "0": {"role": "select", "share": "layer"}, "1": {"role": "select", "budget": 40}, "2": {"role": "reuse", "from": 0},
+            "3": "reuse", "4": "full", "5": {"role": "reuse", "from": 1},
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_sparse_policies_equal_the_oracle(name):
+    layers = {"0-1": "full", "2": "select", "3": "reuse", "4": "select", "5": "reuse"}
+    policy = tc.Policy.from_dict({"num_layers": 6, "layers": layers, **POLICIES[name]})
+    model = tiny_model(hidden_size=96, num_attention_heads=6)
+    prompt, tokens = random_tokens(2, PROMPT), random_tokens(2, STEPS, seed=2)
+    expected = OracleModel(model, oracle_roles(policy)).logits(prompt, tokens)
+    got = decode_logits(tidal_step(model, policy), prefilled(model, prompt, 128), tokens)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    eager = decode_logits(model, prefilled(model, prompt, 128), tokens)
+    assert (got - eager).abs().max() > 1e-2, "the policy left nothing out, so this test shows nothing"
+
+
+def test_each_head_layout_equals_the_oracle(tiny):
+    policy = tc.Policy.preset("tidal", 6, budget=20, sinks=2, recent=4)
+    prompt, tokens = random_tokens(1, PROMPT), random_tokens(1, 6, seed=2)
+    expected = OracleModel(tiny, oracle_roles(policy)).logits(prompt, tokens)
+    got = decode_logits(tidal_step(tiny, policy), prefilled(tiny, prompt, 128), tokens)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_left_padded_rows_are_what_each_gives_alone():
+    """Through generate, which builds the masks: padded rows equal the same prompts alone, under a sparse policy."""
+    model = tiny_model()
+    config = tc.compile_config("tidal", budget=24, sinks=2, recent=4)
+    ids, mask = random_tokens(3, 60), torch.ones(3, 60, dtype=torch.long)
+    for row, pad in enumerate((0, 11, 37)):
+        ids[row, :pad], mask[row, :pad] = 0, 0
+    options = {
+        "max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "compile_config": config,
+        "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
+    together = model.generate(ids, attention_mask=mask, **options)
+    torch._dynamo.reset()
+    for row in range(3):
+        pad = int((mask[row] == 0).sum())
+        alone = model.generate(ids[row : row + 1, pad:], **options)
+        for one, many in zip(alone.logits, together.logits, strict=True):
+            torch.testing.assert_close(many[row : row + 1], one, atol=1e-4, rtol=1e-4)
+
+
+def test_padded_batch_equals_the_oracle():
+    policy = tc.Policy.preset("tidal", 6, budget={"ratio": 0.3, "min": 12}, sinks=2, recent=4)
+    model, prompt, tokens = tiny_model(), random_tokens(2, PROMPT), random_tokens(2, 6, seed=2)
+    mask = torch.ones(2, PROMPT, dtype=torch.long)
+    mask[0, :33] = 0
+    expected = OracleModel(model, oracle_roles(policy)).logits(prompt, tokens, mask)
+    wide = torch.cat([mask, torch.ones(2, 128 - PROMPT, dtype=torch.long)], 1).bool()
+    masks = [(wide & (torch.arange(128) <= PROMPT + i))[:, None, None] for i in range(6)]
+    cache = prefilled(model, prompt, 128, mask)
+    got = decode_logits(tidal_step(model, policy), cache, tokens, masks)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_reused_cache_full_of_garbage_and_the_last_slot():
+    """One cache: decode to its last slot, poison it, reset, prefill a shorter prompt, decode again."""
+    policy = tc.Policy.preset("tidal", 6, budget=16, sinks=2, recent=4)
+    model = tiny_model()
+    step = tidal_step(model, policy)
+    cache = prefilled(model, random_tokens(1, 90), 96)
+    decode_logits(step, cache, random_tokens(1, 6, seed=2))  # 96 of 96 slots
+    cache.reset()
+    prompt, tokens = random_tokens(1, 40, seed=5), random_tokens(1, 3, seed=6)
+    with torch.no_grad():
+        model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for layer in cache.layers:
+        layer.keys[:, :, 40:] = float("nan")
+        layer.values[:, :, 40:] = float("nan")
+    expected = OracleModel(model, oracle_roles(policy)).logits(prompt, tokens)
+    torch.testing.assert_close(decode_logits(step, cache, tokens), expected, atol=1e-4, rtol=1e-4)

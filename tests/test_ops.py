@@ -1,0 +1,219 @@
+"""Reference ops and Triton kernels against the oracle. The kernels are interpreted on a CPU and compiled on a GPU."""
+
+import math
+
+import oracle
+import pytest
+import torch
+
+from tidal_compile.kernels import ops, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+SHARES = ("query_head", "kv_head", "layer")
+
+
+def implementations():
+    """Name and module-like trio of the ops; Triton is imported here, after conftest has chosen how it runs."""
+    from tidal_compile.kernels import dense, select, sparse
+
+    class Triton:
+        full_attention = staticmethod(dense.full_attention)
+        select_attention = staticmethod(select.select_attention)
+        sparse_attention = staticmethod(sparse.sparse_attention)
+
+    return {"reference": reference, "triton": Triton}
+
+
+IMPLEMENTATIONS = implementations()
+
+
+def make_case(batch=2, heads=(4, 2), head_dim=64, slots=150, length=97, dtype=torch.float32, padding=0, seed=0):
+    """q, k, v, length, mask, scale. Beyond the live length, and under padding, stands garbage: NaN and huge numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    q = torch.randn(batch, num_heads, 1, head_dim, generator=generator).to(dtype)
+    k = torch.randn(batch, num_kv_heads, slots, head_dim, generator=generator).to(dtype)
+    v = torch.randn(batch, num_kv_heads, slots, head_dim, generator=generator).to(dtype)
+    k[:, :, length:], v[:, :, length:] = math.nan, math.nan
+    k[:, :, length::2], v[:, :, length::2] = 6e4, -6e4
+    mask = None
+    if padding:
+        mask = torch.ones(batch, 1, 1, slots, dtype=torch.bool)
+        for b in range(batch):  # left padding of another length in every row, none in the last
+            pad = padding * (batch - 1 - b)
+            mask[b, ..., :pad] = False
+            k[b, :, :pad], v[b, :, :pad] = math.nan, math.inf
+        mask[..., length:] = False
+    return q, k, v, torch.tensor(length), mask, head_dim**-0.5
+
+
+def on_device(args):
+    return [arg.to(DEVICE) if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+
+def check_index(index, importance, valid, budget, ratio, sinks, recent, slack):
+    """Rows are ascending, -1 padded, of the right size, hold what is always kept, and the best of the rest.
+
+    Near-ties within `slack` may fall either way, as float32 and float64 round differently.
+    """
+    index = index.cpu()
+    for b in range(index.shape[0]):
+        alive = valid[b].nonzero()[:, 0].tolist()
+        keep = oracle.live_budget(budget, ratio, len(alive))
+        always = set(alive[:sinks]) | set(alive[max(0, len(alive) - recent) :]) if keep < len(alive) else set(alive)
+        for g in range(index.shape[1]):
+            row = index[b, g].tolist()
+            got, rest = row[:keep], row[keep:]
+            assert rest == [-1] * len(rest)
+            assert got == sorted(set(got)) and set(got) <= set(alive) and always <= set(got)
+            free = [importance[b, g, p].item() for p in alive if p not in always and p in got]
+            left = [importance[b, g, p].item() for p in alive if p not in got]
+            if free and left:
+                assert min(free) >= max(left) - slack * max(abs(max(left)), abs(min(free)))
+
+
+HEADS = [(4, 4), (4, 2), (6, 2), (8, 2), (4, 1), (10, 2), (6, 1), (7, 1), (8, 1)]  # MHA, groups 2 to 8, MQA
+CASES = {f"heads{hq}-{hkv}": {"heads": (hq, hkv)} for hq, hkv in HEADS}
+CASES |= {f"dim{d}": {"head_dim": d} for d in (80, 96, 128, 256)}
+CASES |= {f"{str(dtype)[6:]}": {"dtype": dtype} for dtype in (torch.float16, torch.bfloat16)}
+CASES |= {f"bf16-dim{d}-group{g}": {"dtype": torch.bfloat16, "head_dim": d, "heads": (2 * g, 2)} for d, g in ((80, 3), (128, 5))}
+CASES |= {f"length{n}": {"length": n} for n in (1, 23, 24, 25, 150)}  # budget 24
+CASES |= {"padding": {"padding": 30, "batch": 3}, "padding-fp16-mqa": {"padding": 41, "dtype": torch.float16, "heads": (3, 1)}}
+CASES |= {"long": {"slots": 9000, "length": 8500, "heads": (2, 1), "batch": 1}}  # several tiles, splits and chunks
+CASES |= {"one-slot": {"slots": 1, "length": 1, "batch": 1}, "nothing-live": {"length": 0}}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_ops_match_the_oracle(name, case):
+    impl, args = IMPLEMENTATIONS[name], make_case(**CASES[case])
+    q, k, v, length, mask, scale = args
+    close = {"atol": TOLERANCE[q.dtype], "rtol": TOLERANCE[q.dtype]}
+    scores, valid = oracle.scores_of(q, k, int(length), mask, scale)
+
+    full = impl.full_attention(*on_device(args))
+    dense = oracle.attend(scores, v)
+    assert full.dtype == q.dtype and full.shape == q.shape
+    torch.testing.assert_close(full.cpu().double(), dense, **close)
+
+    budget, sinks, recent = 24, 3, 5
+    for share, ratio in zip(SHARES, (0.0, 0.35, 0.0), strict=True):
+        out, index = impl.select_attention(*on_device(args), budget, ratio, sinks, recent, share)
+        torch.testing.assert_close(out, full, rtol=0, atol=0)
+        sets = {"query_head": q.shape[1], "kv_head": k.shape[1], "layer": 1}[share]
+        assert index.dtype == torch.int32 and index.shape == (q.shape[0], sets, max(budget, math.ceil(ratio * k.shape[2])))
+        check_index(index, oracle.importance_of(scores, k.shape[1], share), valid, budget, ratio, sinks, recent, slack=1e-5)
+
+        sparse = impl.sparse_attention(*on_device((q, k, v)), index, *on_device((length, mask, scale)))
+        rows = [[[p for p in row if p >= 0] for row in sets] for sets in index.tolist()]
+        allowed = oracle.sets_as_mask(rows, q.shape[1], scores.shape[2])
+        torch.testing.assert_close(sparse.cpu().double(), oracle.attend(scores, v, allowed), **close)
+        if int(length) <= budget:  # nothing left out: sparse is full
+            torch.testing.assert_close(sparse.cpu().double(), dense, **close)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("share", SHARES)
+def test_ties_go_to_the_lower_position(name, share):
+    """All keys are equal, so all scores are: beside sinks and recent tokens, the first ones are chosen."""
+    q = torch.ones(1, 4, 1, 64)
+    k = torch.ones(1, 2, 200, 64)
+    v = torch.randn(1, 2, 200, 64, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
+    mask[..., 2:7] = False
+    args = on_device((q, k, v, torch.tensor(180), mask, 0.125))
+    _, index = IMPLEMENTATIONS[name].select_attention(*args, 12, 0.0, 3, 2, share)
+    expected = [0, 1, 7, 8, 9, 10, 11, 12, 13, 14, 178, 179]
+    assert index.tolist() == [[expected] * index.shape[1]]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_signed_zeros_tie_and_negative_scores_rank(name):
+    """Raw scores of one head: positive, zero of both signs, negative, in the order of the numbers."""
+    k = torch.zeros(1, 1, 64, 64)
+    k[0, 0, :, 0] = torch.tensor([-3.0, -0.0, 0.0, 2.0, -1.0, 1.0, -2.0, -0.0] + [-9.0] * 56)
+    q = torch.zeros(1, 1, 1, 64)
+    q[..., 0] = 1.0
+    args = on_device((q, k, torch.randn(1, 1, 64, 64), torch.tensor(64), None, 1.0))
+    for budget, expected in ((1, [3]), (3, [1, 3, 5]), (4, [1, 2, 3, 5]), (6, [1, 2, 3, 4, 5, 7]), (9, [0, 1, 2, 3, 4, 5, 6, 7, 8])):
+        _, index = IMPLEMENTATIONS[name].select_attention(*args, budget, 0.0, 0, 0, "query_head")
+        assert index[0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_an_index_may_name_dead_tokens(name):
+    """Padding in the index, tokens beyond the length and masked ones count for nothing; an empty set gives zeros."""
+    q, k, v, length, mask, scale = make_case(padding=30)
+    index = torch.tensor([[[5, 31, 60, 120, -1], [-1] * 5], [[0, 96, 97, 149, -1], [2, 3, -1, -1, -1]]], dtype=torch.int32)
+    out = IMPLEMENTATIONS[name].sparse_attention(*on_device((q, k, v, index, length, mask, scale)))
+    scores, _ = oracle.scores_of(q, k, int(length), mask, scale)
+    allowed = oracle.sets_as_mask([[[31, 60], []], [[0, 96], [2, 3]]], 4, 97)
+    torch.testing.assert_close(out.cpu().double(), oracle.attend(scores, v, allowed), atol=2e-6, rtol=2e-6)
+    assert (out[0, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_fully_masked_row_gives_zeros_and_an_empty_set(name):
+    q, k, v, length, _, scale = make_case()
+    mask = torch.ones(2, 1, 1, 150, dtype=torch.bool)
+    mask[0] = False
+    out, index = IMPLEMENTATIONS[name].select_attention(*on_device((q, k, v, length, mask, scale)), 24, 0.0, 3, 5, "kv_head")
+    assert (out[0] == 0).all() and (index[0] == -1).all() and (index[1] >= 0).all()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_strided_inputs(name):
+    """A query that is a transposed view, caches that are slices, one mask row for the whole batch."""
+    q, k, v, length, _, scale = make_case(batch=3)
+    mask = torch.ones(1, 1, 1, 150, dtype=torch.bool)
+    mask[..., :11] = False
+    args = on_device((q, k, v, length, mask, scale))
+    expected = IMPLEMENTATIONS[name].select_attention(*args, 24, 0.0, 3, 5, "kv_head")
+    q, k, v = args[:3]
+    args[0] = q.transpose(1, 2).contiguous().transpose(1, 2)
+    args[0] = torch.stack([args[0], args[0]], -1)[..., 0]
+    args[1] = torch.cat([k, k], 1)[:, : k.shape[1]]
+    args[2] = torch.cat([v, v], 3)[..., : v.shape[3]]
+    out, index = IMPLEMENTATIONS[name].select_attention(*args, 24, 0.0, 3, 5, "kv_head")
+    torch.testing.assert_close(out, expected[0])
+    assert torch.equal(index, expected[1])
+    for token_set in (index, index[:, :1], index.repeat_interleave(2, 1)):
+        sparse = IMPLEMENTATIONS[name].sparse_attention(*args[:3], token_set, *args[3:])
+        rows = [[row for row in sets] for sets in token_set.tolist()]
+        scores, _ = oracle.scores_of(*[arg.cpu() for arg in (q, k)], int(length), mask, scale)
+        expected_sparse = oracle.attend(scores, v.cpu(), oracle.sets_as_mask(rows, 4, 97))
+        torch.testing.assert_close(sparse.cpu().double(), expected_sparse, atol=2e-6, rtol=2e-6)
+
+
+def test_opcheck():
+    """Schemas, fakes and autograd registration agree with what the ops do, on this machine's device."""
+    for padding in (0, 30):
+        q, k, v, length, mask, scale = on_device([arg.nan_to_num(0) if isinstance(arg, torch.Tensor) and arg.is_floating_point()
+                                                  else arg for arg in make_case(padding=padding)])  # fmt: skip
+        torch.library.opcheck(ops.full_attention, (q, k, v, length, mask, scale))
+        for share in SHARES:
+            torch.library.opcheck(ops.select_attention, (q, k, v, length, mask, scale, 24, 0.3, 3, 5, share))
+        index = ops.select_attention(q, k, v, length, mask, scale, 24, 0.0, 3, 5, "kv_head")[1]
+        torch.library.opcheck(ops.sparse_attention, (q, k, v, index, length, mask, scale))
+
+
+def test_bad_arguments_are_named():
+    q, k, v, length, mask, scale = on_device(make_case(padding=30))
+    full, select, sparse = ops.full_attention, ops.select_attention, ops.sparse_attention
+    bad = [
+        (full, (q.repeat(1, 1, 2, 1), k, v, length, mask, scale), "q must be"),
+        (full, (q, k, v[..., :32], length, mask, scale), "k and v must be"),
+        (full, (q[:, :3], k, v, length, mask, scale), "3 query heads"),
+        (full, (q, k.half(), v, length, mask, scale), "must share one of"),
+        (full, (q, k, v, length.int(), mask, scale), "length must be"),
+        (full, (q, k, v, length, mask.float(), scale), "mask must be bool"),
+        (full, (q, k, v, length, mask[..., :9], scale), "mask must be bool"),
+        (select, (q, k, v, length, mask, scale, 24, 0.0, 3, 5, "head"), "share must be one of"),
+        (select, (q, k, v, length, mask, scale, 7, 0.0, 3, 5, "layer"), "budget 7"),
+        (select, (q, k, v, length, mask, scale, 9, 1.5, 3, 5, "layer"), "ratio"),
+        (sparse, (q, k, v, torch.zeros(2, 3, 4, dtype=torch.int32, device=DEVICE), length, mask, scale), "index must be"),
+    ]
+    for op, args, message in bad:
+        with pytest.raises(ValueError, match=message):
+            op(*args)

@@ -1,0 +1,212 @@
+"""The passes: what is matched, what is refused and why, and what the rewritten graph looks like. No Inductor here."""
+
+import pytest
+import torch
+from models import decode_logits, prefilled, random_tokens, tiny_model
+from recorder import Recorder
+from transformers import StaticCache
+
+import tidal_compile as tc
+from tidal_compile.passes.match import AttentionSite, find_attention
+from tidal_compile.passes.plan import kv_share
+
+
+def record(model, tokens=None, slots=64, prompt=20, **options):
+    """Prefill, then decode one token through the recorder."""
+    recorder = Recorder(**options)
+    step = torch.compile(model, backend=recorder, fullgraph=True)
+    cache = prefilled(model, random_tokens(1, prompt), slots)
+    logits = decode_logits(step, cache, random_tokens(1, 1, seed=2) if tokens is None else tokens)
+    return recorder, logits
+
+
+def test_every_call_is_matched_and_rewritten(tiny):
+    recorder, _ = record(tiny, policy="tidal", budget=12, sinks=1, recent=2)
+    before, after = recorder.before[0], recorder.after[0]
+    assert before["scaled_dot_product_attention"] == 6 and "scaled_dot_product_attention" not in after
+    assert [after[f"{kind}_attention.default"] for kind in ("full", "select", "sparse")] == [2, 1, 3]
+    grouped = tiny.config.num_key_value_heads < tiny.config.num_attention_heads
+    assert before.get("expand", 0) - after.get("expand", 0) == (12 if grouped else 0)  # no repeat_kv is left
+    assert after["index_copy_"] == before["index_copy_"] == 12 and after["add_"] == before["add_"]
+    plan = recorder.plans[0]
+    assert plan.rewritten == 6 and plan.problems == ()
+    assert [decision.layer for decision in plan.decisions] == list(range(6))
+
+
+def test_reuse_reads_the_token_set_of_its_source():
+    layers = {0: "select", 1: "select", 2: {"role": "reuse", "from": 0}, 3: "reuse", 4: "full", 5: "reuse"}
+    recorder, _ = record(tiny_model(), policy={"num_layers": 6, "layers": layers, "defaults": {"budget": 80}})
+    nodes = list(recorder.graphs[0].graph.nodes)
+    select = [node for node in nodes if node.target is torch.ops.tidal.select_attention.default]
+    sparse = [node for node in nodes if node.target is torch.ops.tidal.sparse_attention.default]
+    sources = [select.index(node.args[3].args[0]) for node in sparse]
+    assert sources == [0, 1, 1] and all(node.args[3].args[1] == 1 for node in sparse)
+    for node in select + sparse:
+        key, value = node.args[1:3]
+        assert key.op == value.op == "placeholder"  # the live cache itself
+
+
+def test_what_cuda_graphs_need_survives():
+    recorder, _ = record(tiny_model(), policy="tidal", budget=80)
+    gm = recorder.graphs[0]
+    assert gm.meta.get("dynamo_compile_id") is not None and gm._param_name_to_source
+    static = [node for node in gm.graph.nodes if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})]
+    assert len([node for node in static if "past_key_values" in node.name]) == 18  # keys, values, counter of 6 layers
+    for node in gm.graph.nodes:
+        if "tidal" in str(node.target):
+            assert "example_value" in node.meta and node.meta["nn_module_stack"]
+
+
+def test_grouped_query_spelling(monkeypatch):
+    """transformers can hand the unrepeated cache to SDPA with enable_gqa=True."""
+    from transformers.integrations import sdpa_attention
+
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *args: True)
+    recorder, _ = record(tiny_model(), policy="full")
+    assert recorder.plans[0].rewritten == 6
+
+
+def test_scale_is_read_from_the_call():
+    model = tiny_model("granite", attention_multiplier=0.37)
+    recorder, logits = record(model, policy="full")
+    assert {call.call.scale for call in recorder.plans[0].decisions} == {0.37}
+    eager = decode_logits(model, prefilled(model, random_tokens(1, 20), 64), random_tokens(1, 1, seed=2))
+    torch.testing.assert_close(logits, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_prefill_is_left_alone():
+    model, recorder = tiny_model(), Recorder(policy="tidal")
+    cache = prefilled(model, random_tokens(1, 5), 64)
+    with torch.no_grad():
+        torch.compile(model, backend=recorder, fullgraph=True)(input_ids=random_tokens(1, 7), past_key_values=cache)
+    assert recorder.plans == [None] and recorder.before == recorder.after
+
+
+def sliding_model():
+    return tiny_model("gemma3_text", head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 3)
+
+
+@pytest.mark.parametrize("prompt", [5, 30])
+def test_sliding_layers_stay_as_they_are(prompt):
+    """Before and after the window is full; a preset counts the other layers only."""
+    model = sliding_model()
+    recorder, logits = record(model, prompt=prompt, policy="tidal", budget=80)
+    decisions = recorder.plans[0].decisions
+    assert [decision.role and decision.role.role for decision in decisions] == [None, "full", None, "full", None, "select"]
+    assert {decision.reason for decision in decisions if decision.role is None} == {"sliding-window layer: left as it is"}
+    assert recorder.plans[0].problems == ()
+    eager = decode_logits(model, prefilled(model, random_tokens(1, prompt), 64), random_tokens(1, 1, seed=2))
+    torch.testing.assert_close(logits, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_a_policy_that_asks_a_sliding_layer_to_select():
+    layers = {"0": "select", "1-5": "reuse"}
+    with pytest.raises(tc.UnsupportedModelError, match=r"layer 0 \(select\): sliding-window.*layer 1 \(reuse\): its selection"):
+        record(sliding_model(), policy={"num_layers": 6, "layers": layers})
+
+
+def test_not_strict_leaves_exact_what_it_cannot_follow():
+    model = sliding_model()
+    layers = {"0": "select", "1-2": "reuse", "3": "select", "4": "full", "5": "reuse"}
+    with pytest.warns(UserWarning, match="layer 0 .select.: sliding-window"):
+        recorder, _ = record(model, strict=False, policy={"num_layers": 6, "layers": layers})
+    roles = [decision.role and decision.role.role for decision in recorder.plans[0].decisions]
+    assert roles == [None, None, None, "select", None, "reuse"]
+
+
+def test_eager_attention_is_named():
+    model = tiny_model(attn_implementation="eager")
+    with pytest.raises(tc.UnsupportedModelError, match="eager .softmax.*attn_implementation='sdpa'"):
+        record(model, policy="full")
+    with pytest.warns(UserWarning, match="left exact"):
+        recorder, logits = record(model, policy="full", strict=False)
+    eager = decode_logits(model, prefilled(model, random_tokens(1, 20), 64), random_tokens(1, 1, seed=2))
+    torch.testing.assert_close(logits, eager, atol=1e-5, rtol=1e-5)
+    assert recorder.before == recorder.after
+
+
+def test_a_dynamic_cache_is_named():
+    model = tiny_model()
+    step = torch.compile(model, backend=Recorder(policy="full"), fullgraph=True)
+    with torch.no_grad(), pytest.raises(tc.UnsupportedModelError, match="keys are not read from a static cache"):
+        past = model(input_ids=random_tokens(1, 5)).past_key_values
+        step(input_ids=random_tokens(1, 1), past_key_values=past)
+
+
+def test_a_float_mask_is_named():
+    model = tiny_model()
+    step = torch.compile(model, backend=Recorder(policy="full"), fullgraph=True)
+    cache = prefilled(model, random_tokens(1, 5), 64)
+    with pytest.raises(tc.UnsupportedModelError, match="float32 mask"):
+        decode_logits(step, cache, random_tokens(1, 1), [torch.zeros(1, 1, 1, 64)])
+
+
+def test_no_attention_at_all():
+    linear = torch.nn.Linear(4, 4)
+    with pytest.raises(tc.UnsupportedModelError, match="no attention call of the graph can be rewritten"):
+        torch.compile(linear, backend="tidal", options={"policy": "full"})(torch.randn(2, 4))
+    torch._dynamo.reset()
+    x = torch.randn(2, 4)
+    with pytest.warns(UserWarning, match="no attention call"):
+        out = torch.compile(linear, backend="tidal", options={"policy": "full", "strict": False})(x)
+    torch.testing.assert_close(out, linear(x))
+
+
+class Lookalike(torch.nn.Module):
+    """SDPA over something that resembles a cached decode step, and is none."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, q, past_key_values, k_new):
+        layer, other = past_key_values.layers
+        position = torch.arange(1) + layer.cumulative_length
+        layer.cumulative_length.add_(1)
+        keys, values = layer.keys, layer.values
+        keys.index_copy_(2, position, k_new)
+        values.index_copy_(2, position, k_new)
+        if self.form == "cross-layer":
+            values = other.values
+        if self.form == "written-twice":
+            keys.index_copy_(2, position, k_new)
+        if self.form == "causal":
+            return torch.nn.functional.scaled_dot_product_attention(q, keys, values, is_causal=True)
+        if self.form == "repeat-on-other-dim":  # [B, 1, H, S, D]: heads repeated in blocks, not head by head
+            keys, values = (x[:, None].expand(1, 2, 2, 8, 4).reshape(1, 4, 8, 4) for x in (keys, values))
+            q = q.repeat(1, 2, 1, 1)
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("cross-layer", "values are written by 0 index_copy_"),
+        ("written-twice", "keys are written by 2 index_copy_"),
+        ("causal", "is_causal=True"),
+        ("repeat-on-other-dim", "keys are not read from a static cache, but computed in the graph"),
+        ("plain", None),
+    ],
+)
+def test_lookalikes(form, reason):
+    config = tiny_model(num_hidden_layers=2).config
+    cache = StaticCache(config=config, max_cache_len=8)
+    cache.early_initialization(1, 2, 4, torch.float32, torch.device("cpu"))
+    found = []
+
+    def keep(gm, _):
+        found.extend(find_attention(gm))
+        return gm.forward
+
+    torch.compile(Lookalike(form), backend=keep, fullgraph=True)(torch.randn(1, 2, 1, 4), cache, torch.randn(1, 2, 1, 4))
+    if reason is None:
+        assert [type(call) for call in found] == [AttentionSite]
+    else:
+        assert len(found) == 1 and reason in found[0].reason
+
+
+def test_kv_share_counts_tokens():
+    roles = tc.Policy.preset("tidal", 32, budget=1000).roles  # 2 dense, 2 selections, 28 reuse
+    assert kv_share(roles, 10_000) == pytest.approx((4 + 28 * 0.1) / 32)
+    assert kv_share(roles, 500) == 1.0
+    assert kv_share(tc.Policy.preset("full", 32).roles, 10_000) == 1.0
