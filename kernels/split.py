@@ -88,14 +88,14 @@ def _merge(
     for first in range(0, SPLITS, CHUNK):
         part = first + tl.arange(0, CHUNK)
         inside = part < SPLITS
-        m = tl.load(stats + part * 2, mask=inside, other=float("-inf"))
-        used = inside & (m > float("-inf"))
+        part_m = tl.load(stats + part * 2, mask=inside, other=float("-inf"))
+        used = inside & (part_m > float("-inf"))
         acc = tl.load(
             acc_ptr + (head * SPLITS + part[:, None]) * D + dim[None, :],
             mask=used[:, None] & (dim[None, :] < D),
             other=0.0,
         )
-        out += tl.sum(acc * tl.exp2(m - shift)[:, None], 0)
+        out += tl.sum(acc * tl.exp2(part_m - shift)[:, None], 0)
     out = tl.where(total > 0.0, out / total, 0.0)  # no token to attend to: zeros
     tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty), mask=dim < D)
     tl.store(lse_ptr + head, shift + tl.log2(total))

@@ -95,7 +95,7 @@ def _choose(
     prefix = (count * 0).to(tl.uint32)  # the leading bits of the live-th largest key
     ties = live  # how many keys with that prefix are still wanted
     for step in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * step
+        shift = 24 - 8 * step
         histogram = tl.zeros([256], tl.int32)
         for start in range(0, length, BLOCK):
             token = start + lane

@@ -52,13 +52,13 @@ def make_plan(calls: Sequence[AttentionSite | Unmatched], roles: Sequence[Role])
     """Give every call its role. A layer that can't follow stays exact, and so do the layers that reuse its tokens."""
     decisions: list[Decision] = []
     problems: list[str] = []
-    selected: dict[int, AttentionSite] = {}
+    selected: dict[int, AttentionSite | None] = {}  # None: a selection that is left alone
     for call in calls:
         layer = call.layer
         role = roles[layer] if layer is not None and layer < len(roles) else None
         reason = call.reason if isinstance(call, Unmatched) else ""
-        if isinstance(call, AttentionSite) and role.role == "select":
-            selected[layer] = call
+        if role is not None and role.role == "select":
+            selected[layer] = None if reason else call
         if isinstance(call, AttentionSite) and role.role == "reuse":
             reason = _cannot_reuse(call, role, selected)
         if reason:
@@ -70,11 +70,13 @@ def make_plan(calls: Sequence[AttentionSite | Unmatched], roles: Sequence[Role])
     return Plan(tuple(decisions), tuple(problems))
 
 
-def _cannot_reuse(call: AttentionSite, role: Role, selected: dict[int, AttentionSite]) -> str:
+def _cannot_reuse(call: AttentionSite, role: Role, selected: dict[int, AttentionSite | None]) -> str:
     """Why a call can't attend to its source's tokens, or nothing."""
-    source = selected.get(role.source)
-    if source is None:
+    if role.source not in selected:
         return f"its selection, layer {role.source}, is not in this graph (compile with fullgraph=True)"
+    source = selected[role.source]
+    if source is None:
+        return f"its selection, layer {role.source}, is left alone"
     for name, dim in (("batch", 0), ("kv heads", 1), ("cache slots", 2)):
         here, there = (site.key.meta["example_value"].shape[dim] for site in (call, source))
         if here != there and not (name == "kv heads" and role.share == "layer"):

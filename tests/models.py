@@ -44,6 +44,11 @@ def decode_logits(step, cache, tokens, masks=None):
     rows = []
     for i in range(tokens.shape[1]):
         extra = {} if masks is None else {"attention_mask": masks[i]}
-        out = step(input_ids=tokens[:, i : i + 1].clone(), past_key_values=cache, use_cache=True, **extra)
+        out = step(
+            input_ids=tokens[:, i : i + 1].clone(memory_format=torch.contiguous_format),
+            past_key_values=cache,
+            use_cache=True,
+            **extra,
+        )
         rows.append(out.logits[:, -1].clone())
     return torch.stack(rows, 1)

@@ -136,6 +136,8 @@ class OracleModel:
             for i in range(tokens.shape[1]):
                 if mask is not None:
                     mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
-                out = self.model(input_ids=tokens[:, i : i + 1], attention_mask=mask, past_key_values=cache, use_cache=True)
+                out = self.model(
+                    input_ids=tokens[:, i : i + 1], attention_mask=mask, past_key_values=cache, use_cache=True
+                )
                 rows.append(out.logits[:, -1])
         return torch.stack(rows, 1)

@@ -19,7 +19,10 @@ def python(code, **environment):
     """Run code in a process of its own; returns what it printed last, as JSON."""
     preamble = "import sys; sys.path.insert(0, 'tests')\n"
     done = subprocess.run(
-        [sys.executable, "-c", preamble + textwrap.dedent(code)], capture_output=True, text=True, env=os.environ | environment
+        [sys.executable, "-c", preamble + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -44,16 +47,16 @@ def test_a_second_process_hits_the_caches_for_the_same_policy_only(tmp_path):
         import json, torch
         from models import *
         from torch._dynamo.utils import counters
-        model = tiny_model(num_hidden_layers=3)
+        model = tiny_model(num_hidden_layers=4)
         step = torch.compile(model, backend="tidal", fullgraph=True, options={{"policy": "tidal", "budget": {budget}}})
         logits = decode_logits(step, prefilled(model, random_tokens(1, 90), 128), random_tokens(1, 2))
         print(json.dumps([dict(counters["aot_autograd"]), dict(counters["inductor"]), logits.sum().item()]))
     """
-    runs = [python(code.format(budget=budget), TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for budget in (80, 80, 70, 70)]
+    runs = [python(code.format(budget=budget), TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for budget in (80, 80, 70)]
     hits = [aot.get("autograd_cache_hit", 0) for aot, _, _ in runs]
     misses = [aot.get("autograd_cache_miss", 0) for aot, _, _ in runs]
-    assert (hits, misses) == ([0, 1, 0, 1], [1, 0, 1, 0])
-    assert runs[0][2] == runs[1][2] != runs[2][2] == runs[3][2]
+    assert (hits, misses) == ([0, 1, 0], [1, 0, 1])
+    assert runs[0][2] == runs[1][2] != runs[2][2]
 
 
 def test_256_steps_without_recompile_or_graph_break():
@@ -74,7 +77,11 @@ def test_256_steps_without_recompile_or_graph_break():
         ({"polcy": "full"}, tc.TidalError, "unknown option 'polcy'.*valid options are: policy, strict.*budget"),
         ({"policy": "tidla"}, tc.PolicyError, "unknown policy 'tidla'.*presets are: full, tidal.*smollm2"),
         ({"policy": "no/such.yaml"}, tc.PolicyError, "no/such.yaml: can't read the policy file"),
-        ({"policy": {"num_layers": 3, "layers": {"0-2": "dense"}}}, tc.PolicyError, "layers.0-2.role.*'full', 'select' or 'reuse'"),
+        (
+            {"policy": {"num_layers": 3, "layers": {"0-2": "dense"}}},
+            tc.PolicyError,
+            "layers.0-2.role.*'full', 'select' or 'reuse'",
+        ),
         ({"policy": "smollm2"}, tc.PolicyError, "smollm2: num_layers is 30, but the model has 3"),
         ({"policy": "tidal", "budget": 3}, tc.PolicyError, "budget 3 is smaller than sinks"),
         ({"policy": 7}, tc.PolicyError, "policy must be"),

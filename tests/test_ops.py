@@ -77,9 +77,15 @@ HEADS = [(4, 4), (4, 2), (6, 2), (8, 2), (4, 1), (10, 2), (6, 1), (7, 1), (8, 1)
 CASES = {f"heads{hq}-{hkv}": {"heads": (hq, hkv)} for hq, hkv in HEADS}
 CASES |= {f"dim{d}": {"head_dim": d} for d in (80, 96, 128, 256)}
 CASES |= {f"{str(dtype)[6:]}": {"dtype": dtype} for dtype in (torch.float16, torch.bfloat16)}
-CASES |= {f"bf16-dim{d}-group{g}": {"dtype": torch.bfloat16, "head_dim": d, "heads": (2 * g, 2)} for d, g in ((80, 3), (128, 5))}
+CASES |= {
+    f"bf16-dim{d}-group{g}": {"dtype": torch.bfloat16, "head_dim": d, "heads": (2 * g, 2)}
+    for d, g in ((80, 3), (128, 5))
+}
 CASES |= {f"length{n}": {"length": n} for n in (1, 23, 24, 25, 150)}  # budget 24
-CASES |= {"padding": {"padding": 30, "batch": 3}, "padding-fp16-mqa": {"padding": 41, "dtype": torch.float16, "heads": (3, 1)}}
+CASES |= {
+    "padding": {"padding": 30, "batch": 3},
+    "padding-fp16-mqa": {"padding": 41, "dtype": torch.float16, "heads": (3, 1)},
+}
 CASES |= {"long": {"slots": 9000, "length": 8500, "heads": (2, 1), "batch": 1}}  # several tiles, splits and chunks
 CASES |= {"one-slot": {"slots": 1, "length": 1, "batch": 1}, "nothing-live": {"length": 0}}
 
@@ -102,8 +108,14 @@ def test_ops_match_the_oracle(name, case):
         out, index = impl.select_attention(*on_device(args), budget, ratio, sinks, recent, share)
         torch.testing.assert_close(out, full, rtol=0, atol=0)
         sets = {"query_head": q.shape[1], "kv_head": k.shape[1], "layer": 1}[share]
-        assert index.dtype == torch.int32 and index.shape == (q.shape[0], sets, max(budget, math.ceil(ratio * k.shape[2])))
-        check_index(index, oracle.importance_of(scores, k.shape[1], share), valid, budget, ratio, sinks, recent, slack=1e-5)
+        assert index.dtype == torch.int32 and index.shape == (
+            q.shape[0],
+            sets,
+            max(budget, math.ceil(ratio * k.shape[2])),
+        )
+        check_index(
+            index, oracle.importance_of(scores, k.shape[1], share), valid, budget, ratio, sinks, recent, slack=1e-5
+        )
 
         sparse = impl.sparse_attention(*on_device((q, k, v)), index, *on_device((length, mask, scale)))
         rows = [[[p for p in row if p >= 0] for row in sets] for sets in index.tolist()]
@@ -136,7 +148,13 @@ def test_signed_zeros_tie_and_negative_scores_rank(name):
     q = torch.zeros(1, 1, 1, 64)
     q[..., 0] = 1.0
     args = on_device((q, k, torch.randn(1, 1, 64, 64), torch.tensor(64), None, 1.0))
-    for budget, expected in ((1, [3]), (3, [1, 3, 5]), (4, [1, 2, 3, 5]), (6, [1, 2, 3, 4, 5, 7]), (9, [0, 1, 2, 3, 4, 5, 6, 7, 8])):
+    for budget, expected in (
+        (1, [3]),
+        (3, [1, 3, 5]),
+        (4, [1, 2, 3, 5]),
+        (6, [1, 2, 3, 4, 5, 7]),
+        (9, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+    ):
         _, index = IMPLEMENTATIONS[name].select_attention(*args, budget, 0.0, 0, 0, "query_head")
         assert index[0, 0].tolist() == expected
 
@@ -145,7 +163,9 @@ def test_signed_zeros_tie_and_negative_scores_rank(name):
 def test_an_index_may_name_dead_tokens(name):
     """Padding in the index, tokens beyond the length and masked ones count for nothing; an empty set gives zeros."""
     q, k, v, length, mask, scale = make_case(padding=30)
-    index = torch.tensor([[[5, 31, 60, 120, -1], [-1] * 5], [[0, 96, 97, 149, -1], [2, 3, -1, -1, -1]]], dtype=torch.int32)
+    index = torch.tensor(
+        [[[5, 31, 60, 120, -1], [-1] * 5], [[0, 96, 97, 149, -1], [2, 3, -1, -1, -1]]], dtype=torch.int32
+    )
     out = IMPLEMENTATIONS[name].sparse_attention(*on_device((q, k, v, index, length, mask, scale)))
     scores, _ = oracle.scores_of(q, k, int(length), mask, scale)
     allowed = oracle.sets_as_mask([[[31, 60], []], [[0, 96], [2, 3]]], 4, 97)
@@ -158,7 +178,9 @@ def test_a_fully_masked_row_gives_zeros_and_an_empty_set(name):
     q, k, v, length, _, scale = make_case()
     mask = torch.ones(2, 1, 1, 150, dtype=torch.bool)
     mask[0] = False
-    out, index = IMPLEMENTATIONS[name].select_attention(*on_device((q, k, v, length, mask, scale)), 24, 0.0, 3, 5, "kv_head")
+    out, index = IMPLEMENTATIONS[name].select_attention(
+        *on_device((q, k, v, length, mask, scale)), 24, 0.0, 3, 5, "kv_head"
+    )
     assert (out[0] == 0).all() and (index[0] == -1).all() and (index[1] >= 0).all()
 
 
@@ -212,7 +234,11 @@ def test_bad_arguments_are_named():
         (select, (q, k, v, length, mask, scale, 24, 0.0, 3, 5, "head"), "share must be one of"),
         (select, (q, k, v, length, mask, scale, 7, 0.0, 3, 5, "layer"), "budget 7"),
         (select, (q, k, v, length, mask, scale, 9, 1.5, 3, 5, "layer"), "ratio"),
-        (sparse, (q, k, v, torch.zeros(2, 3, 4, dtype=torch.int32, device=DEVICE), length, mask, scale), "index must be"),
+        (
+            sparse,
+            (q, k, v, torch.zeros(2, 3, 4, dtype=torch.int32, device=DEVICE), length, mask, scale),
+            "index must be",
+        ),
     ]
     for op, args, message in bad:
         with pytest.raises(ValueError, match=message):

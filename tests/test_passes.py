@@ -83,7 +83,9 @@ def test_prefill_is_left_alone():
 
 
 def sliding_model():
-    return tiny_model("gemma3_text", head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 3)
+    return tiny_model(
+        "gemma3_text", head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 3
+    )
 
 
 @pytest.mark.parametrize("prompt", [5, 30])
@@ -92,8 +94,17 @@ def test_sliding_layers_stay_as_they_are(prompt):
     model = sliding_model()
     recorder, logits = record(model, prompt=prompt, policy="tidal", budget=80)
     decisions = recorder.plans[0].decisions
-    assert [decision.role and decision.role.role for decision in decisions] == [None, "full", None, "full", None, "select"]
-    assert {decision.reason for decision in decisions if decision.role is None} == {"sliding-window layer: left as it is"}
+    assert [decision.role and decision.role.role for decision in decisions] == [
+        None,
+        "full",
+        None,
+        "full",
+        None,
+        "select",
+    ]
+    assert {decision.reason for decision in decisions if decision.role is None} == {
+        "sliding-window layer: left as it is"
+    }
     assert recorder.plans[0].problems == ()
     eager = decode_logits(model, prefilled(model, random_tokens(1, prompt), 64), random_tokens(1, 1, seed=2))
     torch.testing.assert_close(logits, eager, atol=1e-4, rtol=1e-4)
@@ -101,7 +112,9 @@ def test_sliding_layers_stay_as_they_are(prompt):
 
 def test_a_policy_that_asks_a_sliding_layer_to_select():
     layers = {"0": "select", "1-5": "reuse"}
-    with pytest.raises(tc.UnsupportedModelError, match=r"layer 0 \(select\): sliding-window.*layer 1 \(reuse\): its selection"):
+    with pytest.raises(
+        tc.UnsupportedModelError, match=r"layer 0 \(select\): sliding-window.*layer 1 \(reuse\): its selection"
+    ):
         record(sliding_model(), policy={"num_layers": 6, "layers": layers})
 
 
@@ -198,7 +211,9 @@ def test_lookalikes(form, reason):
         found.extend(find_attention(gm))
         return gm.forward
 
-    torch.compile(Lookalike(form), backend=keep, fullgraph=True)(torch.randn(1, 2, 1, 4), cache, torch.randn(1, 2, 1, 4))
+    torch.compile(Lookalike(form), backend=keep, fullgraph=True)(
+        torch.randn(1, 2, 1, 4), cache, torch.randn(1, 2, 1, 4)
+    )
     if reason is None:
         assert [type(call) for call in found] == [AttentionSite]
     else:

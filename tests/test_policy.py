@@ -148,7 +148,9 @@ def test_missing_files_and_unknown_names(tmp_path):
     for path in ("missing.yaml", str(tmp_path / "x"), str(tmp_path)):
         with pytest.raises(tc.PolicyError, match="can't read the policy file"):
             resolve(path, 4)
-    with pytest.raises(tc.PolicyError, match="unknown policy 'quest2'.*presets are: full, tidal; shipped policies are: smollm2"):
+    with pytest.raises(
+        tc.PolicyError, match="unknown policy 'quest2'.*presets are: full, tidal; shipped policies are: smollm2"
+    ):
         resolve("quest2", 4)
     with pytest.raises(tc.PolicyError, match="unknown preset 'x'; presets are: full, tidal"):
         tc.Policy.preset("x", 4)
@@ -169,7 +171,11 @@ plain = st.recursive(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.fixed_dictionaries({}, optional={key: plain for key in ("version", "name", "num_layers", "defaults", "layers", "other")}))
+@given(
+    st.fixed_dictionaries(
+        {}, optional={key: plain for key in ("version", "name", "num_layers", "defaults", "layers", "other")}
+    )
+)
 def test_random_policies_never_fail_with_anything_but_policy_error(data):
     try:
         policy = tc.Policy.from_dict(data)

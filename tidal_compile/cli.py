@@ -81,7 +81,7 @@ def run(
 
     from .evaluate.passkey import passkey_prompt
     from .models import is_random, load_config, load_model, load_tokenizer
-    from .run import Variant, measure, prefill
+    from .run import Variant, measure, prefill, random_cache
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     _check_device(device)
@@ -103,9 +103,12 @@ def run(
             key, ids = prompt.key, prompt.input_ids
         ids = ids.to(device)
         length = ids.shape[1] - 1
-        filling = progress.add_task("prefill", total=-(-length // 1024))
-        for cache in prefill(net, ids, length + 1 + new_tokens):
-            progress.advance(filling)
+        if is_random(model):
+            cache = random_cache(net, length, length + new_tokens)
+        else:
+            filling = progress.add_task("prefill", total=-(-length // 1024))
+            for cache in prefill(net, ids, length + new_tokens):  # noqa: B007  the last one is complete
+                progress.advance(filling)
         measured = []
         for variant in variants:
             task = progress.add_task(f"{variant.name} (compile, decode)", total=new_tokens)
@@ -298,3 +301,7 @@ def main() -> None:
     except TidalError as error:
         err.print(f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

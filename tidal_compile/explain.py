@@ -9,6 +9,7 @@ from torch import nn
 
 from .backend import Options
 from .errors import UnsupportedModelError
+from .models import empty_cache
 from .passes.match import AttentionSite, count_layers, find_attention
 from .passes.plan import Decision, make_plan
 from .policy import Policy, resolve
@@ -91,7 +92,7 @@ def _trace(model: nn.Module) -> tuple[list, int]:
     try:
         with torch.no_grad():
             torch.compile(model, backend=stop_here, fullgraph=True)(
-                input_ids=token, past_key_values=_empty_cache(model), use_cache=True
+                input_ids=token, past_key_values=empty_cache(model, CACHE_SLOTS), use_cache=True
             )
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if not isinstance(error.inner_exception, _Traced):
@@ -105,14 +106,3 @@ def _trace(model: nn.Module) -> tuple[list, int]:
 
 class _Traced(Exception):
     """Raised by the tracing backend in place of a compiled graph, so that nothing is installed or run."""
-
-
-def _empty_cache(model: nn.Module):
-    from transformers import StaticCache
-
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = StaticCache(config=config, max_cache_len=CACHE_SLOTS)
-    cache.early_initialization(1, heads, head_dim, model.dtype, model.device)
-    return cache

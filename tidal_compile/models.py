@@ -97,6 +97,18 @@ def load_config(name: str, num_layers: int | None = None) -> Any:
     return config
 
 
+def empty_cache(model: nn.Module, slots: int, batch: int = 1) -> Any:
+    """A StaticCache `[batch, Hkv, slots, D]` for the model, allocated (the first prefill allocates it otherwise)."""
+    from transformers import StaticCache
+
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = StaticCache(config=config, max_cache_len=slots)
+    cache.early_initialization(batch, heads, head_dim, model.dtype, model.device)
+    return cache
+
+
 def _where(name: str) -> tuple[str, dict[str, Any]]:
     """The folder or hub name of a model, and the arguments that a GGUF needs."""
     if name != "smollm2":

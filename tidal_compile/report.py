@@ -26,13 +26,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 def explanation_table(explanation: "Explanation") -> Table:
     """One row an attention call: layer, role, source of its tokens, budget, or why it was left alone."""
-    sources = {"full": "whole cache", "select": "whole cache, chosen here", None: ""}
     rows = []
     for row in explanation.rows:
-        source = f"layer {row.source}" if row.role == "reuse" else sources[row.role]
         layer = "?" if row.layer is None else str(row.layer)
+        source = f"layer {row.source}" if row.role == "reuse" else "whole cache" if row.role else ""
         rows.append((layer, row.role or "-", source, row.budget, row.share, row.reason))
-    return table(("layer", "role", "tokens from", "budget", "shared by", "left alone because"), rows)
+    columns = ("layer", "role", "tokens from", "budget", "shared by", "left alone because")
+    shown = len(columns) if any(row.reason for row in explanation.rows) else len(columns) - 1
+    return table(columns[:shown], [row[:shown] for row in rows])
 
 
 def explanation_text(explanation: "Explanation") -> str:

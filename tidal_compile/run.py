@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .models import empty_cache
 from .passes.plan import kv_share
 from .policy import Policy
 
@@ -57,6 +58,16 @@ def prefill(model: nn.Module, input_ids: Tensor, slots: int, chunk: int = 1024) 
     for part in input_ids[:, :-1].split(chunk, dim=1):
         model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
         yield cache
+
+
+def random_cache(model: nn.Module, length: int, slots: int) -> Any:
+    """A StaticCache whose first `length` tokens are random numbers: for random weights, a prefill would be no better."""
+    cache = empty_cache(model, slots)
+    for layer in cache.layers:
+        layer.keys[:, :, :length].normal_()
+        layer.values[:, :, :length].normal_()
+    rewind(cache, length)
+    return cache
 
 
 def rewind(cache: Any, length: int) -> None:

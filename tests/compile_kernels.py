@@ -1,0 +1,64 @@
+"""Compile every kernel for a Hopper GPU, without one: launches are caught and handed to Triton's compiler.
+
+Run as a program, since a process that interprets kernels can't compile them. The interpreter forgives what the compiler
+does not, such as a variable that changes its shape in a loop.
+"""
+
+import itertools
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from tidal_compile.kernels import dense, select, sparse, split
+
+TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8",
+}  # fmt: skip
+COMPILED = {}
+
+
+def compile_instead(kernel, *args, grid, warmup, **options):
+    """What a launch would compile, for sm_90."""
+    given = dict(zip(kernel.arg_names, args, strict=False))
+    given |= {name: options.pop(name) for name in kernel.arg_names if name in options}
+    signature, constants = {}, {}
+    for param in kernel.params:
+        value = given[param.name]
+        if param.is_constexpr or value is None:
+            signature[param.name], constants[(param.num,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = TYPES[value.dtype]
+        else:
+            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(kernel, signature, constants)
+    key = source.hash()
+    if key not in COMPILED:
+        COMPILED[key] = kernel.__name__
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def main():
+    JITFunction.run = compile_instead
+    for module in (dense, sparse):
+        module.num_splits = lambda *_: 66
+    kinds = [(torch.bfloat16, 128, 4), (torch.float32, 80, 3), (torch.float16, 256, 1)]
+    for (dtype, head_dim, group), masked in itertools.product(kinds, (False, True)):
+        q = torch.zeros(2, 2 * group, 1, head_dim, dtype=dtype)
+        k = torch.zeros(2, 2, 512, head_dim, dtype=dtype)
+        mask = torch.ones(2, 1, 1, 512, dtype=torch.bool) if masked else None
+        length = torch.tensor(300)
+        dense.full_attention(q, k, k, length, mask, 0.1)
+        for share in ("query_head", "kv_head", "layer"):
+            index = select.select_attention(q, k, k, length, mask, 0.1, 64, 0.0, 4, 8, share)[1]
+            sparse.sparse_attention(q, k, k, index, length, mask, 0.1)
+    print(len(COMPILED), "kernels:", *sorted(set(COMPILED.values())))
+
+
+if __name__ == "__main__":
+    assert not split.INTERPRETED.value, "unset TRITON_INTERPRET"
+    sys.exit(main())

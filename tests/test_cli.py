@@ -1,0 +1,158 @@
+"""The command line and `explain`, as a user runs them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from models import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import tidal_compile as tc
+from tidal_compile.cli import app, main
+from tidal_compile.evaluate import passkey
+
+
+def cli(*arguments):
+    """Run in a process of its own, as a user does: exit code, standard output, standard error."""
+    command = [sys.executable, "-m", "tidal_compile.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Run in this process a command that must fail: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tidal-compile", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+def quick(*arguments):
+    """Run in this process: standard output of a command that must succeed."""
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a word tokenizer that knows the pass-key prompt, saved as Hugging Face does."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model(num_hidden_layers=4).save_pretrained(folder)
+    text = passkey.HEAD + passkey.FILLER + passkey.NEEDLE + passkey.QUESTION
+    words = pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text)
+    vocab = {word: number for number, word in enumerate(dict.fromkeys(["?", *(word for word, _ in words)]))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    return folder
+
+
+def test_run_writes_what_it_prints(folder, tmp_path):
+    code, out, err = cli(
+        "run", "--model", folder, "--context", 200, "--new-tokens", 8, "--budget", 70, "--policy", "full", "--policy", "tidal",
+        "--baseline", "eager", "--device", "cpu", "--out", tmp_path, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    record = json.loads(out)
+    [file] = tmp_path.glob("*.json")
+    assert json.loads(file.read_text()) == record
+    [chart] = tmp_path.glob("*.png")
+    assert chart.read_bytes().startswith(b"\x89PNG") and chart.stat().st_size > 5000
+    eager, full, tidal = record["variants"]
+    assert [variant["name"] for variant in record["variants"]] == ["eager", "tidal: full", "tidal: tidal"]
+    assert eager["tokens"] == full["tokens"] and len(full["tokens"]) == 8
+    assert full["kv_share"] == 1.0 and tidal["kv_share"] == pytest.approx((3 + 70 / (record["context"] + 7)) / 4)
+    assert tidal["roles"] == ["full", "full", "select", "reuse"]
+    assert all(variant["median_ms"] > 0 for variant in record["variants"]) and record["versions"]["torch"]
+
+
+def test_explain_as_table_and_json(folder):
+    table = quick("explain", "--model", folder, "--policy", "tidal", "--budget", "99")
+    assert "layer 2" in table and "whole cache" in table and "99" in table and "left alone" not in table
+    record = json.loads(quick("explain", "--model", folder, "--json"))
+    assert [call["role"] for call in record["calls"]] == ["full", "full", "select", "reuse"]
+    assert record["calls"][3]["source"] == 2
+
+
+def test_explain_an_8b_shape_without_its_memory():
+    record = json.loads(quick("explain", "--model", "random:llama-3.1-8b", "--json"))
+    assert [call["layer"] for call in record["calls"] if call["role"] == "select"] == [2, 13]
+    assert {call["kv_heads"] for call in record["calls"]} == {8}
+
+
+def test_explain_names_why_a_layer_is_left_alone():
+    model = tiny_model(
+        "gemma3_text", head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 3
+    )
+    explanation = tc.explain(model, "tidal")
+    assert [row.role for row in explanation.rows] == [None, "full", None, "full", None, "select"]
+    assert "sliding-window layer: left as it is" in str(explanation)
+    eager = tc.explain(tiny_model(attn_implementation="eager"), tc.Policy.preset("full", 6))
+    assert all(row.role is None and "attn_implementation='sdpa'" in row.reason for row in eager.rows)
+    asks = tc.explain(model, {"num_layers": 6, "layers": {"0": "select", "1-5": "reuse"}})
+    assert len(asks.problems) == 6 and "can't follow the policy: layer 0 (select)" in str(asks)
+
+
+def test_explain_leaves_the_model_as_it_was():
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tc.explain(model, "tidal")
+    assert all((value == before[name]).all() for name, value in model.state_dict().items())
+    with pytest.raises(tc.PolicyError, match="num_layers is 30, but the model has 6"):
+        tc.explain(model, "smollm2")
+
+
+def test_policy_commands(tmp_path, folder):
+    assert {row["name"] for row in json.loads(quick("policy", "list", "--json"))} == {"full", "tidal", "smollm2"}
+    assert "smollm2" in quick("policy", "list")
+    file = tmp_path / "p.yaml"
+    quick("policy", "init", file, "--num-layers", 32, "--budget", 700)
+    assert tc.Policy.load(file) == tc.Policy.preset("tidal", 32, budget=700)
+    assert json.loads(quick("policy", "validate", file, "--json")) == {"valid": True, "name": "tidal", "num_layers": 32}
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(quick("policy", "show", "tidal", "--model", folder).rpartition("policy tidal:")[0])
+    assert tc.Policy.load(shown) == tc.Policy.preset("tidal", 4)
+    assert json.loads(quick("policy", "show", "smollm2", "--json"))["num_layers"] == 30
+
+
+def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, folder, fails):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("num_layers: 4\nlayers: {0-1: full, 2: selekt, 3: reuse}\n")
+    cases = [
+        (("policy", "validate", bad), "layers.2.role: found \"selekt\"; valid values are 'full', 'select' or 'reuse'"),
+        (("policy", "validate", tmp_path / "none.yaml"), "can't read the policy file"),
+        (("policy", "show", "tidal"), "say which with --model or --num-layers"),
+        (("policy", "init", bad, "--num-layers", 4), "--force overwrites it"),
+        (("explain", "--model", "random:nope"), "unknown shape; valid are llama-3.1-8b"),
+        (("explain", "--model", tmp_path / "no-model"), "can't be loaded"),
+        (("explain", "--model", folder, "--policy", "smollm2"), "num_layers is 30, but the model has 4 decoder layers"),
+        (("run", "--model", folder, "--policy", "tidla"), "unknown policy 'tidla'"),
+        (("run", "--model", folder, "--device", "tpu"), "valid devices are auto, cpu and cuda"),
+        (("run", "--model", folder, "--policy", "tidal", "--budget", 5), "budget 5 is smaller than sinks + recent"),
+    ]
+    for arguments, message in cases:
+        code, out, err = fails(*arguments)
+        assert (code, out) == (2, "") and message in err, (arguments, err)
+    assert fails("run", "--no-such-option")[0] == 2
+    assert fails("run", "--context", "x")[0] == 2
+    code, out, err = cli(*cases[0][0])
+    assert (code, out) == (2, "") and cases[0][1] in err and "Traceback" not in err
+
+
+def test_passkey_prompts(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for depth in (0.0, 0.5, 1.0):
+        prompt = passkey.passkey_prompt(tokenizer, 300, depth, seed=3)
+        assert 250 < prompt.input_ids.shape[1] <= 300 and len(prompt.key) == 5
+    assert passkey.passkey_prompt(tokenizer, 300, seed=4).key != prompt.key
