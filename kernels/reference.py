@@ -53,16 +53,19 @@ def sparse_attention(
     num_kv_heads, slots = k.shape[1:3]
     heads = max(index.shape[1], num_kv_heads)  # one gather a head of this many
     live = (index >= 0) & (index < length)
-    index = index.clamp(0, slots - 1).long().expand(batch, heads, -1)  # [B, heads, K]
-    b = torch.arange(batch, device=q.device)[:, None, None]
+    token = index.clamp(0, slots - 1).long()
     if mask is not None:
-        live = live & mask.expand(batch, 1, 1, slots)[b, 0, 0, index]
-    live = live.expand(batch, heads, -1)
-    kv_head = torch.arange(heads, device=q.device)[None, :, None] // (heads // num_kv_heads)
-    keys = k[b, kv_head, index].float()  # [B, heads, K, D]
-    values = v[b, kv_head, index].float().masked_fill(~live[..., None], 0.0)
-    grouped = q.float().view(batch, heads, num_heads // heads, head_dim)
-    scores = (grouped @ keys.mT * scale).masked_fill(~live[:, :, None], -torch.inf)
+        live = live & mask.expand(batch, 1, 1, slots)[:, 0].expand(-1, index.shape[1], -1).gather(2, token)
+    kv_head = torch.arange(heads, device=q.device) // (heads // num_kv_heads)
+    first_row = (torch.arange(batch, device=q.device)[:, None] * num_kv_heads + kv_head)[..., None] * slots
+    rows = first_row + token  # [B, heads, K] of the cache as [B * Hkv * S, D]
+    keys = torch.nn.functional.embedding(rows, k.reshape(-1, head_dim)).float()
+    values = torch.nn.functional.embedding(rows, v.reshape(-1, head_dim)).float()
+    grouped = q.float().reshape(batch, heads, num_heads // heads, head_dim)
+    scores = grouped @ keys.mT * scale
+    if not live.all():  # what a dead slot names may be garbage
+        scores = scores.masked_fill(~live[:, :, None], -torch.inf)
+        values = values.masked_fill(~live[..., None], 0.0)
     return _weigh(scores, values).view(q.shape).to(q.dtype)
 
 
@@ -91,18 +94,22 @@ def choose_tokens(
     importance: Tensor, valid: Tensor, width: int, budget: int, ratio: float, sinks: int, recent: int
 ) -> Tensor:
     """The positions of the chosen tokens, ascending, padded with -1: `[B, G, n]`, valid `[B, n]` -> `[B, G, K]`."""
-    n = valid.shape[-1]
+    index = valid.new_full((*importance.shape[:2], width), -1, dtype=torch.int32)
+    if valid.shape[-1] == 0:
+        return index
     rank = valid.cumsum(-1)  # 1-based among the valid tokens
-    count = rank[:, -1:] if n else rank.new_zeros(valid.shape[0], 1)
+    count = rank[:, -1:]
     always = valid & ((rank <= sinks) | (rank > count - recent))
     wish = importance.masked_fill(always[:, None], torch.inf).masked_fill(~valid[:, None], -torch.inf)
-    order = wish.argsort(dim=-1, descending=True, stable=True)[..., :width]
 
-    live_budget = (-(-count * parts_per_million(ratio) // 1_000_000)).clamp(min=budget).minimum(count)  # [B, 1]
-    taken = torch.arange(order.shape[-1], device=order.device) < live_budget[:, None]
-    index = order.masked_fill(~taken, n).sort(-1).values.int()
-    index = index.masked_fill(index == n, -1)
-    return torch.nn.functional.pad(index, (0, width - index.shape[-1]), value=-1)
+    live = (-(-count * parts_per_million(ratio) // 1_000_000)).clamp(min=budget).minimum(count)[:, None]  # [B, 1, 1]
+    best = wish.topk(min(width, wish.shape[-1])).values
+    last = best.gather(-1, (live - 1).clamp(min=0).expand(-1, best.shape[1], 1))  # the least important that is kept
+    better, tie = wish > last, wish == last
+    chosen = better | (tie & (tie.cumsum(-1) <= live - better.sum(-1, keepdim=True)))
+    b, g, token = chosen.nonzero(as_tuple=True)
+    index[b, g, chosen.cumsum(-1)[b, g, token] - 1] = token.int()
+    return index
 
 
 def _score_live_tokens(
@@ -113,7 +120,7 @@ def _score_live_tokens(
     num_kv_heads, slots = k.shape[1:3]
     n = min(int(length), slots)
     keys, values = k[:, :, :n].float(), v[:, :, :n].float()
-    grouped = q.float().view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    grouped = q.float().reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = grouped @ keys.mT * scale
     if mask is not None:
         hidden = ~mask.expand(batch, 1, 1, slots)[..., :n]

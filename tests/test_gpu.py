@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 import tidal_compile as tc
 from tidal_compile.kernels import reference
 from tidal_compile.models import load_model
+from tidal_compile.run import rewind
 
 pytestmark = pytest.mark.gpu
 
@@ -76,9 +77,10 @@ def test_256_steps_replay_without_recompile_or_rerecord(cudagraph_or_error):
     step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "tidal", "budget": 80})
     cache = prefilled(model, on_gpu(random_tokens(1, 30)), 320)
     decode_logits(step, cache, tokens[:, :3])
+    recorded = counters["inductor"]["cudagraph_recorded_non_static_inputs"]  # the token and its position
     with torch.compiler.set_stance("fail_on_recompile"):
         decode_logits(step, cache, tokens)
-    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] == 0
+    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] == recorded
 
 
 def test_generate_on_a_gpu_equals_eager_generate(cudagraph_or_error):
@@ -114,19 +116,27 @@ class ReferenceBackend:
         return gm.forward
 
 
-@pytest.mark.parametrize("shape", ["llama-3.1-8b"])
-def test_an_8b_shape_decodes_as_the_reference_does(shape, cudagraph_or_error):
-    """All 32 layers, bf16, 8K tokens in a 16K cache, a batch of 1: compiled kernels against the plain-torch ops."""
-    model = load_model(f"random:{shape}", "cuda", torch.bfloat16)
+@pytest.mark.parametrize("policy", ["full", "tidal"])
+def test_an_8b_shape_is_as_accurate_as_the_reference(policy, cudagraph_or_error):
+    """All 32 layers, 8K of a 16K cache. Random weights attend almost evenly, so rounding alone moves many tokens in and out
+    of a set, and two correct bfloat16 runs differ. Both are held against a float32 run of the reference ops."""
+    model = load_model("random:llama-3.1-8b", "cuda", torch.bfloat16)
     prompt = torch.randint(model.config.vocab_size, (1, 8192), device="cuda")
     tokens = torch.randint(model.config.vocab_size, (1, 6), device="cuda")
-    policy = tc.Policy.preset("tidal", model.config.num_hidden_layers, budget=1024)
+    chosen = tc.Policy.preset(policy, model.config.num_hidden_layers, budget=1024)
     cache = prefilled(model, prompt, 16384)
-    step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
-    got = decode_logits(step, cache, tokens)
-    torch._dynamo.reset()
+
+    def run(backend, **options):
+        torch._dynamo.reset()
+        rewind(cache, 8192)
+        return decode_logits(torch.compile(model, backend=backend, fullgraph=True, **options), cache, tokens).float()
+
+    ours = run("tidal", options={"policy": chosen})
+    reference_bf16 = run(ReferenceBackend(chosen))
+    model.float()
     for layer in cache.layers:
-        layer.cumulative_length.fill_(8192)
-    expected = decode_logits(torch.compile(model, backend=ReferenceBackend(policy), fullgraph=True), cache, tokens)
-    error = (got - expected).float().norm() / expected.float().norm()
-    assert error < 0.02, f"relative error {error:.4f}"
+        layer.keys, layer.values = layer.keys.float(), layer.values.float()
+    exact = run(ReferenceBackend(chosen))
+    errors = [((logits - exact).norm() / exact.norm()).item() for logits in (ours, reference_bf16)]
+    print(f"relative error of {policy}: ours {errors[0]:.4f}, reference ops in bfloat16 {errors[1]:.4f}")
+    assert errors[0] <= 1.25 * errors[1] and errors[0] < 0.1

