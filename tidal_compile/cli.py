@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import json
-import logging
 import os
 import platform
 import re
@@ -293,9 +292,9 @@ def _cpu_name() -> str:
 
 def main() -> None:
     """Entry point: what tidal_compile refuses ends with one line and exit code 2, not with a traceback."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress covers what it would show
     warnings.filterwarnings("ignore", module="torch")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         app()
     except TidalError as error:

@@ -97,6 +97,7 @@ def decode(
     torch._dynamo.reset()  # guards of other variants on the same forward would only slow this one down
     rewind(cache, length)
     step = make_step(model, variant)
+    token = token.clone(memory_format=torch.contiguous_format)  # a slice has other strides, and would compile twice
     for _ in range(steps):
         torch.compiler.cudagraph_mark_step_begin()
         _synchronize(model.device)
