@@ -8,6 +8,7 @@ from torch import Tensor
 from .split import (
     check_rows,
     load_group,
+    mask_bits,
     merge,
     num_splits,
     padded_dim,
@@ -21,7 +22,8 @@ from .split import (
 @triton.jit
 def _scan(
     q_ptr, k_ptr, v_ptr, mask_ptr, length_ptr, acc_ptr, stat_ptr, score_ptr, scale, slots,
-    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb, stride_mn,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_mb, stride_mn,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, HAS_MASK: tl.constexpr, WRITE_SCORES: tl.constexpr,
 ):  # fmt: skip
@@ -66,9 +68,9 @@ def _scan(
 def scan(
     q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float, write_scores: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Attend to all: -> out `[B, Hq, 1, D]`, log2-sum-exp `[B, Hq]` and, on request, base-2 scores `[B, Hq, S]` float32.
+    """Attend to all: -> out `[B, Hq, 1, D]`, log2-sum-exp `[B, Hq]` and, on request, scores `[B, Hq, S]`.
 
-    Scores are -inf where the mask hides a token, and left unwritten beyond the live length.
+    Scores are float32 in base 2, -inf where the mask hides a token, and left unwritten beyond the live length.
     """
     check_rows(k, v)
     batch, num_heads, _, head_dim = q.shape
@@ -78,11 +80,10 @@ def scan(
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
     scores = q.new_empty(batch, num_heads, slots, dtype=torch.float32) if write_scores else None
-    bits = None if mask is None else mask.view(torch.uint8).expand(batch, 1, 1, slots)
+    bits, *stride_m = mask_bits(mask, batch, slots)
     _scan[(splits, num_kv_heads, batch)](
         q, k, v, bits, length, acc, stats, scores, scale, slots,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3],
-        0 if bits is None else bits.stride(0), 0 if bits is None else bits.stride(3),
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m,
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, ROWS=padded_rows(num_heads // num_kv_heads),
         D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, SPLITS=splits,
         HAS_MASK=mask is not None, WRITE_SCORES=write_scores, num_warps=4, num_stages=3,

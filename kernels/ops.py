@@ -4,9 +4,9 @@
     select_attention (q, k, v, length, mask, scale, budget, ratio, sinks, recent, share) -> out, index
     sparse_attention (q, k, v, index, length, mask, scale)                               -> out
 
-`q [B, Hq, 1, D]`; `k, v [B, Hkv, S, D]` the static cache, read in place; `length` 0-d int64 on the device, the number of
-live slots with the new token; `mask [B or 1, 1, 1, S]` bool or None; `index [B, G, K]` int32, ascending, -1 padded, G in
-{1, Hkv, Hq}. float32, float16 and bfloat16. Outputs never alias inputs and no shape depends on data.
+`q [B, Hq, 1, D]`; `k, v [B, Hkv, S, D]` the static cache, read in place; `length` 0-d int64 on the device, the number
+of live slots with the new token; `mask [B or 1, 1, 1, S]` bool or None; `index [B, G, K]` int32, ascending, -1 padded,
+G in {1, Hkv, Hq}. float32, float16 and bfloat16. Outputs never alias inputs and no shape depends on data.
 
 They are `custom_op`s, opaque to Inductor: a `triton_op` would be traced into its Triton call even on a CPU.
 A CPU runs `reference`, a GPU the Triton kernels, imported at their first call since a CPU-only machine has no Triton.

@@ -34,8 +34,8 @@ def select_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend to every live token, and choose the ones that matter: -> `[B, Hq, 1, D]`, `index [B, G, K]` int32.
 
-    TidalDecode's selection layer (https://arxiv.org/abs/2410.05076). The first `sinks` and the last `recent` live tokens
-    are always chosen, inside the budget; the rest by importance (see `importance`), ties to the lower position.
+    TidalDecode's selection layer (https://arxiv.org/abs/2410.05076). The first `sinks` and the last `recent` live
+    tokens are always chosen, inside the budget; the rest by `importance`, ties to the lower position.
     """
     scores, live_v = _score_live_tokens(q, k, v, length, mask, scale)
     out = _weigh(scores, live_v).view(q.shape).to(q.dtype)

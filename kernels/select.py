@@ -1,4 +1,7 @@
-"""`select_attention` in Triton: the dense scan, which also writes its scores, then `topk`. Reference: `reference.select_attention`."""
+"""`select_attention` in Triton: the dense scan, which also writes its scores, then `topk`.
+
+Reference: `reference.select_attention`.
+"""
 
 from torch import Tensor
 

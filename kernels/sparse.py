@@ -8,6 +8,7 @@ from torch import Tensor
 from .split import (
     check_rows,
     load_group,
+    mask_bits,
     merge,
     num_splits,
     padded_dim,
@@ -71,14 +72,13 @@ def sparse_attention(
     splits = num_splits(q.device, batch * heads, triton.cdiv(width, block_n))
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
-    bits = None if mask is None else mask.view(torch.uint8).expand(batch, 1, 1, slots)
+    bits, *stride_m = mask_bits(mask, batch, slots)
     _gather[(splits, heads, batch)](
         q, k, v, index, bits, length, acc, stats, scale, slots,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *index.stride(),
-        0 if bits is None else bits.stride(0), 0 if bits is None else bits.stride(3),
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *index.stride(), *stride_m,
         HEADS=heads, GROUP=group, ROWS=padded_rows(group), SHARED_BY=heads // num_kv_heads, ONE_SET=sets == 1,
-        WIDTH=width, D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, SPLITS=splits, HAS_MASK=mask is not None,
-        num_warps=4, num_stages=3,
+        WIDTH=width, D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, SPLITS=splits,
+        HAS_MASK=mask is not None, num_warps=4, num_stages=3,
     )  # fmt: skip
     out = q.new_empty(q.shape)
     merge(acc, stats, out)

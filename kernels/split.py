@@ -26,7 +26,7 @@ def _dot(a, b):
 def load_group(
     q_ptr, stride_h, stride_d, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """The query heads of one group `[ROWS, BLOCK_D]`, zero beyond GROUP and D (a tensor-core tile has at least 16 rows)."""
+    """The query heads of one group `[ROWS, BLOCK_D]`, zero beyond GROUP and D (tensor cores want 16 rows or more)."""
     row = tl.arange(0, ROWS)[:, None]
     dim = tl.arange(0, BLOCK_D)[None, :]
     return tl.load(q_ptr + row * stride_h + dim * stride_d, mask=(row < GROUP) & (dim < D), other=0.0)
@@ -102,7 +102,7 @@ def _merge(
 
 
 def merge(acc: Tensor, stats: Tensor, out: Tensor) -> Tensor:
-    """Join splits `acc [B, Hq, P, D]`, `stats [B, Hq, P, 2]` into `out [B, Hq, 1, D]`; returns the log2-sum-exp `[B, Hq]`."""
+    """Join splits `acc [B, Hq, P, D]`, `stats [B, Hq, P, 2]` into `out [B, Hq, 1, D]`; -> log2-sum-exp `[B, Hq]`."""
     batch, num_heads, splits, head_dim = acc.shape
     lse = acc.new_empty(batch, num_heads)
     _merge[(batch * num_heads,)](
@@ -123,9 +123,17 @@ def padded_rows(group: int) -> int:
 
 
 def num_splits(device: torch.device, programs: int, tiles: int) -> int:
-    """Splits a head, so that `programs` heads fill the GPU about four times over; static, whatever the live length is."""
+    """Splits a head, so that `programs` heads fill the GPU about four times over; the live length has no say."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return max(1, min(triton.cdiv(4 * processors, programs), tiles))
+
+
+def mask_bits(mask: Tensor | None, batch: int, slots: int) -> tuple[Tensor | None, int, int]:
+    """A bool mask `[B or 1, 1, 1, S]` as bytes, and its strides along B and S; None and zeros without one."""
+    if mask is None:
+        return None, 0, 0
+    bits = mask.view(torch.uint8).expand(batch, 1, 1, slots)
+    return bits, bits.stride(0), bits.stride(3)
 
 
 def check_rows(k: Tensor, v: Tensor) -> None:

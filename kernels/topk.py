@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import index_width, parts_per_million
+from .split import mask_bits
 
 NEVER = tl.constexpr(0)
 ALWAYS = tl.constexpr(0xFFFFFFFF)
@@ -17,7 +18,8 @@ ALWAYS = tl.constexpr(0xFFFFFFFF)
 
 @triton.jit
 def _window(
-    mask_ptr, length_ptr, window_ptr, slots, sinks, recent, stride_mb, stride_mn, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr
+    mask_ptr, length_ptr, window_ptr, slots, sinks, recent, stride_mb, stride_mn,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence: how many tokens are valid, where its sinks end, and where its recent tokens begin."""
     batch = tl.program_id(0).to(tl.int64)
@@ -140,11 +142,8 @@ def choose_tokens(
     """Base-2 scores `[B, Hq, S]` and log2-sum-exp `[B, Hq]` of a scan -> `index [B, G, K]` int32 for G = `sets`."""
     batch, num_heads, slots = scores.shape
     window = scores.new_empty(batch, 3, dtype=torch.int32)
-    bits = None if mask is None else mask.view(torch.uint8).expand(batch, 1, 1, slots)
-    stride_mb, stride_mn = (0, 0) if bits is None else (bits.stride(0), bits.stride(3))
-    _window[(batch,)](
-        bits, length, window, slots, sinks, recent, stride_mb, stride_mn, HAS_MASK=mask is not None, BLOCK=4096
-    )
+    bits, *stride_m = mask_bits(mask, batch, slots)
+    _window[(batch,)](bits, length, window, slots, sinks, recent, *stride_m, HAS_MASK=mask is not None, BLOCK=4096)
 
     keys = scores.new_empty(batch, sets, slots, dtype=torch.int32)
     grid = (triton.cdiv(slots, 1024), sets, batch)

@@ -6,8 +6,8 @@ Graph in: what Dynamo captured from one decode step of a Hugging Face model with
     keys.index_copy_(2, position, new_key);  values.index_copy_(2, position, new_value)
     scaled_dot_product_attention(q, repeat_kv(keys), repeat_kv(values), attn_mask=mask, scale=scale)
 
-where `keys`, `values` and `cumulative_length` are graph inputs that come from `...layers[i]` of the cache. `repeat_kv` is
-`reshape(expand(x[:, :, None]))`, or missing (one query head a kv head, or `enable_gqa=True`).
+where `keys`, `values` and `cumulative_length` are graph inputs that come from `...layers[i]` of the cache. `repeat_kv`
+is `reshape(expand(x[:, :, None]))`, or missing (one query head a kv head, or `enable_gqa=True`).
 
 Out: an `AttentionSite` for every call of that form, an `Unmatched` with the reason for every other. Changes nothing.
 """
@@ -173,8 +173,8 @@ def _bool_mask(mask: fx.Node | None, cache_shape: tuple) -> fx.Node | None:
 def _rolls(site: fx.Node, name: str) -> bool:
     """Whether the layer's cache is a sliding window.
 
-    Such a layer overwrites its keys with `copy_` once they are full; before, it writes the new key before it advances its
-    counter, where a full-attention layer advances first.
+    Such a layer overwrites its keys with `copy_` once they are full; until then it writes the new key before it
+    advances its counter, where a full-attention layer advances first.
     """
     for key in _ancestors(_sdpa_arguments(site)[name]):
         if key.op != "placeholder" or not _source(key).endswith(".keys"):

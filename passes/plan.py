@@ -1,7 +1,7 @@
 """Decide what each attention call becomes: the policy's roles, laid over the calls that the graph has.
 
-In: the calls that `match` found and the policy's role for each layer. Out: a `Decision` for each call, in graph order, or
-the reasons why the graph can't follow the policy.
+In: the calls that `match` found and the policy's role for each layer. Out: a `Decision` for each call, in graph order,
+and the reasons why the graph can't follow the policy.
 """
 
 import math

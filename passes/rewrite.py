@@ -2,13 +2,13 @@
 
 Graph in: Dynamo's decode graph and the plan for its calls. Graph out: the same graph object, edited in place, where
 
-    full    scaled_dot_product_attention(...)  ->  tidal::full_attention(q, keys, values, length, mask, scale)
-    select                                     ->  tidal::select_attention(...)[0], and its [1] is the token set
-    reuse                                      ->  tidal::sparse_attention(q, keys, values, token set, length, mask, scale)
+    full    scaled_dot_product_attention(...) -> tidal::full_attention(q, keys, values, length, mask, scale)
+    select                                    -> tidal::select_attention(...)[0], and its [1] is the token set
+    reuse                                     -> tidal::sparse_attention(q, keys, values, token set, ...)
 
-read the cache inputs directly; the `repeat_kv` nodes that nothing uses any more are erased. In place, because a copy of the
-graph module loses what marks the cache as static and CUDA graphs are skipped; and never `eliminate_dead_code`, which takes
-the cache writes (`index_copy_`, whose result nobody uses) for dead.
+read the cache inputs directly; the `repeat_kv` nodes that nothing uses any more are erased. In place, because a copy of
+the graph module loses what marks the cache as static, and CUDA graphs are skipped; and never by `eliminate_dead_code`,
+which takes the cache writes (`index_copy_`, whose result nobody uses) for dead.
 """
 
 import operator

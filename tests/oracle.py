@@ -32,7 +32,7 @@ def scores_of(q, k, length, mask, scale):
 
 def attend(scores, v, allowed=None):
     """Softmax over the allowed tokens (`[B, Hq, n]` bool) times v `[B, Hkv, S, D]` -> float64 `[B, Hq, 1, D]`; empty: 0."""
-    batch, num_heads, n = scores.shape
+    batch, num_heads, _ = scores.shape
     group = num_heads // v.shape[1]
     out = torch.zeros(batch, num_heads, 1, v.shape[3], dtype=torch.float64)
     for b in range(batch):

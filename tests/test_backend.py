@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 
-
 import pytest
 import torch
 from models import decode_logits, prefilled, random_tokens, tiny_model

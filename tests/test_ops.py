@@ -202,7 +202,7 @@ def test_strided_inputs(name):
     assert torch.equal(index, expected[1])
     for token_set in (index, index[:, :1], index.repeat_interleave(2, 1)):
         sparse = IMPLEMENTATIONS[name].sparse_attention(*args[:3], token_set, *args[3:])
-        rows = [[row for row in sets] for sets in token_set.tolist()]
+        rows = token_set.tolist()
         scores, _ = oracle.scores_of(*[arg.cpu() for arg in (q, k)], int(length), mask, scale)
         expected_sparse = oracle.attend(scores, v.cpu(), oracle.sets_as_mask(rows, 4, 97))
         torch.testing.assert_close(sparse.cpu().double(), expected_sparse, atol=2e-6, rtol=2e-6)

@@ -173,7 +173,7 @@ plain = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(
     st.fixed_dictionaries(
-        {}, optional={key: plain for key in ("version", "name", "num_layers", "defaults", "layers", "other")}
+        {}, optional=dict.fromkeys(("version", "name", "num_layers", "defaults", "layers", "other"), plain)
     )
 )
 def test_random_policies_never_fail_with_anything_but_policy_error(data):

@@ -1,6 +1,6 @@
 """The `torch.compile` backend: policy + graph -> calls -> plan -> rewritten graph -> Inductor.
 
-Registered by the entry point in pyproject.toml alone, so that `torch.compile(model, backend="tidal")` finds it unimported.
+Registered by the entry point in pyproject.toml alone: `torch.compile(model, backend="tidal")` finds it unimported.
 """
 
 import logging

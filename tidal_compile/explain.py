@@ -56,8 +56,8 @@ def explain(model: nn.Module, policy: Policy | dict | str | Path, **overrides: A
     """Match a model's decode step against a policy, without running it.
 
     `model` is a Hugging Face decoder on any device, `meta` included; `policy` any form that the backend takes, and
-    `overrides` its defaults. Raises `PolicyError` if the policy doesn't fit, and `UnsupportedModelError` if the decode step
-    can't be traced as one graph.
+    `overrides` its defaults. Raises `PolicyError` if the policy doesn't fit, and `UnsupportedModelError` if the decode
+    step can't be traced as one graph.
     """
     options = Options.parse({"policy": policy, **overrides})
     calls, num_layers = _trace(model)

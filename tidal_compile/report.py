@@ -78,18 +78,17 @@ def run_record(measured: Sequence["Result"], **about: Any) -> dict[str, Any]:
 
 
 def run_table(record: dict[str, Any]) -> Table:
-    """Variant, answer, share of the KV cache read a step, and latency."""
+    """Variant, answer, share of the KV cache read a step, and latency; the JSON has more."""
+    verdicts = {True: "found", False: "missed", None: "-"}
     rows = []
     for variant in record["variants"]:
-        found = {True: "found", False: "missed", None: "-"}[variant["found_key"]]
-        spread = f"{variant['p10_ms']:.2f}-{variant['p90_ms']:.2f}"
-        answer = variant["answer"].strip().replace("\n", " ")[:28]
+        answer = " ".join(variant["answer"].split())
         rows.append((
-            variant["name"], found, answer, f"{variant['kv_share']:.1%}", f"{variant['median_ms']:.2f}", spread,
+            variant["name"].removeprefix("tidal: "), answer if len(answer) <= 18 else answer[:17] + "…",
+            verdicts[variant["found_key"]], f"{variant['kv_share']:.0%}", f"{variant['median_ms']:.2f}",
             f"{variant['first_step_s']:.1f}",
         ))  # fmt: skip
-    columns = ("variant", f"key {record['key'] or ''}", "answer", "KV read", "ms/token", "p10-p90", "first step s")
-    return table(columns, rows)
+    return table(("variant", "answer", f"key {record['key'] or ''}".strip(), "KV read", "ms/token", "compile s"), rows)
 
 
 def run_chart(record: dict[str, Any], file: Path) -> None:

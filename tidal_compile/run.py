@@ -31,7 +31,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Result:
-    """What a variant did: tokens `[new tokens]`, text, ms a step, share of the KV cache read, and seconds to compile."""
+    """What a variant did: tokens and their text, ms of each timed step, share of the KV cache read, compile time."""
 
     variant: Variant
     tokens: tuple[int, ...]
@@ -48,7 +48,7 @@ class Result:
 
 @torch.no_grad()
 def prefill(model: nn.Module, input_ids: Tensor, slots: int, chunk: int = 1024) -> Iterator[Any]:
-    """Fill a StaticCache of `slots` with all of input_ids `[1, n]` but the last token, which the first decode step reads.
+    """Fill a StaticCache of `slots` with all of input_ids `[1, n]` but the last token, which decoding starts with.
 
     Yields the cache after every chunk; the last one is complete.
     """
@@ -61,7 +61,7 @@ def prefill(model: nn.Module, input_ids: Tensor, slots: int, chunk: int = 1024) 
 
 
 def random_cache(model: nn.Module, length: int, slots: int) -> Any:
-    """A StaticCache whose first `length` tokens are random numbers: for random weights, a prefill would be no better."""
+    """A StaticCache whose first `length` tokens are random: with random weights, a prefill would be no better."""
     cache = empty_cache(model, slots)
     for layer in cache.layers:
         layer.keys[:, :, :length].normal_()

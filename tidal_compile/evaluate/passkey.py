@@ -24,8 +24,13 @@ class PassKey:
 def passkey_prompt(tokenizer: Any, num_tokens: int, depth: float = 0.3, seed: int = 0) -> PassKey:
     """A prompt of at most `num_tokens` tokens, with the key at `depth` (0: start, 1: end) of the filler."""
     key = str(random.Random(seed).randint(10_000, 99_999))
-    fixed = len(tokenizer(HEAD + NEEDLE.format(key=key) + QUESTION).input_ids)
-    repeats = max(1, (num_tokens - fixed) // len(tokenizer(FILLER).input_ids))
+
+    def count(text: str) -> int:
+        return len(tokenizer(text).input_ids)
+
+    fixed = count(HEAD + NEEDLE.format(key=key) + QUESTION)
+    each = (count(FILLER * 11) - count(FILLER)) / 10  # neighbouring repeats may share a token
+    repeats = max(1, int((num_tokens - fixed) / each))
     before = round(repeats * depth)
     text = HEAD + FILLER * before + NEEDLE.format(key=key) + FILLER * (repeats - before) + QUESTION
     return PassKey(torch.tensor([tokenizer(text).input_ids]), key)
