@@ -137,6 +137,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, folder, fails):
         (("explain", "--model", folder, "--policy", "smollm2"), "num_layers is 30, but the model has 4 decoder layers"),
         (("run", "--model", folder, "--policy", "tidla"), "unknown policy 'tidla'"),
         (("run", "--model", folder, "--device", "tpu"), "valid devices are auto, cpu and cuda"),
+        (("run", "--model", folder, "--out", bad), "can't make this folder"),
         (("run", "--model", folder, "--policy", "tidal", "--budget", 5), "budget 5 is smaller than sinks + recent"),
     ]
     for arguments, message in cases:

@@ -42,10 +42,10 @@ class Options:
     @classmethod
     def parse(cls, options: dict[str, Any]) -> "Options":
         """Raises `TidalError` for an unknown option or a value of the wrong type."""
-        valid = (*OWN_OPTIONS, *Defaults.model_fields)
+        known = (*OWN_OPTIONS, *Defaults.model_fields)
         for name in options:
-            if name not in valid:
-                raise TidalError(f"unknown option {name!r} for backend 'tidal'; valid options are: {', '.join(valid)}")
+            if name not in known:
+                raise TidalError(f"unknown option {name!r} for backend 'tidal'; valid options are: {', '.join(known)}")
         own = {name: options[name] for name in OWN_OPTIONS if name in options}
         for name, kind, valid in (
             ("strict", bool, "true or false"),
@@ -80,8 +80,9 @@ def tidal(
         apply_plan(gm, plan)
         log.info("tidal: %d attention calls, %d rewritten", len(plan.decisions), plan.rewritten)
 
-    on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in example_inputs)
-    settings = {"triton.cudagraphs": on_cuda if parsed.cuda_graphs is None else parsed.cuda_graphs}
+    # A prefill would record another CUDA graph for every prompt length
+    decodes_on_cuda = plan is not None and any(getattr(value, "is_cuda", False) for value in example_inputs)
+    settings = {"triton.cudagraphs": decodes_on_cuda if parsed.cuda_graphs is None else parsed.cuda_graphs}
     settings |= torch._inductor.list_mode_options(mode or "default") | parsed.inductor
     return compile_fx(gm, example_inputs, config_patches=settings)
 

@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,6 +85,8 @@ def run(
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     _check_device(device)
+    report.need_matplotlib()
+    _make_folder(results)
     number = getattr(torch, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype.value)
     overrides = {} if budget is None else {"budget": budget}
     layers = load_config(model).get_text_config(decoder=True).num_hidden_layers
@@ -92,9 +95,16 @@ def run(
     variants += [Variant(f"tidal: {one.name}", "tidal", one) for one in chosen]
 
     with _progress() as progress:
-        loading = progress.add_task(f"load {model}", total=1)
+
+        def stage(title: str, steps: int) -> Callable[[], None]:
+            if not err.is_terminal:  # a log shows no bars: a line a stage
+                err.print(f"{title} ...", markup=False, highlight=False)
+            task = progress.add_task(title, total=steps)
+            return lambda: progress.advance(task)
+
+        done = stage(f"load {model}", 1)
         net, tokenizer = load_model(model, device, number), load_tokenizer(model)
-        progress.update(loading, completed=1)
+        done()
         if is_random(model):
             key, ids = None, torch.randint(net.config.vocab_size, (1, context), generator=torch.manual_seed(seed))
         else:
@@ -105,24 +115,19 @@ def run(
         if is_random(model):
             cache = random_cache(net, length, length + new_tokens)
         else:
-            filling = progress.add_task("prefill", total=-(-length // 1024))
+            advance = stage("prefill", -(-length // 1024))
             for cache in prefill(net, ids, length + new_tokens):  # noqa: B007  the last one is complete
-                progress.advance(filling)
+                advance()
         measured = []
         for variant in variants:
-            task = progress.add_task(f"{variant.name} (compile, decode)", total=new_tokens)
-            measured.append(
-                measure(
-                    net, variant, cache, ids[:, -1:], length, new_tokens, tokenizer, lambda t=task: progress.advance(t)
-                )
-            )
+            advance = stage(f"{variant.name} (compile, decode)", new_tokens)
+            measured.append(measure(net, variant, cache, ids[:, -1:], length, new_tokens, tokenizer, advance))
 
     record = report.run_record(
         measured, model=model, key=key, context=length + 1, dtype=str(number).removeprefix("torch.")
     )
     record |= _provenance(device)
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"run-{model}-{record['device']}").strip("-").lower()
-    results.mkdir(parents=True, exist_ok=True)
     files = [results / f"{name}.json", results / f"{name}.png"]
     files[0].write_text(json.dumps(record, indent=1) + "\n")
     report.run_chart(record, files[1])
@@ -249,6 +254,13 @@ def _check_device(device: str) -> None:
         raise TidalError(f"--device {device!r}: valid devices are auto, cpu and cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise TidalError("--device cuda: no CUDA device is available; valid here: auto, cpu")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TidalError(f"--out {folder}: can't make this folder: {error.strerror}") from None
 
 
 def _progress() -> Progress:

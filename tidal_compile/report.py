@@ -1,5 +1,6 @@
 """Tables and charts of what the command line finds."""
 
+import importlib.util
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -91,12 +92,15 @@ def run_table(record: dict[str, Any]) -> Table:
     return table(("variant", "answer", f"key {record['key'] or ''}".strip(), "KV read", "ms/token", "compile s"), rows)
 
 
+def need_matplotlib() -> None:
+    """Raises `TidalError` where no chart can be drawn; asked before a long measurement, not after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise TidalError("the chart needs matplotlib: pip install 'tidal-compile[plot]'")
+
+
 def run_chart(record: dict[str, Any], file: Path) -> None:
     """Median ms/token of every variant as bars, and the share of the KV cache read, into a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TidalError("the chart needs matplotlib: pip install 'tidal-compile[plot]'") from None
+    from matplotlib.figure import Figure
 
     variants = record["variants"][::-1]
     figure = Figure(figsize=(8, 1.2 + 0.5 * len(variants)), layout="constrained")
