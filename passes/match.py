@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ATTENTION_MODULE = re.compile(r"\.(\d+)\.(?:self_attn|self_attention|attention|attn)$")
 
 
@@ -97,6 +98,9 @@ def _match(node: fx.Node) -> AttentionSite:
         )
     if _shape(key) != _shape(value) or _shape(key)[0] != batch or _shape(key)[3] != head_dim:
         raise _NoMatch(f"q {_shape(query)}, keys {_shape(key)} and values {_shape(value)} don't go together")
+    dtypes = [one.meta["example_value"].dtype for one in (query, key, value)]
+    if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
+        raise _NoMatch(f"q, keys and values are {dtypes}; one of {', '.join(map(str, DTYPES))} for all is supported")
     return AttentionSite(
         layer=key_layer,
         node=node,

@@ -154,6 +154,12 @@ def test_a_float_mask_is_named():
         decode_logits(step, cache, random_tokens(1, 1), [torch.zeros(1, 1, 1, 64)])
 
 
+def test_float64_is_named():
+    model = tiny_model().double()
+    with pytest.raises(tc.UnsupportedModelError, match="torch.float64"):
+        record(model, policy="full")
+
+
 def test_no_attention_at_all():
     linear = torch.nn.Linear(4, 4)
     with pytest.raises(tc.UnsupportedModelError, match="no attention call of the graph can be rewritten"):
