@@ -78,12 +78,14 @@ def run(
     The prompt is prefilled densely; the answer is decoded greedily, every variant from the same cache.
     """
     import torch
+    from transformers.utils import logging as hf_logging
 
     from .evaluate.passkey import passkey_prompt
     from .models import is_random, load_config, load_model, load_tokenizer
     from .run import Variant, measure, prefill, random_cache
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    hf_logging.disable_progress_bar()  # its stages are shown here
     _check_device(device)
     report.need_matplotlib()
     _make_folder(results)
@@ -281,6 +283,9 @@ def _provenance(device: str) -> dict[str, Any]:
     import transformers
 
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    command = re.sub(
+        r" --out[ =]\S+", "", " ".join(["tidal-compile", *sys.argv[1:]])
+    )  # where it was written is no matter
     return {
         "device": name,
         "threads": torch.get_num_threads(),
@@ -289,7 +294,7 @@ def _provenance(device: str) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "command": " ".join(["tidal-compile", *sys.argv[1:]]),
+        "command": command,
         "date": datetime.date.today().isoformat(),
     }
 
@@ -305,7 +310,6 @@ def _cpu_name() -> str:
 def main() -> None:
     """Entry point: what tidal_compile refuses ends with one line and exit code 2, not with a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
-    os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress covers what it would show
     warnings.filterwarnings("ignore", module="torch")
     try:
         app()
