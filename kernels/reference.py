@@ -70,8 +70,8 @@ def sparse_attention(
 
 
 def index_width(budget: int, ratio: float, slots: int) -> int:
-    """`K`, the slots that a token set needs in a cache of `slots`: the budget at a full cache."""
-    return max(budget, -(-slots * parts_per_million(ratio) // 1_000_000))
+    """`K`, the slots that a token set needs in a cache of `slots`: the budget at a full cache, at most all."""
+    return min(slots, max(budget, -(-slots * parts_per_million(ratio) // 1_000_000)))
 
 
 def parts_per_million(ratio: float) -> int:
@@ -84,7 +84,8 @@ def importance(scores: Tensor, share: str) -> Tensor:
 
     Within one head raw scores rank as probabilities do; across heads only probabilities may be added.
     """
-    if share == "query_head":
+    members = {"query_head": 1, "kv_head": scores.shape[2], "layer": scores.shape[1] * scores.shape[2]}[share]
+    if members == 1:
         return scores.flatten(1, 2)
     probs = scores.softmax(-1)
     return probs.sum(2) if share == "kv_head" else probs.sum((1, 2))[:, None]

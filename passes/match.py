@@ -40,18 +40,22 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class Unmatched:
-    """One attention call that is left as it is. `expected`: by design, such as prefill or a sliding window."""
+    """One attention call that is left as it is.
+
+    `kind`: `tokens` (several query tokens, as in prefill: no decode step), `sliding` (a window is small by itself) or
+    `unsupported`.
+    """
 
     layer: int | None
     node: fx.Node
     reason: str
-    expected: bool = False
+    kind: str = "unsupported"
 
 
 class _NoMatch(Exception):
-    def __init__(self, reason: str, expected: bool = False):
+    def __init__(self, reason: str, kind: str = "unsupported"):
         super().__init__(reason)
-        self.expected = expected
+        self.kind = kind
 
 
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
@@ -63,8 +67,14 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
         try:
             found.append(_match(node))
         except _NoMatch as problem:
-            found.append(Unmatched(_layer_of(node), node, str(problem), problem.expected))
+            found.append(Unmatched(_layer_of(node), node, str(problem), problem.kind))
     return found
+
+
+def policy_layers(calls: list[AttentionSite | Unmatched]) -> tuple[int, ...]:
+    """The layers that a preset counts: those with attention that is not a sliding window."""
+    found = {call.layer for call in calls if isinstance(call, AttentionSite) or call.kind != "sliding"}
+    return tuple(sorted(found - {None}))
 
 
 def count_layers(gm: fx.GraphModule) -> int:
@@ -78,14 +88,17 @@ def count_layers(gm: fx.GraphModule) -> int:
 
 def _match(node: fx.Node) -> AttentionSite:
     if node.target is not SDPA:
-        raise _NoMatch(f"attention in {_written_as(node)} form; load the model with attn_implementation='sdpa'")
+        raise _NoMatch(
+            f"attention in {_written_as(node)} form; load the model with attn_implementation='sdpa' if it has that "
+            "(soft-capped attention and attention sinks do not, and are not supported)"
+        )
     args = _sdpa_arguments(node)
     query = args["query"]
     batch, num_heads, query_len, head_dim = _shape(query)
     if query_len != 1:
-        raise _NoMatch(f"{query_len} query tokens (prefill, or several tokens at once): left exact", expected=True)
+        raise _NoMatch(f"{query_len} query tokens (prefill, or several tokens at once): left exact", "tokens")
     if _rolls(node, "key"):
-        raise _NoMatch("sliding-window layer: left as it is", expected=True)
+        raise _NoMatch("sliding-window layer: left as it is", "sliding")
     if args["is_causal"] or args["dropout_p"]:
         raise _NoMatch(f"is_causal={args['is_causal']}, dropout_p={args['dropout_p']}: a decode step has neither")
 

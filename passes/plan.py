@@ -4,7 +4,6 @@ In: the calls that `match` found and the policy's role for each layer. Out: a `D
 and the reasons why the graph can't follow the policy.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -62,7 +61,8 @@ def make_plan(calls: Sequence[AttentionSite | Unmatched], roles: Sequence[Role])
         if isinstance(call, AttentionSite) and role.role == "reuse":
             reason = _cannot_reuse(call, role, selected)
         if reason:
-            if role is not None and role.role != "full":
+            several_tokens = isinstance(call, Unmatched) and call.kind == "tokens"
+            if role is not None and role.role != "full" and not several_tokens:
                 problems.append(f"layer {layer} ({role.role}): {reason}")
             role = None
         decisions.append(Decision(layer, call, role, reason))
@@ -97,12 +97,20 @@ def _missing(decisions: list[Decision], roles: Sequence[Role]) -> list[str]:
     ]
 
 
-def kv_share(roles: Sequence[Role], length: int) -> float:
-    """The share of the cached tokens that one decode step reads at `length` live tokens, over all layers (dense: 1)."""
-    read = [live_budget(role, length) if role.role == "reuse" else length for role in roles]
-    return sum(read) / (len(roles) * length)
+def kv_share(plan: Plan, length: int) -> float:
+    """The share of the cached tokens that one decode step reads at `length` live tokens, over the layers of the plan.
+
+    Dense is 1. With a token set a query head, the sets of a kv head are counted as if they had no token in common.
+    """
+    read = [_tokens_read(decision, length) for decision in plan.decisions if decision.role is not None]
+    return sum(read) / (len(read) * length) if read else 1.0
 
 
-def live_budget(role: Role, length: int) -> int:
-    """Tokens that a selection keeps of `length` valid ones."""
-    return min(length, max(role.budget, math.ceil(role.ratio * length)))
+def _tokens_read(decision: Decision, length: int) -> int:
+    role, site = decision.role, decision.call
+    if role.role != "reuse":
+        return length
+    num_heads, num_kv_heads = (node.meta["example_value"].shape[1] for node in (site.query, site.key))
+    sets = num_heads // num_kv_heads if role.share == "query_head" else 1
+    by_ratio = -(-length * round(role.ratio * 1_000_000) // 1_000_000)  # rounded as the ops do
+    return min(length, sets * min(length, max(role.budget, by_ratio)))

@@ -108,11 +108,8 @@ def test_ops_match_the_oracle(name, case):
         out, index = impl.select_attention(*on_device(args), budget, ratio, sinks, recent, share)
         torch.testing.assert_close(out, full, rtol=0, atol=0)
         sets = {"query_head": q.shape[1], "kv_head": k.shape[1], "layer": 1}[share]
-        assert index.dtype == torch.int32 and index.shape == (
-            q.shape[0],
-            sets,
-            max(budget, math.ceil(ratio * k.shape[2])),
-        )
+        width = min(k.shape[2], max(budget, math.ceil(ratio * k.shape[2])))
+        assert index.dtype == torch.int32 and index.shape == (q.shape[0], sets, width)
         check_index(
             index, oracle.importance_of(scores, k.shape[1], share), valid, budget, ratio, sinks, recent, slack=1e-5
         )
@@ -206,6 +203,25 @@ def test_strided_inputs(name):
         scores, _ = oracle.scores_of(*[arg.cpu() for arg in (q, k)], int(length), mask, scale)
         expected_sparse = oracle.attend(scores, v.cpu(), oracle.sets_as_mask(rows, 4, 97))
         torch.testing.assert_close(sparse.cpu().double(), expected_sparse, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("share", SHARES)
+def test_a_single_head_ranks_by_scores_where_probabilities_underflow(name, share):
+    k = torch.zeros(1, 1, 64, 64)
+    k[0, 0, :, 0] = torch.arange(64) * 5.0  # the softmax of all but the last few is zero in float32
+    q = torch.zeros(1, 1, 1, 64)
+    q[..., 0] = 1.0
+    args = on_device((q, k, torch.randn(1, 1, 64, 64), torch.tensor(64), None, 1.0))
+    _, index = IMPLEMENTATIONS[name].select_attention(*args, 40, 0.0, 0, 0, share)
+    assert index[0, 0].tolist() == list(range(24, 64))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_budget_beyond_the_cache_is_no_wider_than_the_cache(name):
+    args = on_device(make_case())
+    _, index = IMPLEMENTATIONS[name].select_attention(*args, 2**31 - 1, 0.0, 3, 5, "kv_head")
+    assert index.shape == (2, 2, 150) and (index[..., :97] == torch.arange(97, device=index.device)).all()
 
 
 def test_opcheck():

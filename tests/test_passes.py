@@ -1,5 +1,7 @@
 """The passes: what is matched, what is refused and why, and what the rewritten graph looks like. No Inductor here."""
 
+import copy
+
 import pytest
 import torch
 from models import decode_logits, prefilled, random_tokens, tiny_model
@@ -227,7 +229,51 @@ def test_lookalikes(form, reason):
 
 
 def test_kv_share_counts_tokens():
-    roles = tc.Policy.preset("tidal", 32, budget=1000).roles  # 2 dense, 2 selections, 28 reuse
-    assert kv_share(roles, 10_000) == pytest.approx((4 + 28 * 0.1) / 32)
-    assert kv_share(roles, 500) == 1.0
-    assert kv_share(tc.Policy.preset("full", 32).roles, 10_000) == 1.0
+    model = tiny_model(num_attention_heads=4, num_key_value_heads=2)  # 3 layers reuse, 2 query heads a kv head
+    for options, expected in (
+        ({"budget": 100, "sinks": 4, "recent": 4}, (3 + 3 * 0.1) / 6),
+        ({"budget": 100, "sinks": 4, "recent": 4, "share": "query_head"}, (3 + 3 * 0.2) / 6),
+        ({"budget": {"ratio": 0.25, "min": 100}}, (3 + 3 * 0.25) / 6),
+        ({"budget": 5000}, 1.0),
+    ):
+        recorder, _ = record(model, policy="tidal", **options)
+        assert kv_share(recorder.plans[0], 1000) == pytest.approx(expected)
+        torch._dynamo.reset()
+    recorder, _ = record(sliding_model(), policy="full")
+    assert kv_share(recorder.plans[0], 1000) == 1.0
+
+
+def test_a_model_that_only_slides():
+    """Nothing is full attention: `full` is what it does anyway, and anything else can't be followed."""
+    model = tiny_model("mistral", num_hidden_layers=3, sliding_window=32)
+    recorder, _ = record(model, policy="full")
+    assert recorder.plans == [None]
+    for policy in ("tidal", {"num_layers": 3, "layers": {"0": "select", "1-2": "reuse"}}):
+        torch._dynamo.reset()
+        with pytest.raises(tc.UnsupportedModelError, match="sliding-window layer"):
+            record(model, policy=policy)
+    torch._dynamo.reset()
+    with pytest.raises(tc.PolicyError, match="num_layers is 30, but the model has 3"):
+        record(model, policy="smollm2")
+
+
+def test_a_preset_counts_layers_that_cannot_be_matched():
+    """One eager layer among SDPA layers: the preset gives it a role, and it can't follow."""
+    model = tiny_model()
+    attention = model.model.layers[3].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "eager"
+    with pytest.raises(tc.UnsupportedModelError, match=r"layer 3 \(reuse\): attention in eager"):
+        record(model, policy="tidal", budget=80)
+
+
+def test_a_preset_that_leaves_all_exact_says_so():
+    with pytest.warns(UserWarning, match="preset 'tidal' is exact here: 3 full-attention layers"):
+        record(tiny_model(num_hidden_layers=3), policy="tidal", budget=80)
+
+
+def test_gradients_are_refused():
+    model = tiny_model()
+    cache = prefilled(model, random_tokens(1, 5), 64)
+    with pytest.raises(tc.UnsupportedModelError, match="no_grad"):
+        torch.compile(model, backend=Recorder(policy="full"))(input_ids=random_tokens(1, 1), past_key_values=cache)

@@ -16,7 +16,7 @@ from torch import fx
 
 from .errors import TidalError, UnsupportedModelError
 from .kernels import ops as _ops  # noqa: F401  registers the ops that `rewrite` inserts
-from .passes.match import AttentionSite, count_layers, find_attention
+from .passes.match import Unmatched, count_layers, find_attention, policy_layers
 from .passes.plan import Plan, make_plan
 from .passes.rewrite import apply_plan
 from .policy import Defaults, Policy, is_preset, load_any, resolve
@@ -31,7 +31,10 @@ OWN_OPTIONS = ("policy", "strict", "cuda_graphs", "inductor")
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `torch.compile(..., backend="tidal", options={...})`, checked."""
+    """The options of `torch.compile(..., backend="tidal", options={...})`, checked.
+
+    A policy file is read when a graph is compiled; torch.compile does not notice that the file changed afterwards.
+    """
 
     policy: Any
     strict: bool = True
@@ -90,21 +93,32 @@ def tidal(
 def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
     """The plan for a graph; None where nothing is to be done, as in prefill. Raises, or warns if not strict."""
     calls = find_attention(gm)
-    sites = [call for call in calls if isinstance(call, AttentionSite)]
-    if not sites:
-        others = [call for call in calls if not call.expected]
-        if others or not calls:
-            reasons = dict.fromkeys(call.reason for call in others) or [
-                "there is none (compile the whole decoder at once)"
-            ]
-            _refuse(options, f"no attention call of the graph can be rewritten: {'; '.join(reasons)}")
+    if not calls:
+        _refuse(options, "no attention call of the graph can be rewritten: it has none (compile with fullgraph=True)")
         return None
-    layers = tuple(sorted({site.layer for site in sites}))
+    if all(isinstance(call, Unmatched) and call.kind == "tokens" for call in calls):
+        return None
+    layers = policy_layers(calls)
     policy = resolve(options.policy, count_layers(gm), attention_layers=layers, **options.overrides)
     plan = make_plan(calls, policy.roles)
     if plan.problems:
         _refuse(options, f"the model's graph can't follow policy {policy.name!r}: {'; '.join(plan.problems)}")
+    asks_for_more = is_preset(options.policy) and options.policy != "full"
+    if not plan.rewritten:
+        reasons = "; ".join(dict.fromkeys(decision.reason for decision in plan.decisions))
+        if asks_for_more or any(call.kind == "unsupported" for call in calls):
+            _refuse(options, f"no attention call of the graph can be rewritten: {reasons}")
+        return None
+    if asks_for_more and not any(role.role == "reuse" for role in policy.roles):
+        warnings.warn(f"tidal: preset {policy.name!r} is exact here: {len(layers)} full-attention layers", stacklevel=2)
+    if torch.is_grad_enabled() and _wants_gradients(gm):
+        raise UnsupportedModelError("a decode step has no gradient: call it under torch.no_grad() or inference_mode()")
     return plan
+
+
+def _wants_gradients(gm: fx.GraphModule) -> bool:
+    inputs = (node.meta.get("example_value") for node in gm.graph.nodes if node.op == "placeholder")
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs)
 
 
 def _refuse(options: Options, problem: str) -> None:
@@ -116,16 +130,14 @@ def _refuse(options: Options, problem: str) -> None:
 def compile_config(policy: Policy | dict | str | Path = "full", **options: Any) -> "CompileConfig":
     """The `compile_config` for `model.generate(..., cache_implementation="static")`; `options` are the backend's.
 
-    Takes effect on a CPU as well, where `generate` by itself never compiles. Raises `PolicyError` and `TidalError`.
+    Takes effect on a CPU as well, where `generate` by itself never compiles; but `generate` ignores it without a static
+    cache, and in beam search. A policy file is read now. Raises `PolicyError` and `TidalError`.
     """
     from transformers import CompileConfig
 
-    options = {"policy": policy, **options}
-    Options.parse(options)
-    if isinstance(policy, Policy):  # generate prints its configuration as JSON
-        options["policy"] = policy.to_dict()
-    elif isinstance(policy, Path):
-        options["policy"] = str(policy)
+    Options.parse({"policy": policy, **options})
+    plain = policy if is_preset(policy) else load_any(policy).to_dict()  # generate prints its configuration as JSON
+    options = {"policy": plain, **options}
     config = CompileConfig(
         backend="tidal", mode=None, fullgraph=True, options=options
     )  # mode and options exclude each other

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from . import presets, report
-from .errors import TidalError
+from .errors import TidalError, UnsupportedModelError
 from .models import FORMS
 from .policy import Policy, is_preset, load_any, resolve, shipped
 
@@ -80,9 +80,10 @@ def run(
     import torch
     from transformers.utils import logging as hf_logging
 
+    from .backend import Options
     from .evaluate.passkey import passkey_prompt
     from .models import is_random, load_config, load_model, load_tokenizer
-    from .run import Variant, measure, prefill, random_cache
+    from .run import Variant, measure, prefill, random_cache, rewind, windows
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     hf_logging.disable_progress_bar()  # its stages are shown here
@@ -91,10 +92,11 @@ def run(
     _make_folder(results)
     number = getattr(torch, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype.value)
     overrides = {} if budget is None else {"budget": budget}
-    layers = load_config(model).get_text_config(decoder=True).num_hidden_layers
-    chosen = [resolve(name, layers, model=model, **overrides) for name in policy]
-    variants = [Variant(kind.value, kind.value) for kind in baseline if kind != Baseline.none]
-    variants += [Variant(f"tidal: {one.name}", "tidal", one) for one in chosen]
+    for name in policy:  # a bad name or file is an error before the model is loaded
+        Options.parse({"policy": name, **overrides})
+    positions = getattr(load_config(model).get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions and context + new_tokens > positions:
+        raise TidalError(f"--context {context} + --new-tokens {new_tokens}: {model} has {positions} positions")
 
     with _progress() as progress:
 
@@ -106,6 +108,8 @@ def run(
 
         done = stage(f"load {model}", 1)
         net, tokenizer = load_model(model, device, number), load_tokenizer(model)
+        variants = [Variant(kind.value, kind.value) for kind in baseline if kind != Baseline.none]
+        variants += _policy_variants(net, policy, overrides)
         done()
         if is_random(model):
             key, ids = None, torch.randint(net.config.vocab_size, (1, context), generator=torch.manual_seed(seed))
@@ -120,9 +124,10 @@ def run(
             advance = stage("prefill", -(-length // 1024))
             for cache in prefill(net, ids, length + new_tokens):  # noqa: B007  the last one is complete
                 advance()
-        measured = []
+        measured, saved = [], windows(cache)
         for variant in variants:
             advance = stage(f"{variant.name} (compile, decode)", new_tokens)
+            rewind(cache, length, saved)
             measured.append(measure(net, variant, cache, ids[:, -1:], length, new_tokens, tokenizer, advance))
 
     record = report.run_record(
@@ -136,8 +141,9 @@ def run(
     if as_json:
         print(json.dumps(record))
         return
-    for one in chosen:
-        out.print(report.roles_line(one), markup=False, highlight=False)
+    for variant in variants:
+        if variant.policy is not None:
+            out.print(report.roles_line(variant.policy), markup=False, highlight=False)
     if key is None:
         out.print("random weights: the latency means something, the answers don't")
     out.print(report.run_table(record))
@@ -189,25 +195,33 @@ def show(
     policy: str, num_layers: NumLayersOption = None, model: ForModelOption = None, budget: BudgetOption = None,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Print a policy, and the role of each layer."""
+    """Print a policy as a file, with the role of each layer as a comment."""
     found = _find(policy, num_layers, model, budget)
     if as_json:
         print(json.dumps(found.to_dict()))
         return
-    print(found.to_yaml(), end="")  # rich would wrap lines
-    out.print(report.roles_line(found), markup=False, highlight=False)
+    print(f"# {report.roles_line(found)}\n{found.to_yaml()}", end="")  # rich would wrap lines
 
 
 @policies.command("validate")
 def validate(policy: str, model: ForModelOption = None, as_json: JsonOption = False) -> None:
     """Check a policy file: its form and, with --model, whether it fits. Exit code 2 and the reason if not."""
-    found = _find(policy, None, model, None) if model or is_preset(policy) else load_any(policy)
+    from .explain import explain as explain_model
+    from .models import load_model
+
+    if model is None and is_preset(policy):
+        raise TidalError(f"preset {policy!r} fits any model, or say which with --model")
+    if model is None:
+        found = load_any(policy)
+    else:
+        explanation = explain_model(load_model(model, device="meta"), policy)
+        if explanation.problems:
+            raise TidalError(f"{policy} does not fit {model}: {'; '.join(explanation.problems)}")
+        found = explanation.policy
     if as_json:
         print(json.dumps({"valid": True, "name": found.name, "num_layers": found.num_layers}))
         return
-    out.print(
-        f"{policy}: valid, for {found.num_layers} layers. {report.roles_line(found)}", markup=False, highlight=False
-    )
+    out.print(f"{policy}: valid. {report.roles_line(found)}", markup=False, highlight=False, soft_wrap=True)
 
 
 @policies.command("init")
@@ -236,17 +250,38 @@ def init(
 
 def _find(policy: str, num_layers: int | None, model: str | None, budget: int | None) -> Policy:
     """A policy by name or file, for a model if one is named."""
-    from .models import load_config
+    from .explain import decode_calls
+    from .models import load_model
+    from .passes.match import policy_layers
 
-    if model is not None:
-        num_layers = load_config(model).get_text_config(decoder=True).num_hidden_layers
-    if num_layers is None and is_preset(policy):
-        raise TidalError(f"preset {policy!r} fits any model: say which with --model or --num-layers")
     overrides = {} if budget is None else {"budget": budget}
-    if num_layers is None:
-        found = load_any(policy)
-        return found.with_defaults(**overrides) if overrides else found
-    return resolve(policy, num_layers, model=model, **overrides)
+    if model is not None:
+        calls, num_layers = decode_calls(load_model(model, device="meta"))
+        return resolve(policy, num_layers, attention_layers=policy_layers(calls), model=model, **overrides)
+    if num_layers is not None:
+        return resolve(policy, num_layers, **overrides)
+    if is_preset(policy):
+        raise TidalError(f"preset {policy!r} fits any model: say which with --model or --num-layers")
+    found = load_any(policy)
+    return found.with_defaults(**overrides) if overrides else found
+
+
+def _policy_variants(model: Any, policies: list[str], overrides: dict[str, Any]) -> list:
+    """A `tidal` variant of the model for each policy; raises if the model can't follow one."""
+    from .explain import decode_calls
+    from .passes.match import policy_layers
+    from .passes.plan import make_plan
+    from .run import Variant
+
+    calls, num_layers = decode_calls(model)
+    variants = []
+    for name in policies:
+        found = resolve(name, num_layers, attention_layers=policy_layers(calls), **overrides)
+        plan = make_plan(calls, found.roles)
+        if plan.problems:
+            raise UnsupportedModelError(f"the model can't follow policy {name!r}: {'; '.join(plan.problems)}")
+        variants.append(Variant(f"tidal: {Path(name).stem}", "tidal", found, plan))
+    return variants
 
 
 def _check_device(device: str) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from .backend import Options
 from .errors import UnsupportedModelError
 from .models import empty_cache
-from .passes.match import AttentionSite, count_layers, find_attention
+from .passes.match import AttentionSite, Unmatched, count_layers, find_attention, policy_layers
 from .passes.plan import Decision, make_plan
 from .policy import Policy, resolve
 
@@ -60,10 +60,8 @@ def explain(model: nn.Module, policy: Policy | dict | str | Path, **overrides: A
     step can't be traced as one graph.
     """
     options = Options.parse({"policy": policy, **overrides})
-    calls, num_layers = _trace(model)
-    layers = tuple(sorted({call.layer for call in calls if isinstance(call, AttentionSite)}))
-    name = getattr(model.config, "_name_or_path", None)
-    found = resolve(options.policy, num_layers, attention_layers=layers, model=name, **options.overrides)
+    calls, num_layers = decode_calls(model)
+    found = resolve(options.policy, num_layers, attention_layers=policy_layers(calls), **options.overrides)
     plan = make_plan(calls, found.roles)
     return Explanation(found, tuple(_row(decision) for decision in plan.decisions), plan.problems)
 
@@ -79,7 +77,7 @@ def _row(decision: Decision) -> Row:
     return Row(decision.layer, role.role, role.source, budget, role.share, kv_heads, "")
 
 
-def _trace(model: nn.Module) -> tuple[list, int]:
+def decode_calls(model: nn.Module) -> tuple[list[AttentionSite | Unmatched], int]:
     """The attention calls of one decode step, and the model's number of layers. Dynamo traces, nothing is compiled."""
     captured = []
 

@@ -44,10 +44,8 @@ def is_random(name: str) -> bool:
     return name.startswith("random:")
 
 
-def load_model(
-    name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, num_layers: int | None = None
-) -> nn.Module:
-    """A decoder in eval mode. On `meta` it has a shape and no weights. `num_layers` cuts a random model short.
+def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A decoder in eval mode. On `meta` it has a shape and no weights.
 
     Raises `TidalError` if there is no such model.
     """
@@ -56,9 +54,9 @@ def load_model(
     if is_random(name):
         torch.manual_seed(0)
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(load_config(name, num_layers), dtype=dtype).eval()
+            return AutoModelForCausalLM.from_config(load_config(name), dtype=dtype).eval()
     if device == "meta":
-        with torch.device("meta"):
+        with _named(name), torch.device("meta"):
             return AutoModelForCausalLM.from_config(load_config(name), dtype=dtype).eval()
     with _named(name):
         folder, gguf = _where(name)
@@ -78,7 +76,7 @@ def load_tokenizer(name: str) -> Any:
         )
 
 
-def load_config(name: str, num_layers: int | None = None) -> Any:
+def load_config(name: str) -> Any:
     """The Hugging Face config of a model, no weights read but those of a GGUF. Raises `TidalError`."""
     from transformers import AutoConfig
 
@@ -91,8 +89,7 @@ def load_config(name: str, num_layers: int | None = None) -> Any:
     shape = name.removeprefix("random:")
     if shape not in RANDOM_SHAPES:
         raise TidalError(f"model {name!r}: unknown shape; valid are {', '.join(RANDOM_SHAPES)}")
-    settings = {**RANDOM_SHAPES[shape], **({"num_hidden_layers": num_layers} if num_layers else {})}
-    config = AutoConfig.for_model(**settings)
+    config = AutoConfig.for_model(**RANDOM_SHAPES[shape])
     config._name_or_path = shape
     return config
 
@@ -129,7 +126,9 @@ def _named(name: str):
     """Whatever transformers says of a model that it can't load, said with the model's name and the valid forms."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except TidalError:
+        raise
+    except Exception as error:  # whatever it is, it is about this model
         raise TidalError(
             f"model {name!r} can't be loaded: {' '.join(str(error).split())[:400]} (valid: {FORMS})"
         ) from error

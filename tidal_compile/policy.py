@@ -15,6 +15,7 @@ A `Policy` is what such a file says, checked; `policy.roles` is what it means fo
 
 import dataclasses
 import json
+import os
 import re
 from functools import cached_property
 from importlib import resources
@@ -28,7 +29,7 @@ from . import presets
 from .errors import PolicyError
 
 ROLES = ("full", "select", "reuse")
-Count = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 Share = Literal["query_head", "kv_head", "layer"]
 
 
@@ -39,11 +40,11 @@ class _Strict(BaseModel):
 class RatioBudget(_Strict):
     """A budget that grows with the context: `ratio` of the live tokens, at least `min`."""
 
-    ratio: float = Field(gt=0, le=1)
-    min: Annotated[int, Field(strict=True, ge=1)] = 1
+    ratio: float = Field(gt=0, le=1, strict=True)
+    min: Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] = 1
 
 
-Budget = Annotated[int, Field(strict=True, ge=1)] | RatioBudget
+Budget = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] | RatioBudget
 
 
 class Defaults(_Strict):
@@ -143,7 +144,7 @@ class Policy(_Strict):
             data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_NoDuplicates)
         except OSError as error:
             raise PolicyError(f"{path}: can't read the policy file: {error.strerror or error}") from None
-        except (ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an impossible date
+        except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an impossible date
             raise PolicyError(f"{path}: not a YAML or JSON policy file: {' '.join(str(error).split())}") from None
         return cls.from_dict(data, where=str(path))
 
@@ -187,7 +188,7 @@ class Policy(_Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as a policy file holds it."""
-        data = self.model_dump(by_alias=True, exclude_none=True)
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         data["layers"] = {key: entry["role"] if len(entry) == 1 else entry for key, entry in data["layers"].items()}
         return data
 
@@ -229,8 +230,8 @@ def load_any(policy: Policy | dict | str | Path) -> Policy:
         raise PolicyError(f"policy must be a Policy, a mapping, a file or a name, found {type(policy).__name__}")
     if str(policy) in shipped():
         return Policy.load(shipped()[str(policy)])
-    looks_like_file = Path(policy).suffix or len(Path(policy).parts) > 1
-    if not looks_like_file and not Path(policy).is_file():
+    looks_like_file = Path(policy).suffix or len(Path(policy).parts) > 1 or os.path.isfile(policy)
+    if not looks_like_file:
         raise PolicyError(
             f"unknown policy {str(policy)!r}: no such file; presets are: {', '.join(presets.PRESETS)}; "
             f"shipped policies are: {', '.join(shipped())}"

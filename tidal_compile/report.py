@@ -106,7 +106,8 @@ def run_chart(record: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(8, 1.2 + 0.5 * len(variants)), layout="constrained")
     axes = figure.subplots()
     medians = [variant["median_ms"] for variant in variants]
-    bars = axes.barh([variant["name"] for variant in variants], medians, color="#3b7ea1")
+    bars = axes.barh(range(len(variants)), medians, color="#3b7ea1")
+    axes.set_yticks(range(len(variants)), [variant["name"] for variant in variants])
     verdict = {True: ", key found", False: ", key missed", None: ""}
     labels = [
         f"{variant['median_ms']:.2f} ms, {variant['kv_share']:.0%} of KV{verdict[variant['found_key']]}"

@@ -1,20 +1,22 @@
 """The main job of the command line: one prompt, decoded by several variants of one model, compared.
 
-Every variant decodes from one prefilled cache: a cache is rewound by setting its token counters back, so that what an
-earlier variant wrote becomes garbage beyond the live length.
+Every variant decodes from one prefilled cache, rewound in between: a static layer by setting its token counter back, so
+that what an earlier variant wrote becomes garbage beyond the live length, and a sliding window from a copy.
 """
 
+import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .models import empty_cache
-from .passes.plan import kv_share
+from .passes.plan import Plan, kv_share
 from .policy import Policy
 
 WARM_UP = 3  # steps that are not timed: compilation, CUDA-graph warm-up and recording
@@ -22,11 +24,12 @@ WARM_UP = 3  # steps that are not timed: compilation, CUDA-graph warm-up and rec
 
 @dataclass(frozen=True)
 class Variant:
-    """How to run a decode step: `eager`, `inductor`, or `tidal` under a policy."""
+    """How to run a decode step: `eager`, `inductor`, or `tidal` under a policy, which makes this plan of the model."""
 
     name: str
     kind: str
     policy: Policy | None = None
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,20 @@ def random_cache(model: nn.Module, length: int, slots: int) -> Any:
     return cache
 
 
-def rewind(cache: Any, length: int) -> None:
-    """Make a static cache hold its first `length` tokens only."""
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(length)
+def windows(cache: Any) -> dict[int, Any]:
+    """Copies of the cache layers that forget what they held, such as sliding windows, for `rewind`."""
+    from transformers.cache_utils import StaticLayer
+
+    return {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if type(layer) is not StaticLayer}
+
+
+def rewind(cache: Any, length: int, saved: Mapping[int, Any] = MappingProxyType({})) -> None:
+    """Make a static cache hold its first `length` tokens only; `saved` are its `windows` of that time."""
+    for i, layer in enumerate(cache.layers):
+        if i in saved:
+            cache.layers[i] = copy.deepcopy(saved[i])
+        else:
+            layer.cumulative_length.fill_(length)
 
 
 def make_step(model: nn.Module, variant: Variant) -> Callable:
@@ -87,15 +100,12 @@ def make_step(model: nn.Module, variant: Variant) -> Callable:
 
 
 @torch.no_grad()
-def decode(
-    model: nn.Module, variant: Variant, cache: Any, token: Tensor, length: int, steps: int
-) -> Iterator[tuple[int, float]]:
-    """Greedy decoding from `token [1, 1]` after `length` cached tokens: yields (next token, ms of the step).
+def decode(model: nn.Module, variant: Variant, cache: Any, token: Tensor, steps: int) -> Iterator[tuple[int, float]]:
+    """Greedy decoding from `token [1, 1]` after what the cache holds: yields (next token, ms of the step).
 
     The first step compiles.
     """
     torch._dynamo.reset()  # guards of other variants on the same forward would only slow this one down
-    rewind(cache, length)
     step = make_step(model, variant)
     token = token.clone(memory_format=torch.contiguous_format)  # a slice has other strides, and would compile twice
     for _ in range(steps):
@@ -112,13 +122,13 @@ def measure(
     model: nn.Module, variant: Variant, cache: Any, token: Tensor, length: int, steps: int,
     tokenizer: Any = None, on_step: Callable[[], None] = lambda: None,
 ) -> Result:  # fmt: skip
-    """Decode `steps` tokens, all but the first few timed."""
+    """Decode `steps` tokens from `token [1, 1]` after the cache's `length` tokens, all but the first few timed."""
     tokens, milliseconds = [], []
-    for next_token, ms in decode(model, variant, cache, token, length, steps):
+    for next_token, ms in decode(model, variant, cache, token, steps):
         tokens.append(next_token)
         milliseconds.append(ms)
         on_step()
-    share = 1.0 if variant.policy is None else kv_share(variant.policy.roles, length + steps)
+    share = 1.0 if variant.plan is None else kv_share(variant.plan, length + steps)
     text = tokenizer.decode(tokens) if tokenizer is not None else ""
     return Result(variant, tuple(tokens), text, tuple(milliseconds[WARM_UP:]), share, milliseconds[0] / 1e3)
 
