@@ -345,6 +345,7 @@ def _cpu_name() -> str:
 def main() -> None:
     """Entry point: what tidal_compile refuses ends with one line and exit code 2, not with a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of a GGUF's conversion, beside ours
     warnings.filterwarnings("ignore", module="torch")
     try:
         app()
