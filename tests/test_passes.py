@@ -196,6 +196,8 @@ class Lookalike(torch.nn.Module):
         if self.form == "repeat-on-other-dim":  # [B, 1, H, S, D]: heads repeated in blocks, not head by head
             keys, values = (x[:, None].expand(1, 2, 2, 8, 4).reshape(1, 4, 8, 4) for x in (keys, values))
             q = q.repeat(1, 2, 1, 1)
+        if self.form == "repeat-of-tokens":  # the view of repeat_kv, folded into the tokens instead of the heads
+            keys, values = (x[:, :, None].expand(1, 2, 2, 8, 4).reshape(1, 2, 16, 4) for x in (keys, values))
         return torch.nn.functional.scaled_dot_product_attention(q, keys, values)
 
 
@@ -206,6 +208,7 @@ class Lookalike(torch.nn.Module):
         ("written-twice", "keys are written by 2 index_copy_"),
         ("causal", "is_causal=True"),
         ("repeat-on-other-dim", "keys are not read from a static cache, but computed in the graph"),
+        ("repeat-of-tokens", "keys are not read from a static cache, but computed in the graph"),
         ("plain", None),
     ],
 )

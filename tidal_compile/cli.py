@@ -134,7 +134,7 @@ def run(
         measured, model=model, key=key, context=length + 1, dtype=str(number).removeprefix("torch.")
     )
     record |= _provenance(device)
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"run-{model}-{record['device']}").strip("-").lower()
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"run-{Path(model).name}-{record['device']}").strip("-").lower()
     files = [results / f"{name}.json", results / f"{name}.png"]
     files[0].write_text(json.dumps(record, indent=1) + "\n")
     report.run_chart(record, files[1])

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import TidalError
-from .policy import Policy
+from .policy import ROLES, Policy
 
 if TYPE_CHECKING:
     from .explain import Explanation
@@ -48,8 +48,7 @@ def explanation_text(explanation: "Explanation") -> str:
 
 def roles_line(policy: Policy) -> str:
     """The layers of each role in one line."""
-    kinds = {"full": "full", "select": "select", "reuse": "reuse"}
-    groups = {kind: [role.layer for role in policy.roles if role.role == kind] for kind in kinds}
+    groups = {kind: [role.layer for role in policy.roles if role.role == kind] for kind in ROLES}
     return f"policy {policy.name}: " + "; ".join(
         f"{kind} {_spans(layers)}" for kind, layers in groups.items() if layers
     )
