@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
+LAYER = re.compile(r"\.layers\[(\d+)\]\.\w+$|(?:\.layers|\.h|\.blocks)\.(\d+)$")  # of a cache, or of a module
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ATTENTION_MODULE = re.compile(r"\.(\d+)\.(?:self_attn|self_attention|attention|attn)$")
 
@@ -79,17 +80,17 @@ def policy_layers(calls: list[AttentionSite | Unmatched]) -> tuple[int, ...]:
 
 def count_layers(gm: fx.GraphModule) -> int:
     """The decoder layers of the model, by the cache layers and modules that the graph touches."""
-    layers = [int(match[1]) for name in _sources(gm) if (match := re.search(r"\.layers\[(\d+)\]\.\w+$", name))]
-    for node in gm.graph.nodes:
-        for path, _ in node.meta.get("nn_module_stack", {}).values():
-            layers += [int(match[1]) for match in [re.search(r"(?:\.layers|\.h|\.blocks)\.(\d+)$", path)] if match]
+    names = {_source(node) for node in gm.graph.nodes if node.op == "placeholder"}
+    names |= {path for node in gm.graph.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
+    layers = [int(next(filter(None, match.groups()))) for name in names if (match := LAYER.search(name))]
     return max(layers, default=-1) + 1
 
 
 def _match(node: fx.Node) -> AttentionSite:
     if node.target is not SDPA:
+        form = "eager (softmax)" if _target_name(node) == "softmax" else _target_name(node)
         raise _NoMatch(
-            f"attention in {_written_as(node)} form; load the model with attn_implementation='sdpa' if it has that "
+            f"attention in {form} form; load the model with attn_implementation='sdpa' if it has that "
             "(soft-capped attention and attention sinks do not, and are not supported)"
         )
     args = _sdpa_arguments(node)
@@ -97,7 +98,7 @@ def _match(node: fx.Node) -> AttentionSite:
     batch, num_heads, query_len, head_dim = _shape(query)
     if query_len != 1:
         raise _NoMatch(f"{query_len} query tokens (prefill, or several tokens at once): left exact", "tokens")
-    if _rolls(node, "key"):
+    if _slides(args["key"]):
         raise _NoMatch("sliding-window layer: left as it is", "sliding")
     if args["is_causal"] or args["dropout_p"]:
         raise _NoMatch(f"is_causal={args['is_causal']}, dropout_p={args['dropout_p']}: a decode step has neither")
@@ -128,11 +129,10 @@ def _match(node: fx.Node) -> AttentionSite:
 
 def _cache_input(node: fx.Node, name: str, num_heads: int) -> tuple[fx.Node, int]:
     """The cache input behind an argument of the call, `repeat_kv` stripped, and its layer."""
-    base = strip_repeat(node)
+    base = _strip_repeat(node)
     match = re.search(rf"\.layers\[(\d+)\]\.{name}$", _source(base)) if base.op == "placeholder" else None
     if match is None:
-        made_by = base.target if isinstance(base.target, str) else getattr(base.target, "__name__", str(base.target))
-        origin = _source(base) if base.op == "placeholder" else f"computed in the graph ({made_by})"
+        origin = _source(base) if base.op == "placeholder" else f"computed in the graph ({_target_name(base)})"
         raise _NoMatch(
             f"the {name} are not read from a static cache, but {origin}; "
             "fill a StaticCache by a prefill first, or generate(cache_implementation='static')"
@@ -140,13 +140,13 @@ def _cache_input(node: fx.Node, name: str, num_heads: int) -> tuple[fx.Node, int
     kv_heads = _shape(base)[1]
     if num_heads % kv_heads:
         raise _NoMatch(f"{num_heads} query heads over {kv_heads} kv heads")
-    writes = [user for user in base.users if user.op == "call_method" and user.target == "index_copy_"]
+    writes = [user for user in base.users if _is_method(user, "index_copy_")]
     if len(writes) != 1 or writes[0].args[1] != 2:
         raise _NoMatch(f"the {name} are written by {len(writes)} index_copy_ on the token dimension, 1 is expected")
     return base, int(match[1])
 
 
-def strip_repeat(node: fx.Node) -> fx.Node:
+def _strip_repeat(node: fx.Node) -> fx.Node:
     """The tensor `[B, Hkv, S, D]` behind Hugging Face's `repeat_kv`, or the node itself."""
     expanded = node.args[0] if node.op == "call_method" and node.target == "reshape" else None
     split = expanded.args[0] if _is_method(expanded, "expand") else None
@@ -187,13 +187,13 @@ def _bool_mask(mask: fx.Node | None, cache_shape: tuple) -> fx.Node | None:
     return mask
 
 
-def _rolls(site: fx.Node, name: str) -> bool:
-    """Whether the layer's cache is a sliding window.
+def _slides(keys: fx.Node) -> bool:
+    """Whether the cache layer that the keys of a call come from is a sliding window.
 
     Such a layer overwrites its keys with `copy_` once they are full; until then it writes the new key before it
     advances its counter, where a full-attention layer advances first.
     """
-    for key in _ancestors(_sdpa_arguments(site)[name]):
+    for key in _ancestors(keys):
         if key.op != "placeholder" or not _source(key).endswith(".keys"):
             continue
         if any(_is_method(user, "copy_") for user in key.users):
@@ -201,7 +201,7 @@ def _rolls(site: fx.Node, name: str) -> bool:
         counter = re.sub(r"\.keys$", ".cumulative_length", _source(key))
         order = [
             node.target
-            for node in site.graph.nodes
+            for node in keys.graph.nodes
             if node.op == "call_method"
             and (node.target, _source(node.args[0])) in (("index_copy_", _source(key)), ("add_", counter))
         ]
@@ -222,21 +222,20 @@ def _is_attention(node: fx.Node) -> bool:
     """Attention kernels; and, as it may be eager attention, a softmax inside an attention module."""
     if node.op not in ("call_function", "call_method"):
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _target_name(node)
     if node.target is SDPA or "flex_attention" in name or "flash_attn" in name:
         return True
     return name == "softmax" and _layer_of(node) is not None
 
 
-def _written_as(node: fx.Node) -> str:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return "eager (softmax)" if name == "softmax" else name
+def _target_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _sdpa_arguments(node: fx.Node) -> dict:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False} | given
+    return {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None} | given
 
 
 def _layer_of(node: fx.Node) -> int | None:
@@ -253,10 +252,6 @@ def _is_method(node: object, name: str) -> bool:
 
 def _shape(node: fx.Node) -> tuple:
     return tuple(node.meta["example_value"].shape)
-
-
-def _sources(gm: fx.GraphModule) -> list[str]:
-    return [_source(node) for node in gm.graph.nodes if node.op == "placeholder"]
 
 
 def _source(node: fx.Node) -> str:

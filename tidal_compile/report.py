@@ -37,13 +37,21 @@ def explanation_table(explanation: "Explanation") -> Table:
     return table(columns[:shown], [row[:shown] for row in rows])
 
 
+def print_explanation(console: Console, explanation: "Explanation") -> None:
+    """The policy, the table, and a line for each problem."""
+    policy = explanation.policy
+    console.print(f"policy {policy.name}: {policy.description}".rstrip(": "), markup=False, highlight=False)
+    console.print(explanation_table(explanation))
+    for problem in explanation.problems:
+        console.print(f"can't follow the policy: {problem}", markup=False, highlight=False, soft_wrap=True)
+
+
 def explanation_text(explanation: "Explanation") -> str:
-    """The table as plain text, with a line for each problem."""
-    console = Console(width=120, no_color=True, highlight=False)
+    """What `print_explanation` prints, as plain text."""
+    console = Console(width=120, no_color=True)
     with console.capture() as capture:
-        console.print(explanation_table(explanation))
-    problems = [f"can't follow the policy: {problem}" for problem in explanation.problems]
-    return "\n".join([f"policy {explanation.policy.name}", capture.get().rstrip(), *problems])
+        print_explanation(console, explanation)
+    return capture.get().rstrip()
 
 
 def roles_line(policy: Policy) -> str:
