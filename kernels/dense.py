@@ -8,7 +8,8 @@ from torch import Tensor
 from .split import (
     check_rows,
     load_group,
-    mask_bits,
+    mask_args,
+    mask_tile,
     merge,
     num_splits,
     padded_dim,
@@ -25,7 +26,8 @@ def _scan(
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_mb, stride_mn,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, HAS_MASK: tl.constexpr, WRITE_SCORES: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
+    WRITE_SCORES: tl.constexpr,
 ):  # fmt: skip
     """One program: the query group of one kv head against one split of its cache."""
     split = tl.program_id(0)
@@ -49,12 +51,10 @@ def _scan(
     for start in range(begin, end, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         inside = token < end
-        valid = inside
-        if HAS_MASK:
-            valid = inside & (tl.load(mask_ptr + batch * stride_mb + token * stride_mn, mask=inside, other=0) != 0)
+        valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, inside, MASK, HIDES)
         where = token.to(tl.int64)
         score = score_tile(
-            q, k_ptr + batch * stride_kb + kv_head * stride_kh, where * stride_kn, valid, scale, D, BLOCK_D
+            q, k_ptr + batch * stride_kb + kv_head * stride_kh, where * stride_kn, valid, bias, scale, CAP, D, BLOCK_D
         )
         if WRITE_SCORES:
             rows = score_ptr + (head + row[:, None]) * slots + where[None, :]
@@ -66,8 +66,9 @@ def _scan(
 
 
 def scan(
-    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float, write_scores: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None,
+    softcap: float, write_scores: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Attend to all: -> out `[B, Hq, 1, D]`, log2-sum-exp `[B, Hq]` and, on request, scores `[B, Hq, S]`.
 
     Scores are float32 in base 2, -inf where the mask hides a token, and left unwritten beyond the live length.
@@ -80,18 +81,21 @@ def scan(
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
     scores = q.new_empty(batch, num_heads, slots, dtype=torch.float32) if write_scores else None
-    bits, *stride_m = mask_bits(mask, batch, slots)
+    (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _scan[(splits, num_kv_heads, batch)](
-        q, k, v, bits, length, acc, stats, scores, scale, slots,
+        q, k, v, mask_data, length, acc, stats, scores, scale, slots,
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m,
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, ROWS=padded_rows(num_heads // num_kv_heads),
         D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, SPLITS=splits,
-        HAS_MASK=mask is not None, WRITE_SCORES=write_scores, num_warps=4, num_stages=3,
+        **mask_kind, CAP=softcap, WRITE_SCORES=write_scores, num_warps=4, num_stages=3,
     )  # fmt: skip
     out = q.new_empty(q.shape)
-    return out, merge(acc, stats, out), scores
+    return out, merge(acc, stats, sink, out), scores
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float,
+    sink: Tensor | None = None, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     """See `reference.full_attention`."""
-    return scan(q, k, v, length, mask, scale)[0]
+    return scan(q, k, v, length, mask, scale, sink, softcap)[0]

@@ -1,12 +1,14 @@
 """The `tidal::` operators: schemas, shapes and dispatch. The only file that registers anything with PyTorch.
 
-    full_attention   (q, k, v, length, mask, scale)                                      -> out
-    select_attention (q, k, v, length, mask, scale, budget, ratio, sinks, recent, share) -> out, index
-    sparse_attention (q, k, v, index, length, mask, scale)                               -> out
+    full_attention   (q, k, v, length, mask, scale, sink, softcap)                                      -> out
+    select_attention (q, k, v, length, mask, scale, budget, ratio, sinks, recent, share, sink, softcap) -> out, index
+    sparse_attention (q, k, v, index, length, mask, scale, sink, softcap)                               -> out
 
 `q [B, Hq, 1, D]`; `k, v [B, Hkv, S, D]` the static cache, read in place; `length` 0-d int64 on the device, the number
-of live slots with the new token; `mask [B or 1, 1, 1, S]` bool or None; `index [B, G, K]` int32, ascending, -1 padded,
-G in {1, Hkv, Hq}. float32, float16 and bfloat16. Outputs never alias inputs and no shape depends on data.
+of live slots with the new token; `mask [B or 1, 1, 1, S]`: bool (which tokens count), floating (added to the scores) or
+None; `index [B, G, K]` int32, ascending, -1 padded, G in {1, Hkv, Hq}; `sink [Hq]` or None: a logit of each head that
+takes part in its softmax and has no value; `softcap`: scores become softcap tanh(score / softcap) before the mask, 0 is
+off. float32, float16 and bfloat16. Outputs never alias inputs and no shape depends on data.
 
 They are `custom_op`s, opaque to Inductor: a `triton_op` would be traced into its Triton call even on a CPU.
 A CPU runs `reference`, a GPU the Triton kernels, imported at their first call since a CPU-only machine has no Triton.
@@ -19,23 +21,32 @@ from . import reference
 
 
 @torch.library.custom_op("tidal::full_attention", mutates_args=(), device_types="cuda")
-def full_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sink: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
     """Attention of one new token over the whole live cache."""
     from . import dense
 
-    _check(q, k, v, length, mask)
-    return dense.full_attention(q, k, v, length, mask, scale)
+    _check(q, k, v, length, mask, sink, softcap)
+    return dense.full_attention(q, k, v, length, mask, scale, sink, softcap)
 
 
 @full_attention.register_kernel("cpu")
-def _(q, k, v, length, mask, scale):
-    _check(q, k, v, length, mask)
-    return reference.full_attention(q, k, v, length, mask, scale)
+def _(q, k, v, length, mask, scale, sink=None, softcap=0.0):
+    _check(q, k, v, length, mask, sink, softcap)
+    return reference.full_attention(q, k, v, length, mask, scale, sink, softcap)
 
 
 @full_attention.register_fake
-def _(q, k, v, length, mask, scale):
-    _check(q, k, v, length, mask)
+def _(q, k, v, length, mask, scale, sink=None, softcap=0.0):
+    _check(q, k, v, length, mask, sink, softcap)
     return q.new_empty(q.shape)
 
 
@@ -52,25 +63,27 @@ def select_attention(
     sinks: int,
     recent: int,
     share: str,
+    sink: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`full_attention`, and the positions of the tokens that mattered: max(budget, ratio x live tokens) of them."""
     from . import select
 
-    _check(q, k, v, length, mask)
+    _check(q, k, v, length, mask, sink, softcap)
     _check_selection(budget, ratio, sinks, recent, share)
-    return select.select_attention(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share)
+    return select.select_attention(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share, sink, softcap)
 
 
 @select_attention.register_kernel("cpu")
-def _(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share):
-    _check(q, k, v, length, mask)
+def _(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share, sink=None, softcap=0.0):
+    _check(q, k, v, length, mask, sink, softcap)
     _check_selection(budget, ratio, sinks, recent, share)
-    return reference.select_attention(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share)
+    return reference.select_attention(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share, sink, softcap)
 
 
 @select_attention.register_fake
-def _(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share):
-    _check(q, k, v, length, mask)
+def _(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share, sink=None, softcap=0.0):
+    _check(q, k, v, length, mask, sink, softcap)
     _check_selection(budget, ratio, sinks, recent, share)
     sets = {"query_head": q.shape[1], "kv_head": k.shape[1], "layer": 1}[share]
     width = reference.index_width(budget, ratio, k.shape[2])
@@ -79,31 +92,41 @@ def _(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share):
 
 @torch.library.custom_op("tidal::sparse_attention", mutates_args=(), device_types="cuda")
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, length: Tensor, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    length: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sink: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attention of one new token over the tokens in `index`."""
     from . import sparse
 
-    _check(q, k, v, length, mask)
+    _check(q, k, v, length, mask, sink, softcap)
     _check_index(q, k, index)
-    return sparse.sparse_attention(q, k, v, index, length, mask, scale)
+    return sparse.sparse_attention(q, k, v, index, length, mask, scale, sink, softcap)
 
 
 @sparse_attention.register_kernel("cpu")
-def _(q, k, v, index, length, mask, scale):
-    _check(q, k, v, length, mask)
+def _(q, k, v, index, length, mask, scale, sink=None, softcap=0.0):
+    _check(q, k, v, length, mask, sink, softcap)
     _check_index(q, k, index)
-    return reference.sparse_attention(q, k, v, index, length, mask, scale)
+    return reference.sparse_attention(q, k, v, index, length, mask, scale, sink, softcap)
 
 
 @sparse_attention.register_fake
-def _(q, k, v, index, length, mask, scale):
-    _check(q, k, v, length, mask)
+def _(q, k, v, index, length, mask, scale, sink=None, softcap=0.0):
+    _check(q, k, v, length, mask, sink, softcap)
     _check_index(q, k, index)
     return q.new_empty(q.shape)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, sink: Tensor | None, softcap: float
+) -> None:
     if q.dim() != 4 or q.shape[2] != 1:
         raise ValueError(f"tidal: q must be [B, Hq, 1, D], found {tuple(q.shape)}")
     if k.dim() != 4 or k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
@@ -119,14 +142,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None)
     if length.numel() != 1 or length.dtype != torch.int64:
         raise ValueError(f"tidal: length must be one int64, found {tuple(length.shape)} {length.dtype}")
     if mask is not None and (
-        mask.dtype != torch.bool
+        not (mask.dtype == torch.bool or mask.is_floating_point())
         or mask.dim() != 4
         or mask.shape[0] not in (1, q.shape[0])
         or mask.shape[1:] != (1, 1, k.shape[2])
     ):
         raise ValueError(
-            f"tidal: mask must be bool [B or 1, 1, 1, {k.shape[2]}], found {mask.dtype} {tuple(mask.shape)}"
+            f"tidal: mask must be bool or floating [B or 1, 1, 1, {k.shape[2]}], found {mask.dtype} {tuple(mask.shape)}"
         )
+    if sink is not None and (sink.shape != (q.shape[1],) or not sink.is_floating_point()):
+        raise ValueError(
+            f"tidal: sink must be one number a query head [{q.shape[1]}], found {sink.dtype} {tuple(sink.shape)}"
+        )
+    if softcap < 0.0:
+        raise ValueError(f"tidal: softcap must be positive, or 0 for none, found {softcap}")
 
 
 def _check_selection(budget: int, ratio: float, sinks: int, recent: int, share: str) -> None:

@@ -5,6 +5,11 @@ cache, `n` live slots, `D` head size, `G` token sets (1, `Hkv` or `Hq`), `K` slo
 
 Sums and softmax are float32 whatever the input is. The live length is read on the host: on a CPU that costs nothing,
 and the slice `[:n]` is what keeps the garbage beyond it out. The Triton kernels read it on the device.
+
+The score of a token is `q @ k * scale`; under a `softcap` c it becomes c tanh(score / c), as in Gemma 2
+(https://arxiv.org/abs/2408.00118). `mask` says which tokens count (bool), or is added to the scores (float), where the
+lowest value of its dtype hides a token, as Hugging Face's eager masks mean it. `sink [Hq]` is the score of a token
+without a value that takes its share of every softmax, as in GPT-OSS (https://arxiv.org/abs/2508.10925).
 """
 
 import torch
@@ -13,10 +18,19 @@ from torch import Tensor
 SHARES = ("query_head", "kv_head", "layer")
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sink: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
     """Attend to every live token: `q [B, Hq, 1, D]` over `k, v [B, Hkv, S, D]` -> `[B, Hq, 1, D]`."""
-    scores, live_v = _score_live_tokens(q, k, v, length, mask, scale)
-    return _weigh(scores, live_v).view(q.shape).to(q.dtype)
+    scores, live_v = _score_live_tokens(q, k, v, length, mask, scale, softcap)
+    return (probabilities(scores, sink) @ live_v).view(q.shape).to(q.dtype)
 
 
 def select_attention(
@@ -31,22 +45,32 @@ def select_attention(
     sinks: int,
     recent: int,
     share: str,
+    sink: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attend to every live token, and choose the ones that matter: -> `[B, Hq, 1, D]`, `index [B, G, K]` int32.
 
     TidalDecode's selection layer (https://arxiv.org/abs/2410.05076). The first `sinks` and the last `recent` live
     tokens are always chosen, inside the budget; the rest by `importance`, ties to the lower position.
     """
-    scores, live_v = _score_live_tokens(q, k, v, length, mask, scale)
-    out = _weigh(scores, live_v).view(q.shape).to(q.dtype)
+    scores, live_v = _score_live_tokens(q, k, v, length, mask, scale, softcap)
+    out = (probabilities(scores, sink) @ live_v).view(q.shape).to(q.dtype)
     width = index_width(budget, ratio, k.shape[2])
     return out, choose_tokens(
-        importance(scores, share), scores[:, 0, 0] > -torch.inf, width, budget, ratio, sinks, recent
+        importance(scores, share, sink), scores[:, 0, 0] > -torch.inf, width, budget, ratio, sinks, recent
     )
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, length: Tensor, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    length: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sink: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attend to the tokens in `index [B, G, K]` only, exactly: -> `[B, Hq, 1, D]`."""
     batch, num_heads, _, head_dim = q.shape
@@ -54,19 +78,24 @@ def sparse_attention(
     heads = max(index.shape[1], num_kv_heads)  # one gather a head of this many
     live = (index >= 0) & (index < length)
     token = index.clamp(0, slots - 1).long()
+    bias = None
     if mask is not None:
-        live = live & mask.expand(batch, 1, 1, slots)[:, 0].expand(-1, index.shape[1], -1).gather(2, token)
+        here = mask.expand(batch, 1, 1, slots)[:, 0].expand(-1, index.shape[1], -1).gather(2, token)
+        live = live & ~hidden(here)
+        bias = here if mask.is_floating_point() else None
     kv_head = torch.arange(heads, device=q.device) // (heads // num_kv_heads)
     first_row = (torch.arange(batch, device=q.device)[:, None] * num_kv_heads + kv_head)[..., None] * slots
     rows = first_row + token  # [B, heads, K] of the cache as [B * Hkv * S, D]
     keys = torch.nn.functional.embedding(rows, k.reshape(-1, head_dim)).float()
     values = torch.nn.functional.embedding(rows, v.reshape(-1, head_dim)).float()
     grouped = q.float().reshape(batch, heads, num_heads // heads, head_dim)
-    scores = grouped @ keys.mT * scale
+    scores = _cap(grouped @ keys.mT * scale, softcap)
+    if bias is not None:
+        scores = scores + bias[:, :, None]
     if not live.all():  # what a dead slot names may be garbage
         scores = scores.masked_fill(~live[:, :, None], -torch.inf)
         values = values.masked_fill(~live[..., None], 0.0)
-    return _weigh(scores, values).view(q.shape).to(q.dtype)
+    return (probabilities(scores, sink) @ values).view(q.shape).to(q.dtype)
 
 
 def index_width(budget: int, ratio: float, slots: int) -> int:
@@ -79,7 +108,12 @@ def parts_per_million(ratio: float) -> int:
     return round(ratio * 1_000_000)
 
 
-def importance(scores: Tensor, share: str) -> Tensor:
+def hidden(mask: Tensor) -> Tensor:
+    """Which tokens a mask hides: those that are False, or at the lowest value of an additive mask."""
+    return mask <= torch.finfo(mask.dtype).min if mask.is_floating_point() else ~mask
+
+
+def importance(scores: Tensor, share: str, sink: Tensor | None = None) -> Tensor:
     """How much each token set wants each token: scores `[B, Hkv, g, n]` -> `[B, G, n]`.
 
     Within one head raw scores rank as probabilities do; across heads only probabilities may be added.
@@ -87,7 +121,7 @@ def importance(scores: Tensor, share: str) -> Tensor:
     members = {"query_head": 1, "kv_head": scores.shape[2], "layer": scores.shape[1] * scores.shape[2]}[share]
     if members == 1:
         return scores.flatten(1, 2)
-    probs = scores.softmax(-1)
+    probs = probabilities(scores, sink)
     return probs.sum(2) if share == "kv_head" else probs.sum((1, 2))[:, None]
 
 
@@ -113,8 +147,19 @@ def choose_tokens(
     return index
 
 
+def probabilities(scores: Tensor, sink: Tensor | None = None) -> Tensor:
+    """Softmax over the tokens `[B, H, g, n]`, less what the sink takes; zeros where no token is left to attend to."""
+    if scores.shape[-1] == 0:
+        return scores
+    if sink is not None:
+        beside = sink.float().view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
+        return torch.cat([scores, beside], -1).softmax(-1)[..., :-1]
+    nothing = scores.amax(-1, keepdim=True) == -torch.inf
+    return scores.softmax(-1).masked_fill(nothing, 0.0)
+
+
 def _score_live_tokens(
-    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """Scores `[B, Hkv, g, n]` in float32, -inf where masked, and the live values `[B, Hkv, n, D]`."""
     batch, num_heads, _, head_dim = q.shape
@@ -122,18 +167,17 @@ def _score_live_tokens(
     n = min(int(length), slots)
     keys, values = k[:, :, :n].float(), v[:, :, :n].float()
     grouped = q.float().reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = grouped @ keys.mT * scale
+    scores = _cap(grouped @ keys.mT * scale, softcap)
     if mask is not None:
-        hidden = ~mask.expand(batch, 1, 1, slots)[..., :n]
-        if hidden.any():  # padding: nothing that stands there may count, not even NaN
-            scores = scores.masked_fill(hidden, -torch.inf)
-            values = values.masked_fill(hidden.mT, 0.0)
+        live_mask = mask.expand(batch, 1, 1, slots)[..., :n]
+        if mask.is_floating_point():
+            scores = scores + live_mask
+        dead = hidden(live_mask)
+        if dead.any():  # padding: nothing that stands there may count, not even NaN
+            scores = scores.masked_fill(dead, -torch.inf)
+            values = values.masked_fill(dead.mT, 0.0)
     return scores, values
 
 
-def _weigh(scores: Tensor, values: Tensor) -> Tensor:
-    """Softmax-weighted sum of values; zeros where no token is left to attend to."""
-    if scores.shape[-1] == 0:
-        return values.new_zeros(*scores.shape[:-1], values.shape[-1])
-    nothing = scores.amax(-1, keepdim=True) == -torch.inf
-    return scores.softmax(-1).masked_fill(nothing, 0.0) @ values
+def _cap(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * (scores / softcap).tanh() if softcap else scores

@@ -11,9 +11,9 @@ from .topk import choose_tokens
 
 def select_attention(
     q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float,
-    budget: int, ratio: float, sinks: int, recent: int, share: str,
+    budget: int, ratio: float, sinks: int, recent: int, share: str, sink: Tensor | None = None, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `reference.select_attention`."""
     sets = {"query_head": q.shape[1], "kv_head": k.shape[1], "layer": 1}[share]
-    out, lse, scores = scan(q, k, v, length, mask, scale, write_scores=True)
+    out, lse, scores = scan(q, k, v, length, mask, scale, sink, softcap, write_scores=True)
     return out, choose_tokens(scores, lse, length, mask, sets, budget, ratio, sinks, recent)

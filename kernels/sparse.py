@@ -8,7 +8,8 @@ from torch import Tensor
 from .split import (
     check_rows,
     load_group,
-    mask_bits,
+    mask_args,
+    mask_tile,
     merge,
     num_splits,
     padded_dim,
@@ -26,7 +27,7 @@ def _gather(
     stride_ib, stride_ig, stride_ik, stride_mb, stride_mn,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SHARED_BY: tl.constexpr, ONE_SET: tl.constexpr,
     WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """One program: GROUP query heads that share a token set and a kv head, against one split of that set."""
     split = tl.program_id(0)
@@ -45,12 +46,11 @@ def _gather(
         slot = start + tl.arange(0, BLOCK_N)
         inside = (slot < split * chunk + chunk) & (slot < WIDTH)
         token = tl.load(index_ptr + batch * stride_ib + token_set * stride_ig + slot * stride_ik, mask=inside, other=-1)
-        valid = (token >= 0) & (token < length)
-        if HAS_MASK:
-            valid = valid & (tl.load(mask_ptr + batch * stride_mb + token * stride_mn, mask=valid, other=0) != 0)
+        alive = (token >= 0) & (token < length)
+        valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, alive, MASK, HIDES)
         where = token.to(tl.int64)
         score = score_tile(
-            q, k_ptr + batch * stride_kb + kv_head * stride_kh, where * stride_kn, valid, scale, D, BLOCK_D
+            q, k_ptr + batch * stride_kb + kv_head * stride_kh, where * stride_kn, valid, bias, scale, CAP, D, BLOCK_D
         )
         m, l, acc = weigh_tile(
             score, v_ptr + batch * stride_vb + kv_head * stride_vh, where * stride_vn, valid, m, l, acc, D, BLOCK_D
@@ -59,8 +59,9 @@ def _gather(
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, length: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, length: Tensor, mask: Tensor | None, scale: float,
+    sink: Tensor | None = None, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     """See `reference.sparse_attention`."""
     check_rows(k, v)
     batch, num_heads, _, head_dim = q.shape
@@ -72,14 +73,14 @@ def sparse_attention(
     splits = num_splits(q.device, batch * heads, triton.cdiv(width, block_n))
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
-    bits, *stride_m = mask_bits(mask, batch, slots)
+    (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _gather[(splits, heads, batch)](
-        q, k, v, index, bits, length, acc, stats, scale, slots,
+        q, k, v, index, mask_data, length, acc, stats, scale, slots,
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *index.stride(), *stride_m,
         HEADS=heads, GROUP=group, ROWS=padded_rows(group), SHARED_BY=heads // num_kv_heads, ONE_SET=sets == 1,
         WIDTH=width, D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, SPLITS=splits,
-        HAS_MASK=mask is not None, num_warps=4, num_stages=3,
+        **mask_kind, CAP=softcap, num_warps=4, num_stages=3,
     )  # fmt: skip
     out = q.new_empty(q.shape)
-    merge(acc, stats, out)
+    merge(acc, stats, sink, out)
     return out

@@ -33,11 +33,34 @@ def load_group(
 
 
 @triton.jit
-def score_tile(q, k_ptr, offset, valid, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def mask_tile(mask_ptr, offset, inside, MASK: tl.constexpr, HIDES: tl.constexpr):
+    """Which of N tokens count `[N]`, and what is added to their scores `[N]`. MASK: see `mask_args`."""
+    valid = inside
+    bias = tl.zeros(inside.shape, tl.float32)
+    if MASK == "bool":
+        valid = inside & (tl.load(mask_ptr + offset, mask=inside, other=0) != 0)
+    if MASK == "added":
+        bias = tl.load(mask_ptr + offset, mask=inside, other=0).to(tl.float32)
+        valid = inside & (bias > HIDES)
+    return valid, bias
+
+
+@triton.jit
+def _cap(score, CAP: tl.constexpr):
+    """CAP * tanh(score / CAP), written with an exponential that can't overflow."""
+    if CAP > 0.0:
+        decay = tl.exp(-2.0 * tl.abs(score) / CAP)
+        capped = CAP * (1.0 - decay) / (1.0 + decay)
+        score = tl.where(score < 0.0, -capped, capped)
+    return score
+
+
+@triton.jit
+def score_tile(q, k_ptr, offset, valid, bias, scale, CAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Base-2 scores `[ROWS, N]` of N cache rows at `offset [N]`; dead rows are never read and score -inf."""
     dim = tl.arange(0, BLOCK_D)
     k = tl.load(k_ptr + offset[None, :] + dim[:, None], mask=valid[None, :] & (dim[:, None] < D), other=0.0)
-    score = _dot(q, k) * (scale * LOG2E)
+    score = (_cap(_dot(q, k) * scale, CAP) + bias[None, :]) * LOG2E
     return tl.where(valid[None, :], score, float("-inf"))
 
 
@@ -71,8 +94,8 @@ def store_split(
 
 @triton.jit
 def _merge(
-    acc_ptr, stat_ptr, out_ptr, lse_ptr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     stats = stat_ptr + head * SPLITS * 2
@@ -80,8 +103,13 @@ def _merge(
     m = tl.load(stats + split * 2, mask=split < SPLITS, other=float("-inf"))
     l = tl.load(stats + split * 2 + 1, mask=split < SPLITS, other=0.0)
     top = tl.max(m, 0)
+    if HAS_SINK:
+        sink = tl.load(sink_ptr + head % num_heads).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
     shift = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(l * tl.exp2(m - shift), 0)
+    if HAS_SINK:
+        total += tl.exp2(sink - shift)
 
     dim = tl.arange(0, BLOCK_D)
     out = tl.zeros([BLOCK_D], tl.float32)
@@ -101,13 +129,17 @@ def _merge(
     tl.store(lse_ptr + head, shift + tl.log2(total))
 
 
-def merge(acc: Tensor, stats: Tensor, out: Tensor) -> Tensor:
-    """Join splits `acc [B, Hq, P, D]`, `stats [B, Hq, P, 2]` into `out [B, Hq, 1, D]`; -> log2-sum-exp `[B, Hq]`."""
+def merge(acc: Tensor, stats: Tensor, sink: Tensor | None, out: Tensor) -> Tensor:
+    """Join splits `acc [B, Hq, P, D]`, `stats [B, Hq, P, 2]` into `out [B, Hq, 1, D]`; -> log2-sum-exp `[B, Hq]`.
+
+    The logit `sink [Hq]` takes part in the softmax, and so in the log-sum-exp.
+    """
     batch, num_heads, splits, head_dim = acc.shape
     lse = acc.new_empty(batch, num_heads)
     _merge[(batch * num_heads,)](
-        acc, stats, out, lse, SPLITS=splits, BLOCK_SPLITS=triton.next_power_of_2(splits), CHUNK=16,
-        D=head_dim, BLOCK_D=padded_dim(head_dim),
+        acc, stats, None if sink is None else sink.contiguous(), out, lse, num_heads, SPLITS=splits,
+        BLOCK_SPLITS=triton.next_power_of_2(splits), CHUNK=16, HAS_SINK=sink is not None, D=head_dim,
+        BLOCK_D=padded_dim(head_dim),
     )  # fmt: skip
     return lse
 
@@ -128,12 +160,19 @@ def num_splits(device: torch.device, programs: int, tiles: int) -> int:
     return max(1, min(triton.cdiv(4 * processors, programs), tiles))
 
 
-def mask_bits(mask: Tensor | None, batch: int, slots: int) -> tuple[Tensor | None, int, int]:
-    """A bool mask `[B or 1, 1, 1, S]` as bytes, and its strides along B and S; None and zeros without one."""
+def mask_args(mask: Tensor | None, batch: int, slots: int) -> tuple[tuple, dict]:
+    """How kernels take a mask `[B or 1, 1, 1, S]`: (data, stride along B, stride along S), and MASK and HIDES.
+
+    MASK is "none", "bool" (data are bytes) or "added" to the scores; HIDES is the value that hides a token then.
+    """
     if mask is None:
-        return None, 0, 0
-    bits = mask.view(torch.uint8).expand(batch, 1, 1, slots)
-    return bits, bits.stride(0), bits.stride(3)
+        return (None, 0, 0), {"MASK": "none", "HIDES": 0.0}
+    kind = {"MASK": "bool", "HIDES": 0.0}
+    if mask.is_floating_point():
+        kind = {"MASK": "added", "HIDES": torch.finfo(mask.dtype).min}
+    data = mask if mask.is_floating_point() else mask.view(torch.uint8)
+    data = data.expand(batch, 1, 1, slots)
+    return (data, data.stride(0), data.stride(3)), kind
 
 
 def check_rows(k: Tensor, v: Tensor) -> None:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import index_width, parts_per_million
-from .split import mask_bits
+from .split import mask_args, mask_tile
 
 NEVER = tl.constexpr(0)
 ALWAYS = tl.constexpr(0xFFFFFFFF)
@@ -19,7 +19,7 @@ ALWAYS = tl.constexpr(0xFFFFFFFF)
 @triton.jit
 def _window(
     mask_ptr, length_ptr, window_ptr, slots, sinks, recent, stride_mb, stride_mn,
-    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    MASK: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence: how many tokens are valid, where its sinks end, and where its recent tokens begin."""
     batch = tl.program_id(0).to(tl.int64)
@@ -27,18 +27,18 @@ def _window(
     count = length
     sinks_end = tl.minimum(length, sinks)
     recent_begin = tl.maximum(length - recent, 0)
-    if HAS_MASK:
+    if MASK != "none":
         count = length * 0
         for start in range(0, length, BLOCK):
             token = start + tl.arange(0, BLOCK)
-            valid = tl.load(mask_ptr + batch * stride_mb + token * stride_mn, mask=token < length, other=0) != 0
+            valid, _ = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token < length, MASK, HIDES)
             count += tl.sum(valid.to(tl.int32), 0)
         seen = length * 0
         sinks_end = length * 0
         recent_begin = length
         for start in range(0, length, BLOCK):
             token = start + tl.arange(0, BLOCK)
-            valid = tl.load(mask_ptr + batch * stride_mb + token * stride_mn, mask=token < length, other=0) != 0
+            valid, _ = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token < length, MASK, HIDES)
             rank = seen + tl.cumsum(valid.to(tl.int32), 0)  # 1-based among the valid tokens
             sinks_end = tl.maximum(sinks_end, tl.max(tl.where(valid & (rank <= sinks), token + 1, 0), 0))
             recent_begin = tl.minimum(recent_begin, tl.min(tl.where(valid & (rank > count - recent), token, length), 0))
@@ -142,8 +142,8 @@ def choose_tokens(
     """Base-2 scores `[B, Hq, S]` and log2-sum-exp `[B, Hq]` of a scan -> `index [B, G, K]` int32 for G = `sets`."""
     batch, num_heads, slots = scores.shape
     window = scores.new_empty(batch, 3, dtype=torch.int32)
-    bits, *stride_m = mask_bits(mask, batch, slots)
-    _window[(batch,)](bits, length, window, slots, sinks, recent, *stride_m, HAS_MASK=mask is not None, BLOCK=4096)
+    (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
+    _window[(batch,)](mask_data, length, window, slots, sinks, recent, *stride_m, **mask_kind, BLOCK=4096)
 
     keys = scores.new_empty(batch, sets, slots, dtype=torch.int32)
     grid = (triton.cdiv(slots, 1024), sets, batch)

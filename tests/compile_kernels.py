@@ -47,15 +47,16 @@ def main():
     for module in (dense, sparse):
         module.num_splits = lambda *_: 66
     kinds = [(torch.bfloat16, 128, 4), (torch.float32, 80, 3), (torch.float16, 256, 1)]
-    for (dtype, head_dim, group), masked in itertools.product(kinds, (False, True)):
+    for (dtype, head_dim, group), masking in itertools.product(kinds, (None, torch.bool, torch.float32)):
         q = torch.zeros(2, 2 * group, 1, head_dim, dtype=dtype)
         k = torch.zeros(2, 2, 512, head_dim, dtype=dtype)
-        mask = torch.ones(2, 1, 1, 512, dtype=torch.bool) if masked else None
+        mask = None if masking is None else torch.ones(2, 1, 1, 512, dtype=masking)
+        extra = {"sink": q[0, :, 0, 0], "softcap": 30.0} if masking == torch.float32 else {}
         length = torch.tensor(300)
-        dense.full_attention(q, k, k, length, mask, 0.1)
+        dense.full_attention(q, k, k, length, mask, 0.1, **extra)
         for share in ("query_head", "kv_head", "layer"):
-            index = select.select_attention(q, k, k, length, mask, 0.1, 64, 0.0, 4, 8, share)[1]
-            sparse.sparse_attention(q, k, k, index, length, mask, 0.1)
+            index = select.select_attention(q, k, k, length, mask, 0.1, 64, 0.0, 4, 8, share, **extra)[1]
+            sparse.sparse_attention(q, k, k, index, length, mask, 0.1, **extra)
     print(len(COMPILED), "kernels:", *sorted(set(COMPILED.values())))
 
 

@@ -13,24 +13,39 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 
-def scores_of(q, k, length, mask, scale):
-    """q `[B, Hq, 1, D]`, k `[B, Hkv, S, D]` -> float64 scores `[B, Hq, n]` and valid `[B, n]`, for n live slots."""
+def scores_of(q, k, length, mask, scale, softcap=0.0):
+    """q `[B, Hq, 1, D]`, k `[B, Hkv, S, D]` -> float64 scores `[B, Hq, n]` and valid `[B, n]`, for n live slots.
+
+    mask `[B or 1, 1, 1, S]`: bool, or added to the scores, where its lowest value hides a token.
+    """
     batch, num_heads = q.shape[:2]
     group = num_heads // k.shape[1]
     n = min(length, k.shape[2])
     scores = torch.full((batch, num_heads, n), -math.inf, dtype=torch.float64)
     valid = torch.ones(batch, n, dtype=torch.bool)
-    if mask is not None:
+    bias = torch.zeros(batch, n, dtype=torch.float64)
+    if mask is not None and mask.dtype == torch.bool:
         valid = mask[:, 0, 0, :n].expand(batch, n).clone()
+    elif mask is not None:
+        bias = mask[:, 0, 0, :n].expand(batch, n).double()
+        valid = bias > torch.finfo(mask.dtype).min
     for b in range(batch):
         for h in range(num_heads):
             keys = k[b, h // group, :n].double()
             row = keys @ q[b, h, 0].double() * scale
-            scores[b, h] = torch.where(valid[b], row, -math.inf)
+            row = softcap * torch.tanh(row / softcap) if softcap else row
+            scores[b, h] = torch.where(valid[b], row + bias[b], -math.inf)
     return scores, valid
 
 
-def attend(scores, v, allowed=None):
+def probabilities(scores, sink=None):
+    """float64 scores `[n]` of one head -> their softmax, beside the logit `sink` of a token that nobody sees; empty: 0."""
+    weights = (scores - max(scores.max().item(), -1e300 if sink is None else float(sink))).exp()
+    total = weights.sum() + (0.0 if sink is None else math.exp(float(sink) - max(scores.max().item(), float(sink))))
+    return weights / total
+
+
+def attend(scores, v, allowed=None, sink=None):
     """Softmax over the allowed tokens (`[B, Hq, n]` bool) times v `[B, Hkv, S, D]` -> float64 `[B, Hq, 1, D]`; empty: 0."""
     batch, num_heads, _ = scores.shape
     group = num_heads // v.shape[1]
@@ -42,17 +57,21 @@ def attend(scores, v, allowed=None):
                 keep &= allowed[b, h]
             where = keep.nonzero()[:, 0]
             if len(where):
-                probs = scores[b, h, where].softmax(-1)
+                probs = probabilities(scores[b, h, where], None if sink is None else sink[h])
                 out[b, h, 0] = probs @ v[b, h // group, where].double()
     return out
 
 
-def importance_of(scores, num_kv_heads, share):
+def importance_of(scores, num_kv_heads, share, sink=None):
     """float64 scores `[B, Hq, n]` -> what each token set ranks by, `[B, G, n]`."""
     if share == "query_head":
         return scores
-    probs = scores.softmax(-1).nan_to_num(0.0)
     batch, num_heads, n = scores.shape
+    probs = torch.zeros_like(scores)
+    for b in range(batch):
+        for h in range(num_heads):
+            if (scores[b, h] > -math.inf).any():
+                probs[b, h] = probabilities(scores[b, h], None if sink is None else sink[h])
     if share == "kv_head":
         return probs.view(batch, num_kv_heads, num_heads // num_kv_heads, n).sum(2)
     return probs.sum(1, keepdim=True)

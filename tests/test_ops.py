@@ -28,8 +28,20 @@ def implementations():
 IMPLEMENTATIONS = implementations()
 
 
-def make_case(batch=2, heads=(4, 2), head_dim=64, slots=150, length=97, dtype=torch.float32, padding=0, seed=0):
-    """q, k, v, length, mask, scale. Beyond the live length, and under padding, stands garbage: NaN and huge numbers."""
+def make_case(
+    batch=2,
+    heads=(4, 2),
+    head_dim=64,
+    slots=150,
+    length=97,
+    dtype=torch.float32,
+    padding=0,
+    seed=0,
+    bias=False,
+    sink=False,
+    softcap=0.0,
+):
+    """q, k, v, length, mask, scale, and as keywords sink and softcap. Beyond the live length, and under padding, stands garbage: NaN and huge numbers."""
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
     q = torch.randn(batch, num_heads, 1, head_dim, generator=generator).to(dtype)
@@ -45,10 +57,18 @@ def make_case(batch=2, heads=(4, 2), head_dim=64, slots=150, length=97, dtype=to
             mask[b, ..., :pad] = False
             k[b, :, :pad], v[b, :, :pad] = math.nan, math.inf
         mask[..., length:] = False
-    return q, k, v, torch.tensor(length), mask, head_dim**-0.5
+    if bias:  # an additive mask, of the dtype of the scores
+        hidden = torch.zeros(batch, 1, 1, slots, dtype=torch.bool) if mask is None else ~mask
+        mask = (
+            torch.randn(batch, 1, 1, slots, generator=generator).masked_fill(hidden, torch.finfo(dtype).min).to(dtype)
+        )
+    extra = {"sink": torch.randn(num_heads, generator=generator).to(dtype) * 2 if sink else None, "softcap": softcap}
+    return (q, k, v, torch.tensor(length), mask, head_dim**-0.5), extra
 
 
 def on_device(args):
+    if isinstance(args, dict):
+        return dict(zip(args, on_device(args.values()), strict=True))
     return [arg.to(DEVICE) if isinstance(arg, torch.Tensor) else arg for arg in args]
 
 
@@ -87,37 +107,48 @@ CASES |= {
     "padding-fp16-mqa": {"padding": 41, "dtype": torch.float16, "heads": (3, 1)},
 }
 CASES |= {"long": {"slots": 9000, "length": 8500, "heads": (2, 1), "batch": 1}}  # several tiles, splits and chunks
+CASES |= {
+    "added-mask": {"bias": True},
+    "added-mask-padding-bf16": {"bias": True, "padding": 30, "dtype": torch.bfloat16},
+    "added-mask-padding-fp16": {"bias": True, "padding": 30, "dtype": torch.float16},
+    "softcap": {"softcap": 1.5},
+    "softcap-padding-mqa": {"softcap": 0.7, "padding": 30, "heads": (3, 1)},
+    "sink": {"sink": True},
+    "sink-padding-bf16": {"sink": True, "padding": 30, "dtype": torch.bfloat16},
+    "all-three": {"bias": True, "sink": True, "softcap": 2.0, "padding": 20, "heads": (6, 2)},
+    "sink-nothing-live": {"sink": True, "length": 0},
+}
 CASES |= {"one-slot": {"slots": 1, "length": 1, "batch": 1}, "nothing-live": {"length": 0}}
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_ops_match_the_oracle(name, case):
-    impl, args = IMPLEMENTATIONS[name], make_case(**CASES[case])
+    impl, (args, extra) = IMPLEMENTATIONS[name], make_case(**CASES[case])
     q, k, v, length, mask, scale = args
+    sink, extra_here = extra["sink"], on_device(extra)
     close = {"atol": TOLERANCE[q.dtype], "rtol": TOLERANCE[q.dtype]}
-    scores, valid = oracle.scores_of(q, k, int(length), mask, scale)
+    scores, valid = oracle.scores_of(q, k, int(length), mask, scale, extra["softcap"])
 
-    full = impl.full_attention(*on_device(args))
-    dense = oracle.attend(scores, v)
+    full = impl.full_attention(*on_device(args), **extra_here)
+    dense = oracle.attend(scores, v, sink=sink)
     assert full.dtype == q.dtype and full.shape == q.shape
     torch.testing.assert_close(full.cpu().double(), dense, **close)
 
     budget, sinks, recent = 24, 3, 5
     for share, ratio in zip(SHARES, (0.0, 0.35, 0.0), strict=True):
-        out, index = impl.select_attention(*on_device(args), budget, ratio, sinks, recent, share)
+        out, index = impl.select_attention(*on_device(args), budget, ratio, sinks, recent, share, **extra_here)
         torch.testing.assert_close(out, full, rtol=0, atol=0)
         sets = {"query_head": q.shape[1], "kv_head": k.shape[1], "layer": 1}[share]
         width = min(k.shape[2], max(budget, math.ceil(ratio * k.shape[2])))
         assert index.dtype == torch.int32 and index.shape == (q.shape[0], sets, width)
-        check_index(
-            index, oracle.importance_of(scores, k.shape[1], share), valid, budget, ratio, sinks, recent, slack=1e-5
-        )
+        importance = oracle.importance_of(scores, k.shape[1], share, sink)
+        check_index(index, importance, valid, budget, ratio, sinks, recent, slack=1e-5)
 
-        sparse = impl.sparse_attention(*on_device((q, k, v)), index, *on_device((length, mask, scale)))
+        sparse = impl.sparse_attention(*on_device((q, k, v)), index, *on_device((length, mask, scale)), **extra_here)
         rows = [[[p for p in row if p >= 0] for row in sets] for sets in index.tolist()]
         allowed = oracle.sets_as_mask(rows, q.shape[1], scores.shape[2])
-        torch.testing.assert_close(sparse.cpu().double(), oracle.attend(scores, v, allowed), **close)
+        torch.testing.assert_close(sparse.cpu().double(), oracle.attend(scores, v, allowed, sink), **close)
         if int(length) <= budget:  # nothing left out: sparse is full
             torch.testing.assert_close(sparse.cpu().double(), dense, **close)
 
@@ -159,7 +190,7 @@ def test_signed_zeros_tie_and_negative_scores_rank(name):
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_an_index_may_name_dead_tokens(name):
     """Padding in the index, tokens beyond the length and masked ones count for nothing; an empty set gives zeros."""
-    q, k, v, length, mask, scale = make_case(padding=30)
+    (q, k, v, length, mask, scale), _ = make_case(padding=30)
     index = torch.tensor(
         [[[5, 31, 60, 120, -1], [-1] * 5], [[0, 96, 97, 149, -1], [2, 3, -1, -1, -1]]], dtype=torch.int32
     )
@@ -172,7 +203,7 @@ def test_an_index_may_name_dead_tokens(name):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_fully_masked_row_gives_zeros_and_an_empty_set(name):
-    q, k, v, length, _, scale = make_case()
+    (q, k, v, length, _, scale), _ = make_case()
     mask = torch.ones(2, 1, 1, 150, dtype=torch.bool)
     mask[0] = False
     out, index = IMPLEMENTATIONS[name].select_attention(
@@ -184,7 +215,7 @@ def test_a_fully_masked_row_gives_zeros_and_an_empty_set(name):
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_strided_inputs(name):
     """A query that is a transposed view, caches that are slices, one mask row for the whole batch."""
-    q, k, v, length, _, scale = make_case(batch=3)
+    (q, k, v, length, _, scale), _ = make_case(batch=3)
     mask = torch.ones(1, 1, 1, 150, dtype=torch.bool)
     mask[..., :11] = False
     args = on_device((q, k, v, length, mask, scale))
@@ -219,25 +250,27 @@ def test_a_single_head_ranks_by_scores_where_probabilities_underflow(name, share
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_budget_beyond_the_cache_is_no_wider_than_the_cache(name):
-    args = on_device(make_case())
+    args = on_device(make_case()[0])
     _, index = IMPLEMENTATIONS[name].select_attention(*args, 2**31 - 1, 0.0, 3, 5, "kv_head")
     assert index.shape == (2, 2, 150) and (index[..., :97] == torch.arange(97, device=index.device)).all()
 
 
 def test_opcheck():
     """Schemas, fakes and autograd registration agree with what the ops do, on this machine's device."""
-    for padding in (0, 30):
-        q, k, v, length, mask, scale = on_device([arg.nan_to_num(0) if isinstance(arg, torch.Tensor) and arg.is_floating_point()
-                                                  else arg for arg in make_case(padding=padding)])  # fmt: skip
-        torch.library.opcheck(ops.full_attention, (q, k, v, length, mask, scale))
+    for options in ({}, {"padding": 30}, {"bias": True, "sink": True, "softcap": 3.0}):
+        args, extra = make_case(**options)
+        q, k, v, *rest = on_device(args)
+        q, k, v = (x.nan_to_num(0) for x in (q, k, v))
+        extra = on_device(extra)
+        torch.library.opcheck(ops.full_attention, (q, k, v, *rest), extra)
         for share in SHARES:
-            torch.library.opcheck(ops.select_attention, (q, k, v, length, mask, scale, 24, 0.3, 3, 5, share))
-        index = ops.select_attention(q, k, v, length, mask, scale, 24, 0.0, 3, 5, "kv_head")[1]
-        torch.library.opcheck(ops.sparse_attention, (q, k, v, index, length, mask, scale))
+            torch.library.opcheck(ops.select_attention, (q, k, v, *rest, 24, 0.3, 3, 5, share), extra)
+        index = ops.select_attention(q, k, v, *rest, 24, 0.0, 3, 5, "kv_head")[1]
+        torch.library.opcheck(ops.sparse_attention, (q, k, v, index, *rest), extra)
 
 
 def test_bad_arguments_are_named():
-    q, k, v, length, mask, scale = on_device(make_case(padding=30))
+    q, k, v, length, mask, scale = on_device(make_case(padding=30)[0])
     full, select, sparse = ops.full_attention, ops.select_attention, ops.sparse_attention
     bad = [
         (full, (q.repeat(1, 1, 2, 1), k, v, length, mask, scale), "q must be"),
@@ -245,7 +278,9 @@ def test_bad_arguments_are_named():
         (full, (q[:, :3], k, v, length, mask, scale), "3 query heads"),
         (full, (q, k.half(), v, length, mask, scale), "must share one of"),
         (full, (q, k, v, length.int(), mask, scale), "length must be"),
-        (full, (q, k, v, length, mask.float(), scale), "mask must be bool"),
+        (full, (q, k, v, length, mask.int(), scale), "mask must be bool or floating"),
+        (full, (q, k, v, length, mask, scale, torch.zeros(2, device=DEVICE)), "sink must be one number a query head"),
+        (full, (q, k, v, length, mask, scale, None, -1.0), "softcap must be positive"),
         (full, (q, k, v, length, mask[..., :9], scale), "mask must be bool"),
         (select, (q, k, v, length, mask, scale, 24, 0.0, 3, 5, "head"), "share must be one of"),
         (select, (q, k, v, length, mask, scale, 7, 0.0, 3, 5, "layer"), "budget 7"),
