@@ -2,11 +2,12 @@
 
 Graph in: Dynamo's decode graph and the plan for its calls. Graph out: the same graph object, edited in place, where
 
-    full    scaled_dot_product_attention(...) -> tidal::full_attention(q, keys, values, length, mask, scale)
-    select                                    -> tidal::select_attention(...)[0], and its [1] is the token set
-    reuse                                     -> tidal::sparse_attention(q, keys, values, token set, ...)
+    full    attention(...) -> tidal::full_attention(q, keys, values, length, mask, scale, sink, softcap)
+    select                 -> tidal::select_attention(...)[0], and its [1] is the token set
+    reuse                  -> tidal::sparse_attention(q, keys, values, token set, ...)
 
-read the cache inputs directly; the `repeat_kv` nodes that nothing uses any more are erased. In place, because a copy of
+read the cache inputs directly; the nodes that nothing uses any more (`repeat_kv`, and what eager attention consists of)
+are erased. In place, because a copy of
 the graph module loses what marks the cache as static, and CUDA graphs are skipped; and never by `eliminate_dead_code`,
 which takes the cache writes (`index_copy_`, whose result nobody uses) for dead.
 """
@@ -16,8 +17,13 @@ import operator
 import torch
 from torch import fx
 
+from .forms import CASTS, target_name
 from .match import AttentionSite
 from .plan import Plan
+
+VIEWS = ("expand", "reshape", "view", "transpose", "size", "getitem")
+EAGER = ("matmul", "mul", "truediv", "tanh", "add", "cat", "max", "sub", "softmax", "dropout")
+PURE = (*VIEWS, *EAGER, *CASTS)
 
 
 def apply_plan(gm: fx.GraphModule, plan: Plan) -> int:
@@ -34,17 +40,17 @@ def apply_plan(gm: fx.GraphModule, plan: Plan) -> int:
 def _replace(gm: fx.GraphModule, site: AttentionSite, role, token_sets: dict[int, fx.Node]) -> None:
     ops = torch.ops.tidal
     cache = (site.query, site.key, site.value)
-    rest = (site.length, site.mask, site.scale)
+    rest, last = (site.length, site.mask, site.scale), (site.sink, site.softcap)
     with gm.graph.inserting_before(site.node):
         if role.role == "full":
-            out = _call(gm, site, ops.full_attention.default, (*cache, *rest))
+            out = _call(gm, site, ops.full_attention.default, (*cache, *rest, *last))
         elif role.role == "select":
             settings = (role.budget, role.ratio, role.sinks, role.recent, role.share)
-            both = _call(gm, site, ops.select_attention.default, (*cache, *rest, *settings))
+            both = _call(gm, site, ops.select_attention.default, (*cache, *rest, *settings, *last))
             out = _call(gm, site, operator.getitem, (both, 0))
             token_sets[site.layer] = _call(gm, site, operator.getitem, (both, 1))
         else:
-            out = _call(gm, site, ops.sparse_attention.default, (*cache, token_sets[role.source], *rest))
+            out = _call(gm, site, ops.sparse_attention.default, (*cache, token_sets[role.source], *rest, *last))
     site.node.replace_all_uses_with(out)
     _erase_unused(gm, site.node)
 
@@ -60,14 +66,12 @@ def _call(gm: fx.GraphModule, site: AttentionSite, target, args: tuple) -> fx.No
 
 
 def _erase_unused(gm: fx.GraphModule, call: fx.Node) -> None:
-    """Erase a replaced call, then the views before it that only it used. Never an input or a write."""
-    views = ("expand", "reshape", "size")
+    """Erase a replaced call, then what only it used, as far as that has no effect. Never an input or a write."""
     orphans = [call]
     while orphans:
         node = orphans.pop()
         inputs = node.all_input_nodes
         gm.graph.erase_node(node)
         for before in inputs:
-            is_view = before.target is operator.getitem or (before.op == "call_method" and before.target in views)
-            if is_view and not before.users and before not in orphans:
+            if target_name(before) in PURE and not before.users and before not in orphans:
                 orphans.append(before)

@@ -3,19 +3,21 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-TINY = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-}  # fmt: skip
+from tidal_compile.shapes import FAMILIES, TINY
 
 
 def tiny_model(model_type="llama", seed=0, device="cpu", dtype=torch.float32, **settings):
     """A random decoder with weights large enough that attention is peaked, and what is left out shows."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**TINY, **settings})
+    shape = {name: value for name, value in TINY.items() if name != "head_dim"}
+    config = AutoConfig.for_model(model_type, **{**shape, **settings})
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def family_model(name, **settings):
+    """The tiny model of a family in `FAMILIES`."""
+    return tiny_model(**{**FAMILIES[name], **settings})
 
 
 MODELS = {

@@ -124,27 +124,32 @@ class OracleModel:
         finally:
             self.model.config._attn_implementation = before
 
-    def _attention(self, module, query, key, value, attention_mask, scaling=None, **_):
+    def _attention(self, module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if query.shape[2] > 1:
             group = query.shape[1] // key.shape[1]
             k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
             causal = torch.ones(query.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - query.shape[2])
             mask = causal if attention_mask is None else attention_mask[..., : k.shape[2]]
-            weights = (query.double() @ k.double().mT * scale).masked_fill(~mask, -math.inf).softmax(-1).nan_to_num(0.0)
+            scores = query.double() @ k.double().mT * scale
+            scores = (torch.tanh(scores / softcap) * softcap if softcap else scores).masked_fill(~mask, -math.inf)
+            sink = torch.full_like(scores[..., :1], -math.inf)
+            if s_aux is not None:
+                sink[:] = s_aux.double()[:, None, None]
+            weights = torch.cat([scores, sink], -1).softmax(-1).nan_to_num(0.0)[..., :-1]
             return (weights @ v.double()).to(query.dtype).transpose(1, 2), None
         n = key.shape[2]
         mask = None if attention_mask is None else attention_mask[..., :n].expand(query.shape[0], 1, 1, n)
-        scores, valid = scores_of(query, key, n, mask, scale)
+        scores, valid = scores_of(query, key, n, mask, scale, softcap or 0.0)
         role, source, settings = self.roles[module.layer_idx]
         allowed = None
         if role == "select":
-            ranked = importance_of(scores, key.shape[1], settings["share"])
+            ranked = importance_of(scores, key.shape[1], settings["share"], s_aux)
             chosen = choose(ranked, valid, *(settings[name] for name in ("budget", "ratio", "sinks", "recent")))
             self.sets[module.layer_idx] = sets_as_mask(chosen, query.shape[1], n)
         if role == "reuse":
             allowed = self.sets[source]
-        return attend(scores, value, allowed).to(query.dtype).transpose(1, 2), None
+        return attend(scores, value, allowed, s_aux).to(query.dtype).transpose(1, 2), None
 
     @torch.no_grad()
     def logits(self, prompt, tokens, mask=None):

@@ -6,11 +6,14 @@ import pytest
 import torch
 from models import decode_logits, prefilled, random_tokens, tiny_model
 from recorder import Recorder
-from transformers import StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
+from transformers.masking_utils import sdpa_mask
 
 import tidal_compile as tc
 from tidal_compile.passes.match import AttentionSite, find_attention
-from tidal_compile.passes.plan import kv_share
+from tidal_compile.passes.plan import kv_share, make_plan
+from tidal_compile.passes.rewrite import apply_plan
+from tidal_compile.policy import resolve
 
 
 def record(model, tokens=None, slots=64, prompt=20, **options):
@@ -129,15 +132,128 @@ def test_not_strict_leaves_exact_what_it_cannot_follow():
     assert roles == [None, None, None, "select", None, "reuse"]
 
 
-def test_eager_attention_is_named():
-    model = tiny_model(attn_implementation="eager")
-    with pytest.raises(tc.UnsupportedModelError, match="eager .softmax.*attn_implementation='sdpa'"):
+def odd_attention(module, query, key, value, mask, scaling, **_):
+    """Eager attention that gives every token a little more weight: no spelling that `forms` knows."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    scores = scores if mask is None else scores.masked_fill(~mask, -1e9)
+    return ((scores.softmax(-1) + 0.01) @ value).transpose(1, 2), None
+
+
+def with_odd_attention(model, layers):
+    AttentionInterface.register("odd", odd_attention)
+    AttentionMaskInterface.register("odd", sdpa_mask)
+    for layer in layers:
+        attention = model.model.layers[layer].self_attn
+        attention.config = copy.deepcopy(attention.config)
+        attention.config._attn_implementation = "odd"
+    return model
+
+
+def test_unknown_eager_attention_is_named():
+    model = with_odd_attention(tiny_model(), range(6))
+    with pytest.raises(tc.UnsupportedModelError, match="eager attention whose scores come from masked_fill"):
         record(model, policy="full")
     with pytest.warns(UserWarning, match="left exact"):
         recorder, logits = record(model, policy="full", strict=False)
     eager = decode_logits(model, prefilled(model, random_tokens(1, 20), 64), random_tokens(1, 1, seed=2))
     torch.testing.assert_close(logits, eager, atol=1e-5, rtol=1e-5)
     assert recorder.before == recorder.after
+
+
+class Eager(torch.nn.Module):
+    """One attention call of a decode step in eager form, or something that resembles one."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Module()])
+        self.layers[0].self_attn = EagerAttention(form)
+
+    def forward(self, *args):
+        return self.layers[0].self_attn(*args)
+
+
+class EagerAttention(torch.nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.sinks = form, torch.nn.Parameter(torch.randn(4), requires_grad=False)
+
+    def forward(self, q, past_key_values, k_new, bias):
+        form, layer = self.form, past_key_values.layers[0]
+        position = torch.arange(1) + layer.cumulative_length
+        layer.cumulative_length.add_(1)
+        layer.keys.index_copy_(2, position, k_new)
+        layer.values.index_copy_(2, position, k_new)
+        keys, values = (x[:, :, None].expand(1, 2, 2, 8, 4).reshape(1, 4, 8, 4) for x in (layer.keys, layer.values))
+        scores = torch.matmul(q, keys.transpose(-1, -2)) / 2.0
+        scores = scores * 3 if form == "two-scales" else scores
+        if form in ("softcap", "tanh"):
+            scores = torch.tanh(scores / 5.0) * (5.0 if form == "softcap" else 4.0)
+        scores = scores + (bias.expand(1, 4, 1, 8) if form == "mask-by-head" else bias)
+        if form in ("sink", "sink-kept"):
+            scores = torch.cat([scores, self.sinks.reshape(1, -1, 1, 1)], -1)
+            scores = scores - scores.max(dim=-1, keepdim=True).values
+        if form == "two-sinks":
+            scores = torch.cat([scores, self.sinks.reshape(1, -1, 1, 1).expand(1, 4, 1, 2)], -1)
+        weights = torch.nn.functional.softmax(scores, dim=1 if form == "over-heads" else -1, dtype=torch.float32)
+        if form in ("sink", "drops-a-token"):
+            weights = weights[..., :-1]
+        if form == "two-sinks":
+            weights = weights[..., :-2]
+        if form == "dropout":
+            weights = torch.nn.functional.dropout(weights, 0.1)
+        if form in ("sink-kept", "drops-a-token"):
+            values = torch.nn.functional.pad(values, (0, 0, 0, 1)) if form == "sink-kept" else values[:, :, :-1]
+        out = torch.matmul(weights.to(q.dtype), values)
+        return (out, weights) if form == "weights-returned" else out
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("plain", None),
+        ("two-scales", None),
+        ("softcap", None),
+        ("sink", None),
+        ("tanh", "tanh that is no soft cap"),
+        ("mask-by-head", "a mask of shape (1, 4, 1, 8)"),
+        ("two-sinks", "joined from parts in a way that is not an attention sink"),
+        ("sink-kept", "not to matmul"),
+        ("over-heads", "softmax over dimension 1"),
+        ("drops-a-token", "drops the weight of a token"),
+        ("dropout", "hands its weights to dropout"),
+        ("weights-returned", "weights are used elsewhere too"),
+    ],
+)
+def test_eager_spellings(form, reason):
+    """What is taken for attention computes what it did; what is not is named."""
+    module, found = Eager(form), []
+    q, k_new, bias = torch.randn(1, 4, 1, 4), torch.randn(1, 2, 1, 4), torch.randn(1, 1, 1, 8)
+    bias[..., 4:] = torch.finfo(torch.float32).min
+
+    def keep(gm, _):
+        found.extend(find_attention(gm))
+        if reason is None:
+            apply_plan(gm, make_plan(found, resolve("full", 1, attention_layers=(0,)).roles))
+        return gm.forward
+
+    def cache():
+        torch.manual_seed(0)
+        config = tiny_model(num_hidden_layers=1).config
+        cache = StaticCache(config=config, max_cache_len=8)
+        cache.early_initialization(1, 2, 4, torch.float32, torch.device("cpu"))
+        cache.layers[0].keys.normal_(), cache.layers[0].values.normal_()
+        cache.layers[0].cumulative_length.fill_(3)
+        return cache
+
+    with torch.no_grad():
+        got = torch.compile(module, backend=keep, fullgraph=True)(q, cache(), k_new, bias)
+        if reason is None:
+            assert [type(call) for call in found] == [AttentionSite]
+            torch.testing.assert_close(got, module(q, cache(), k_new, bias))
+        else:
+            assert len(found) == 1 and reason in found[0].reason
 
 
 def test_a_dynamic_cache_is_named():
@@ -148,12 +264,31 @@ def test_a_dynamic_cache_is_named():
         step(input_ids=random_tokens(1, 1), past_key_values=past)
 
 
-def test_a_float_mask_is_named():
-    model = tiny_model()
+def test_added_masks():
+    """A mask that is added to the scores is followed, whatever its numbers; one for each head is named."""
+    model, bias = tiny_model(), torch.randn(1, 1, 1, 64)
+    tokens = random_tokens(1, 1)
     step = torch.compile(model, backend=Recorder(policy="full"), fullgraph=True)
-    cache = prefilled(model, random_tokens(1, 5), 64)
-    with pytest.raises(tc.UnsupportedModelError, match="float32 mask"):
-        decode_logits(step, cache, random_tokens(1, 1), [torch.zeros(1, 1, 1, 64)])
+    bias[..., 6:] = torch.finfo(torch.float32).min
+    got, eager = (
+        decode_logits(one, prefilled(model, random_tokens(1, 5), 64), tokens, [bias]) for one in (step, model)
+    )
+    torch.testing.assert_close(got, eager, atol=1e-4, rtol=1e-4)
+    with pytest.raises(tc.UnsupportedModelError, match="one for all heads is supported"):
+        decode_logits(step, prefilled(model, random_tokens(1, 5), 64), tokens, [bias.repeat(1, 4, 1, 1)])
+
+
+def test_the_first_token_of_a_cache_is_no_decode_step():
+    """Nothing is cached yet: exact under any policy, with a static cache that is yet to be allocated, or none."""
+    model, recorder = tiny_model(), Recorder(policy="tidal", budget=80)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    tokens = random_tokens(1, 1)
+    with torch.no_grad():
+        for past in ({"past_key_values": cache}, {"use_cache": False}):
+            got = torch.compile(model, backend=recorder, fullgraph=True)(input_ids=tokens, **past).logits
+            torch.testing.assert_close(got, model(input_ids=tokens).logits, atol=1e-5, rtol=1e-5)
+            torch._dynamo.reset()
+    assert recorder.plans == [None, None]
 
 
 def test_float64_is_named():
@@ -261,13 +396,9 @@ def test_a_model_that_only_slides():
 
 
 def test_a_preset_counts_layers_that_cannot_be_matched():
-    """One eager layer among SDPA layers: the preset gives it a role, and it can't follow."""
-    model = tiny_model()
-    attention = model.model.layers[3].self_attn
-    attention.config = copy.deepcopy(attention.config)
-    attention.config._attn_implementation = "eager"
-    with pytest.raises(tc.UnsupportedModelError, match=r"layer 3 \(reuse\): attention in eager"):
-        record(model, policy="tidal", budget=80)
+    """One odd layer among SDPA layers: the preset gives it a role, and it can't follow."""
+    with pytest.raises(tc.UnsupportedModelError, match=r"layer 3 \(reuse\): eager attention whose scores"):
+        record(with_odd_attention(tiny_model(), [3]), policy="tidal", budget=80)
 
 
 def test_a_preset_that_leaves_all_exact_says_so():

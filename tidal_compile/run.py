@@ -67,9 +67,13 @@ def random_cache(model: nn.Module, length: int, slots: int) -> Any:
     """A StaticCache whose first `length` tokens are random: with random weights, a prefill would be no better."""
     cache = empty_cache(model, slots)
     for layer in cache.layers:
-        layer.keys[:, :, :length].normal_()
-        layer.values[:, :, :length].normal_()
-    rewind(cache, length)
+        for name in ("keys", "values"):
+            if hasattr(layer, name):
+                getattr(layer, name)[:, :, :length].normal_()
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length.fill_(length)
+        if hasattr(layer, "cumulative_length_int"):
+            layer.cumulative_length_int = length
     return cache
 
 

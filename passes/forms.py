@@ -1,0 +1,222 @@
+"""The spellings of attention in a decode graph, read into one form.
+
+Graph in: Dynamo's graph, and a node of it that is attention in one of two spellings,
+
+    sdpa    scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    eager   scores = matmul(q, k.transpose(2, 3)) * scale
+            scores = tanh(scores / softcap) * softcap            (Gemma 2)
+            scores = scores + mask
+            scores = cat([scores, sink]);  scores - scores.max()  (GPT-OSS)
+            weights = dropout(softmax(scores).to(dtype))[..., :-1 if sink]
+            matmul(weights, v)
+
+Out: a `Call`, or `NoMatch` with the reason. Changes nothing.
+"""
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+SDPA = torch.nn.functional.scaled_dot_product_attention
+CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Call:
+    """Attention of q `[B, Hq, T, D]` to k, v `[B, Hkv or Hq, S, D]`: softmax(cap(q k^T scale) + mask) v -> `output`."""
+
+    output: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    scale: float
+    sink: fx.Node | None = None  # [Hq]
+    softcap: float = 0.0
+
+
+class NoMatch(Exception):
+    """Why an attention call can't be rewritten. `kind`: see `match.Unmatched`."""
+
+    def __init__(self, reason: str, kind: str = "unsupported"):
+        super().__init__(reason)
+        self.kind = kind
+
+
+def query_length(node: fx.Node) -> int | None:
+    """T of an attention call `[B, Hq, T, ...]`, None where it can't be told."""
+    if is_sdpa(node):
+        return shape(_sdpa_arguments(node)["query"])[2]
+    return shape(node)[2] if is_softmax(node) and len(shape(node)) == 4 else None
+
+
+def read_call(node: fx.Node) -> Call:
+    """Read the call at an SDPA or softmax node."""
+    if is_sdpa(node):
+        return _read_sdpa(node)
+    if is_softmax(node):
+        return _read_eager(node)
+    raise NoMatch(f"attention through {target_name(node)}; supported are attn_implementation='sdpa' and 'eager'")
+
+
+def _read_sdpa(node: fx.Node) -> Call:
+    given = _sdpa_arguments(node)
+    if given["is_causal"] or given["dropout_p"]:
+        raise NoMatch(f"is_causal={given['is_causal']}, dropout_p={given['dropout_p']}: a decode step has neither")
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    scale = shape(query)[3] ** -0.5 if given["scale"] is None else given["scale"]
+    return Call(node, query, key, value, given["attn_mask"], scale)
+
+
+def _sdpa_arguments(node: fx.Node) -> dict:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None} | given
+
+
+def _read_eager(softmax: fx.Node) -> Call:
+    dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
+    if dim not in (-1, 3):
+        raise NoMatch(f"eager attention with a softmax over dimension {dim}, not over the tokens")
+    scores, sink = _strip_sink(softmax.args[0])
+    scores, mask = _strip_mask(scores)
+    scores, softcap = _strip_softcap(scores)
+    scores, scale = _strip_scale(scores)
+    if not _is_function(scores, torch.matmul):
+        raise NoMatch(f"eager attention whose scores come from {target_name(scores)}, not from matmul(q, k^T)")
+    query, key = scores.args[0], _untransposed(scores.args[1])
+    output, value = _weighted_sum(softmax, has_sink=sink is not None)
+    return Call(output, query, key, value, mask, scale, sink, softcap)
+
+
+def _strip_sink(scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """Scores without the sink's column `[B, Hq, 1, 1]`, and not less their maximum: no softmax needs it."""
+    scores = _uncast(scores)
+    if _is_function(scores, operator.sub) and _is_maximum_of(scores.args[1], scores.args[0]):
+        scores = scores.args[0]
+    if not _is_function(scores, torch.cat):
+        return scores, None
+    dim = scores.kwargs.get("dim", scores.args[1] if len(scores.args) > 1 else 0)
+    parts = scores.args[0]
+    if dim not in (-1, 3) or len(parts) != 2 or shape(parts[1])[3] != 1:
+        raise NoMatch("eager attention over scores that are joined from parts in a way that is not an attention sink")
+    sink = parts[1]
+    while sink.op == "call_method" and sink.target in ("expand", "reshape", "view"):
+        sink = sink.args[0]
+    if shape(sink) != (shape(parts[0])[1],):
+        raise NoMatch(f"an attention sink of shape {shape(sink)}; one logit a query head is supported")
+    return parts[0], sink
+
+
+def _is_maximum_of(node: fx.Node, scores: fx.Node) -> bool:
+    """max(scores, dim=-1, keepdim=True).values"""
+    pair = node.args[0] if _is_function(node, operator.getitem) and node.args[1] == 0 else None
+    return pair is not None and target_name(pair) == "max" and pair.args[0] is scores
+
+
+def _strip_mask(scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    scores = _uncast(scores)
+    if not _is_function(scores, operator.add):
+        return scores, None
+    inner, mask = scores.args
+    if not all(isinstance(arg, fx.Node) for arg in scores.args) or shape(inner) != shape(scores):
+        raise NoMatch("eager attention that adds something else than a mask to its scores")
+    return inner, mask
+
+
+def _strip_softcap(scores: fx.Node) -> tuple[fx.Node, float]:
+    """tanh(scores / cap) * cap -> scores, cap"""
+    scores = _uncast(scores)
+    inner, cap = _times_number(scores)
+    if inner is None or not _is_function(inner, torch.tanh):
+        return scores, 0.0
+    divided = inner.args[0]
+    if not _is_function(divided, operator.truediv) or divided.args[1] != cap:
+        raise NoMatch(f"eager attention with a tanh that is no soft cap of {cap}")
+    return divided.args[0], float(cap)
+
+
+def _strip_scale(scores: fx.Node) -> tuple[fx.Node, float]:
+    scores, scale = _uncast(scores), 1.0
+    while True:
+        inner, factor = _times_number(scores)
+        if inner is None:
+            return scores, scale
+        scores, scale = _uncast(inner), scale * factor
+
+
+def _times_number(node: fx.Node) -> tuple[fx.Node | None, float]:
+    """x * number or x / number -> x, the factor; None for anything else."""
+    if _is_function(node, operator.mul) or _is_function(node, operator.truediv):
+        inner, number = node.args
+        if isinstance(inner, fx.Node) and isinstance(number, int | float):
+            return inner, float(number) if node.target is operator.mul else 1.0 / number
+    return None, 1.0
+
+
+def _untransposed(node: fx.Node) -> fx.Node:
+    """k `[B, H, S, D]` of k^T `[B, H, D, S]`"""
+    dims = tuple(dim % 4 for dim in node.args[1:]) if is_method(node, "transpose") else ()
+    if set(dims) != {2, 3}:
+        raise NoMatch(f"eager attention that multiplies q with {target_name(node)}, not with k.transpose(2, 3)")
+    return node.args[0]
+
+
+def _weighted_sum(softmax: fx.Node, has_sink: bool) -> tuple[fx.Node, fx.Node]:
+    """From the softmax to matmul(weights, v): that node, and v."""
+    node, sink_dropped = softmax, False
+    while True:
+        if len(node.users) != 1:
+            raise NoMatch("eager attention whose weights are used elsewhere too (output_attentions=True?)")
+        before, node = node, next(iter(node.users))
+        if node.op == "call_method" and node.target in CASTS:
+            continue
+        if _is_function(node, torch.nn.functional.dropout) and _is_off(node):
+            continue
+        if _is_function(node, operator.getitem) and node.args[1] == (Ellipsis, slice(None, -1, None)):
+            if sink_dropped or not has_sink:
+                raise NoMatch("eager attention that drops the weight of a token")
+            sink_dropped = True
+            continue
+        if _is_function(node, torch.matmul) and node.args[0] is before and sink_dropped == has_sink:
+            return node, node.args[1]
+        raise NoMatch(f"eager attention that hands its weights to {target_name(node)}, not to matmul(weights, v)")
+
+
+def _is_off(dropout: fx.Node) -> bool:
+    given = dict(zip(("input", "p", "training"), dropout.args, strict=False)) | dict(dropout.kwargs)
+    return given.get("p", 0.5) == 0.0 or given.get("training", True) is False
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    while node.op == "call_method" and node.target in CASTS:
+        node = node.args[0]
+    return node
+
+
+def is_sdpa(node: fx.Node) -> bool:
+    return node.target is SDPA
+
+
+def is_softmax(node: fx.Node) -> bool:
+    return target_name(node) == "softmax"
+
+
+def is_method(node: object, name: str) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_method" and node.target == name
+
+
+def _is_function(node: object, function: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is function
+
+
+def target_name(node: fx.Node) -> str:
+    """The function or method that a node calls, by name."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def shape(node: fx.Node) -> tuple:
+    """The shape of what a node returns."""
+    return tuple(node.meta["example_value"].shape)
