@@ -5,6 +5,7 @@ VENV ?= .venv
 # make demo TORCH=torch
 TORCH ?= torch==2.13.0
 OUT ?= out
+JOBS ?= 2
 
 .PHONY: test lint demo clean
 .DELETE_ON_ERROR:
@@ -31,7 +32,7 @@ lint: $(VENV)/test
 	$(VENV)/bin/ruff format --check .
 
 test: lint
-	$(VENV)/bin/python -m pytest --durations=10
+	$(VENV)/bin/python -m pytest -n $(JOBS) --durations=10
 
 clean:
 	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache *.egg-info

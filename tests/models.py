@@ -20,6 +20,13 @@ def family_model(name, **settings):
     return tiny_model(**{**FAMILIES[name], **settings})
 
 
+def family_pair(name, **settings):
+    """Two layers of it, as transformers' own tests have; in a model that mixes, the first slides and the second does not."""
+    kinds = family_model(name, device="meta").config.to_dict().get("layer_types") or []
+    types = {"layer_types": kinds[:2]} if len(set(kinds)) > 1 else {}
+    return family_model(name, **{"num_hidden_layers": 2, **types, **settings})
+
+
 MODELS = {
     "gqa2": lambda: tiny_model(),
     "gqa3": lambda: tiny_model(hidden_size=96, num_attention_heads=6),

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from models import decode_logits, prefilled, random_tokens, tiny_model
+from families import FAMILIES
+from models import decode_logits, family_model, family_pair, prefilled, random_tokens, tiny_model
 from torch._dynamo.utils import counters
 
 import tidal_compile as tc
@@ -96,6 +97,57 @@ def test_generate_on_a_gpu_equals_eager_generate(cudagraph_or_error):
         at = ids.shape[1] + step
         if not torch.equal(ours.sequences[:, at], eager.sequences[:, at]):
             return  # a near-tie in bfloat16 fell the other way: what follows has another prompt
+
+
+@pytest.mark.parametrize("prompt", [8, 30])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "cohere2", "exaone4", "gpt_oss"])
+def test_sliding_windows_replay_without_recompile_or_rerecord(name, prompt):
+    """Before a window is full and after: two graphs at most, each recorded once, whatever the token counter says."""
+    model = family_model(name, device="cuda")
+    prompt, tokens = on_gpu(random_tokens(2, prompt)), on_gpu(random_tokens(2, 24, seed=2))
+    step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "full"})
+    eager = decode_logits(model, prefilled(model, prompt, 64), tokens)
+    counters.clear()
+    cache = prefilled(model, prompt, 64)
+    got = [decode_logits(step, cache, tokens[:, :12])]
+    recorded = counters["inductor"]["cudagraph_recorded_non_static_inputs"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got.append(decode_logits(step, cache, tokens[:, 12:]))
+    torch.testing.assert_close(torch.cat(got, 1), eager, atol=5e-3, rtol=5e-3)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] == recorded
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.sites])
+def test_families_generate_as_eager_does(name):
+    """float32; CUDA graphs where the model itself allows them."""
+    model, ids = family_pair(name, device="cuda"), on_gpu(random_tokens(2, 20))
+    model.generation_config.pad_token_id = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    eager = model.generate(ids, **options, disable_compile=True)
+    config = tc.compile_config("full")
+    ours = model.generate(ids, **options, cache_implementation="static", compile_config=config)
+    for got, expected in zip(ours.logits, eager.logits, strict=True):
+        torch.testing.assert_close(got, expected, atol=5e-3, rtol=5e-3)
+    assert torch.equal(ours.sequences, eager.sequences)
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_are_exact(kind):
+    model, ids = tiny_model(device="cuda"), on_gpu(random_tokens(2, 20))
+    options = {"max_new_tokens": 8, "do_sample": False}
+    eager = model.generate(ids, **options)
+    assert torch.equal(
+        model.generate(ids, cache_implementation=kind, compile_config=tc.compile_config("full"), **options), eager
+    )
+
+
+def test_beam_search_through_a_compiled_forward():
+    model, ids = tiny_model(device="cuda"), on_gpu(random_tokens(2, 20))
+    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3, "cache_implementation": "static"}
+    eager = model.generate(ids, disable_compile=True, **options)
+    model.forward = torch.compile(model.forward, backend="tidal", options={"policy": "full"})
+    assert torch.equal(model.generate(ids, disable_compile=True, **options), eager)
 
 
 class ReferenceBackend:

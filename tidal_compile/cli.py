@@ -57,9 +57,13 @@ class DType(StrEnum):
 @app.command()
 def run(
     model: ModelOption = "smollm2",
-    policy: Annotated[list[str], typer.Option(help="Preset, shipped name or file; repeat to compare several.")] = (
-        "full", "tidal", "smollm2",
-    ),
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Preset, shipped name or file; repeat to compare several.",
+            show_default="full, tidal and, if one is shipped for the model, its file",
+        ),
+    ] = None,
     baseline: Annotated[list[Baseline], typer.Option(help="Repeat for several; `none` for none.")] = (
         Baseline.eager, Baseline.inductor,
     ),
@@ -83,6 +87,7 @@ def run(
     from .backend import Options
     from .evaluate.passkey import passkey_prompt
     from .models import is_random, load_config, load_model, load_tokenizer
+    from .policy import shipped
     from .run import Variant, measure, prefill, random_cache, rewind, windows
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -91,6 +96,7 @@ def run(
     report.need_matplotlib()
     _make_folder(results)
     number = getattr(torch, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype.value)
+    policy = policy or ["full", "tidal", *({model} & set(shipped()))]
     # A bad name or file is an error before the model is loaded
     asked = [Options.parse({"policy": name, **_overrides(budget)}) for name in policy]
     positions = getattr(load_config(model).get_text_config(decoder=True), "max_position_embeddings", None)

@@ -66,8 +66,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "smollm3": {},
         "nemotron": {},
         "helium": {},
-        "gpt_neox": {},
-        "gpt2": {"n_positions": 512, "n_embd": 64, "n_layer": 6, "n_head": 4},
+        "gpt_neox": {"num_key_value_heads": 4},
+        "gpt2": {"num_key_value_heads": 4, "n_positions": 512, "n_embd": 64, "n_layer": 6, "n_head": 4},
         "gpt_oss": {
             **_MIXED, **_EXPERTS,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
