@@ -111,8 +111,8 @@ def test_explain_names_why_a_layer_is_left_alone():
     explanation = tc.explain(model, "tidal")
     assert [row.role for row in explanation.rows] == [None, "full", None, "full", None, "select"]
     assert "sliding-window layer: left as it is" in str(explanation)
-    eager = tc.explain(tiny_model(attn_implementation="eager"), tc.Policy.preset("full", 6))
-    assert all(row.role is None and "attn_implementation='sdpa'" in row.reason for row in eager.rows)
+    latent = json.loads(quick("explain", "--model", "random:deepseek_v3", "--policy", "full", "--json"))
+    assert all(row["role"] is None and "multi-head latent attention" in row["reason"] for row in latent["calls"])
     asks = tc.explain(model, {"num_layers": 6, "layers": {"0": "select", "1-5": "reuse"}})
     assert len(asks.problems) == 6 and "can't follow the policy: layer 0 (select)" in str(asks)
 
@@ -127,7 +127,12 @@ def test_explain_leaves_the_model_as_it_was():
 
 
 def test_policy_commands(tmp_path, folder):
-    assert {row["name"] for row in json.loads(quick("policy", "list", "--json"))} == {"full", "tidal", "smollm2"}
+    assert {row["name"] for row in json.loads(quick("policy", "list", "--json"))} == {
+        "full",
+        "tidal",
+        "smollm2",
+        "gemma3-270m",
+    }
     assert "smollm2" in quick("policy", "list")
     file = tmp_path / "p.yaml"
     quick("policy", "init", file, "--num-layers", 32, "--budget", 700)
@@ -152,7 +157,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, folder, fails):
         (("run", "--model", folder, "--context", 5000), "has 512 positions"),
         (("policy", "show", "tidal"), "say which with --model or --num-layers"),
         (("policy", "init", bad, "--num-layers", 4), "--force overwrites it"),
-        (("explain", "--model", "random:nope"), "unknown shape; valid are llama-3.1-8b"),
+        (("explain", "--model", "random:nope"), "unknown shape (valid: smollm2, gemma3-270m"),
         (("explain", "--model", tmp_path / "no-model"), "can't be loaded"),
         (("explain", "--model", folder, "--policy", "smollm2"), "num_layers is 30, but the model has 4 decoder layers"),
         (("run", "--model", folder, "--policy", "tidla"), "unknown policy 'tidla'"),

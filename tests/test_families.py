@@ -13,6 +13,7 @@ from test_exactness import oracle_roles
 
 import tidal_compile as tc
 from tidal_compile import shapes
+from tidal_compile.models import load_model
 
 PROMPT, STEPS, SLOTS = 40, 4, 48
 CASES = [(name, form) for name, family in FAMILIES.items() for form in family.implementations]
@@ -60,7 +61,7 @@ def test_sparse_equals_the_oracle(name, form):
 def test_every_family_has_a_shape_and_explains_itself():
     assert set(FAMILIES) == set(shapes.FAMILIES)
     for name, family in FAMILIES.items():
-        rows = tc.explain(family_model(name, device="meta"), "full").rows
+        rows = tc.explain(load_model(f"random:{name}", "meta"), "full").rows
         assert [row.layer for row in rows if row.role] == family.layers, name
         assert {row.reason for row in rows if not row.role} == ({family.reason} if family.left else set()), name
         torch._dynamo.reset()

@@ -149,7 +149,8 @@ def test_missing_files_and_unknown_names(tmp_path):
         with pytest.raises(tc.PolicyError, match="can't read the policy file"):
             resolve(path, 4)
     with pytest.raises(
-        tc.PolicyError, match="unknown policy 'quest2'.*presets are: full, tidal; shipped policies are: smollm2"
+        tc.PolicyError,
+        match="unknown policy 'quest2'.*presets are: full, tidal; shipped policies are: gemma3-270m, smollm2",
     ):
         resolve("quest2", 4)
     with pytest.raises(tc.PolicyError, match="unknown preset 'x'; presets are: full, tidal"):
