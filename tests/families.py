@@ -63,7 +63,7 @@ FAMILIES = {
 
 def table():
     """The support table in Markdown."""
-    rows = ["| family | rewritten | through | left as it is |", "|---|---|---|---|"]
+    rows = ["| family | rewritten | through | left as it is, or of note |", "|---|---|---|---|"]
     for name, family in FAMILIES.items():
         what = {6: "all layers", 3: "every full-attention layer", 0: "none"}[family.sites]
         left = [family.reason.removesuffix(": left as it is") + "s" if family.reason == SLIDING else family.reason]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import decode_logits, prefilled, random_tokens, tiny_model
+from models import decode_logits, family_pair, prefilled, random_tokens, tiny_model
 from recorder import Recorder
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.masking_utils import sdpa_mask
@@ -130,6 +130,26 @@ def test_not_strict_leaves_exact_what_it_cannot_follow():
         recorder, _ = record(model, strict=False, policy={"num_layers": 6, "layers": layers})
     roles = [decision.role and decision.role.role for decision in recorder.plans[0].decisions]
     assert roles == [None, None, None, "select", None, "reuse"]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "cohere2", "gpt_oss", "mistral"])
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_token_counters_leave_the_graph(name, dynamic):
+    """One graph before the window is full and one after, none with a number as input; the host's counters go on."""
+    model = family_pair(name, **({"sliding_window": 16} if name == "mistral" else {}))
+    tokens = random_tokens(2, 14, seed=2)
+    recorder, prompt = Recorder(policy="full"), random_tokens(2, 9)
+    step = torch.compile(model, backend=recorder, fullgraph=True, dynamic=dynamic)
+    caches = [prefilled(model, prompt, 64) for _ in range(2)]
+    got, eager = (decode_logits(one, cache, tokens) for one, cache in zip((step, model), caches, strict=True))
+    torch.testing.assert_close(got, eager, atol=2e-4, rtol=2e-4)
+    assert len(recorder.graphs) == 2
+    for gm in recorder.graphs:
+        inputs = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
+        assert all(isinstance(value, torch.Tensor) for value in inputs)
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        assert vars(ours).get("cumulative_length_int") == vars(theirs).get("cumulative_length_int")
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=2e-4, rtol=2e-4)
 
 
 def odd_attention(module, query, key, value, mask, scaling, **_):
@@ -385,7 +405,7 @@ def test_a_model_that_only_slides():
     """Nothing is full attention: `full` is what it does anyway, and anything else can't be followed."""
     model = tiny_model("mistral", num_hidden_layers=3, sliding_window=32)
     recorder, _ = record(model, policy="full")
-    assert recorder.plans == [None]
+    assert recorder.plans[0].rewritten == 0 and recorder.before == recorder.after
     for policy in ("tidal", {"num_layers": 3, "layers": {"0": "select", "1-2": "reuse"}}):
         torch._dynamo.reset()
         with pytest.raises(tc.UnsupportedModelError, match="sliding-window layer"):

@@ -98,7 +98,7 @@ def tidal(
 
 
 def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
-    """The plan for a graph; None where nothing is to be done, as in prefill. Raises, or warns if not strict."""
+    """The plan for a decode step, even if it changes nothing; None for other graphs. Raises, or warns if not strict."""
     calls = find_attention(gm)
     if not calls:
         _refuse(options, "no attention call of the graph can be rewritten: it has none (compile with fullgraph=True)")
@@ -113,7 +113,7 @@ def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
         reasons = "; ".join(dict.fromkeys(decision.reason for decision in plan.decisions))
         if asks_for_more or any(call.kind == "unsupported" for call in calls):
             _refuse(options, f"no attention call of the graph can be rewritten: {reasons}")
-        return None
+        return plan
     if asks_for_more and not any(role.role == "reuse" for role in policy.roles):
         found = len(policy_layers(calls))
         warnings.warn(f"tidal: preset {policy.name!r} is exact here: {found} full-attention layers", stacklevel=2)
