@@ -28,15 +28,15 @@ class Counters:
     """What was taken out of a graph.
 
     `devices`: for each input of the graph, the device of the tensor that stands in for it, None where nothing does;
-    `used`: whether the graph reads it. `host`: the arithmetic on counters, in order, as (node, function, arguments).
-    `outputs`: what the graph returned before.
+    `used`: whether the graph reads it. `host`: the arithmetic for what the graph returned of counters, in order, as
+    (node, function, arguments). `outputs`: for each output of the graph before, its node if it is one of those.
     """
 
     placeholders: tuple[fx.Node, ...]
     devices: tuple[torch.device | None, ...]
     used: tuple[bool, ...]
     host: tuple[tuple[fx.Node, Callable, tuple], ...]
-    outputs: tuple[Any, ...]
+    outputs: tuple[fx.Node | None, ...]
 
     def as_tensors(self, inputs: Sequence[Any]) -> list[Any]:
         """Example inputs for compiling the graph."""
@@ -49,14 +49,14 @@ class Counters:
         unread = {i: _tensor(0, self.devices[i]) for i in counters if not self.used[i]}
 
         def run(*args: Any) -> list[Any]:
-            values = {self.placeholders[i]: args[i] for i in counters}
+            values = {node: arg for node, arg in zip(self.placeholders, args, strict=True) if isinstance(arg, int)}
             for node, function, inputs in self.host:
                 values[node] = function(*(values.get(one, one) for one in inputs))
             inputs = list(args)
             for i in counters:
                 inputs[i] = unread[i] if i in unread else _tensor(args[i], self.devices[i])
             returned = iter(compiled(*inputs))
-            return [values[one] if one in values else next(returned) for one in self.outputs]
+            return [next(returned) if one is None else values[one] for one in self.outputs]
 
         return run
 
@@ -70,21 +70,23 @@ def take_out_counters(gm: fx.GraphModule) -> Counters | None:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     counters = [node for node in placeholders if _is_counter(node)]
     output = next(iter(gm.graph.find_nodes(op="output")))
-    host = [node for node in gm.graph.nodes if _is_number(node) and _comes_from(node, counters)]
-    on_device = {user for node in (*counters, *host) for user in node.users} - set(host) - {output}
-    known = all(node.target in ARITHMETIC for node in host) and all(node.target in ELEMENTWISE for node in on_device)
-    if not counters or not known:
+    counted = _computed_from(counters)
+    on_device = {user for node in (*counters, *counted) for user in node.users} - set(counted) - {output}
+    returned = [node for node in output.args[0] if node in counted or node in counters]
+    host = _arithmetic_of(returned)
+    known = all(node.target in ARITHMETIC for node in (*counted, *host))
+    if not counters or not known or not all(_is_tensor(node) and node.target in ELEMENTWISE for node in on_device):
         return None
 
-    outputs = tuple(output.args[0])
+    outputs = tuple(node if node in returned else None for node in output.args[0])
     arithmetic = tuple((node, node.target, node.args) for node in host)
-    device = next(node.meta["example_value"].device for node in placeholders if not _is_number(node))
-    output.args = (tuple(node for node in outputs if node not in {*counters, *host}),)
-    for node in reversed(host):
+    device = next(node.meta["example_value"].device for node in placeholders if _is_tensor(node))
+    output.args = (tuple(node for node in output.args[0] if node not in returned),)
+    for node in reversed(counted):
         if not node.users:
             gm.graph.erase_node(node)
     for node in gm.graph.nodes:
-        if node in counters or node in host:
+        if node in counters or node in counted:
             _make_tensor(node, device)
     gm.graph.lint()
     gm.recompile()
@@ -99,18 +101,49 @@ def take_out_counters(gm: fx.GraphModule) -> Counters | None:
 
 def _make_tensor(node: fx.Node, device: torch.device) -> None:
     """Turn a number in the graph into a 0-d tensor."""
-    fake_mode = torch._guards.detect_fake_mode()
     if node.target in (torch.sym_max, torch.sym_min):
         bound = "min" if node.target is torch.sym_max else "max"
-        number, limit = node.args if isinstance(node.args[0], fx.Node) else node.args[::-1]
-        node.target, node.args, node.kwargs = torch.clamp, (number,), {bound: limit}
+        first, second = node.args
+        number, limit = (first, second) if _is_tensor(first) else (second, first)
+        if _is_tensor(limit):
+            node.target = torch.maximum if bound == "min" else torch.minimum
+        else:
+            node.target, node.args, node.kwargs = torch.clamp, (number,), {bound: limit}
     node.type = None
-    with fake_mode:
+    with torch._guards.detect_fake_mode():
         if node.op == "placeholder":
             node.meta["example_value"] = _tensor(0, device)
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: one.meta["example_value"])
             node.meta["example_value"] = node.target(*args, **kwargs)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("example_value"), torch.Tensor)
+
+
+def _computed_from(counters: list[fx.Node]) -> list[fx.Node]:
+    """The numbers that are computed from counters, in the order of the graph."""
+    found: dict[fx.Node, None] = {}
+    queue = list(counters)
+    while queue:
+        for user in queue.pop().users:
+            if _is_number(user) and user not in found:
+                found[user] = None
+                queue.append(user)
+    return [node for node in (counters[0].graph.nodes if counters else ()) if node in found]
+
+
+def _arithmetic_of(numbers: list[fx.Node]) -> list[fx.Node]:
+    """The nodes that numbers are computed by, inputs of the graph left out, in the order of the graph."""
+    found: set[fx.Node] = set()
+    queue = list(numbers)
+    while queue:
+        node = queue.pop()
+        if node.op != "placeholder" and node not in found:
+            found.add(node)
+            queue.extend(node.all_input_nodes)
+    return [node for node in (numbers[0].graph.nodes if numbers else ()) if node in found]
 
 
 def _is_counter(node: fx.Node) -> bool:
@@ -120,9 +153,3 @@ def _is_counter(node: fx.Node) -> bool:
 
 def _is_number(node: fx.Node) -> bool:
     return isinstance(node.meta.get("example_value"), torch.SymInt)
-
-
-def _comes_from(node: fx.Node, counters: list[fx.Node]) -> bool:
-    """Whether a number is computed from counters alone."""
-    inputs = node.all_input_nodes
-    return bool(inputs) and all(one in counters or (_is_number(one) and _comes_from(one, counters)) for one in inputs)

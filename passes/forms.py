@@ -66,7 +66,7 @@ def _read_sdpa(node: fx.Node) -> Call:
     if given["is_causal"] or given["dropout_p"]:
         raise NoMatch(f"is_causal={given['is_causal']}, dropout_p={given['dropout_p']}: a decode step has neither")
     query, key, value = (given[name] for name in ("query", "key", "value"))
-    scale = shape(query)[3] ** -0.5 if given["scale"] is None else given["scale"]
+    scale = shape(query)[3] ** -0.5 if given["scale"] is None else _number(given["scale"])
     return Call(node, query, key, value, given["attn_mask"], scale)
 
 
@@ -111,9 +111,12 @@ def _strip_sink(scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 
 def _is_maximum_of(node: fx.Node, scores: fx.Node) -> bool:
-    """max(scores, dim=-1, keepdim=True).values"""
+    """scores.max(dim=-1, keepdim=True).values"""
     pair = node.args[0] if _is_function(node, operator.getitem) and node.args[1] == 0 else None
-    return pair is not None and target_name(pair) == "max" and pair.args[0] is scores
+    if pair is None or target_name(pair) != "max" or pair.args[0] is not scores:
+        return False
+    given = dict(zip(("input", "dim", "keepdim"), pair.args, strict=False)) | dict(pair.kwargs)
+    return given.get("dim") in (-1, 3) and given.get("keepdim") is True
 
 
 def _strip_mask(scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:
@@ -123,6 +126,8 @@ def _strip_mask(scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     inner, mask = scores.args
     if not all(isinstance(arg, fx.Node) for arg in scores.args) or shape(inner) != shape(scores):
         raise NoMatch("eager attention that adds something else than a mask to its scores")
+    if not mask.meta["example_value"].is_floating_point():
+        raise NoMatch(f"eager attention that adds a {mask.meta['example_value'].dtype} mask to its scores, as numbers")
     return inner, mask
 
 
@@ -133,7 +138,7 @@ def _strip_softcap(scores: fx.Node) -> tuple[fx.Node, float]:
     if inner is None or not _is_function(inner, torch.tanh):
         return scores, 0.0
     divided = inner.args[0]
-    if not _is_function(divided, operator.truediv) or divided.args[1] != cap:
+    if not _is_function(divided, operator.truediv) or _number(divided.args[1]) != cap:
         raise NoMatch(f"eager attention with a tanh that is no soft cap of {cap}")
     return divided.args[0], float(cap)
 
@@ -149,11 +154,19 @@ def _strip_scale(scores: fx.Node) -> tuple[fx.Node, float]:
 
 def _times_number(node: fx.Node) -> tuple[fx.Node | None, float]:
     """x * number or x / number -> x, the factor; None for anything else."""
-    if _is_function(node, operator.mul) or _is_function(node, operator.truediv):
-        inner, number = node.args
-        if isinstance(inner, fx.Node) and isinstance(number, int | float):
-            return inner, float(number) if node.target is operator.mul else 1.0 / number
+    if node.op == "call_function" and node.target in (operator.mul, operator.truediv, operator.itruediv):
+        inner, number = node.args[0], _number(node.args[1])
+        overwritten = node.target is operator.itruediv and len(inner.users) > 1
+        if number is not None and not overwritten:
+            return inner, number if node.target is operator.mul else 1.0 / number
     return None, 1.0
+
+
+def _number(value: object) -> float | None:
+    """A number of the graph; None if it is a tensor. One that Dynamo keeps symbolic is fixed here, under a guard."""
+    if isinstance(value, fx.Node):
+        value = value.meta["example_value"]
+    return float(value) if isinstance(value, int | float | torch.SymInt | torch.SymFloat) else None
 
 
 def _untransposed(node: fx.Node) -> fx.Node:

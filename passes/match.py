@@ -18,13 +18,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .forms import NoMatch, is_method, is_sdpa, is_softmax, query_length, read_call, shape, target_name
 
 LAYER = re.compile(r"\.layers\[(\d+)\]\.\w+$|(?:\.layers|\.h|\.blocks)\.(\d+)$")  # of a cache, or of a module
 CACHED = re.compile(r"past_key_value|cache", re.IGNORECASE)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ATTENTION_MODULE = re.compile(r"\.(\d+)\.(?:self_attn|self_attention|attention|attn)$")
+ATTENTION_MODULE = re.compile(r"\.(\d+)\.(?:[a-z_.]+\.)?(?:self_attn|self_attention|attention|attn|mixer)$")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def count_layers(gm: fx.GraphModule) -> int:
 
 def _match(node: fx.Node) -> AttentionSite:
     query_len = query_length(node)
+    if isinstance(query_len, torch.SymInt) and free_unbacked_symbols(query_len):
+        raise NoMatch("the number of query tokens depends on data; pass attention_mask to the model")
     if query_len not in (1, None):
         raise NoMatch(f"{query_len} query tokens (prefill, or several tokens at once): left exact", "tokens")
     call = read_call(node)
@@ -98,17 +101,15 @@ def _match(node: fx.Node) -> AttentionSite:
     module_layer = _layer_of(node)
     key, key_layer = _cache_input(call.key, "keys", num_heads, module_layer)
     value, value_layer = _cache_input(call.value, "values", num_heads, module_layer)
-    if key_layer != value_layer or module_layer not in (None, key_layer):
-        raise NoMatch(
-            f"keys of layer {key_layer}, values of layer {value_layer}, in the module of layer {module_layer}"
-        )
+    if key_layer != value_layer:
+        raise NoMatch(f"keys of layer {key_layer}, but values of layer {value_layer}")
     if shape(key) != shape(value) or shape(key)[0] != batch or shape(key)[3] != head_dim:
         raise NoMatch(f"q {shape(call.query)}, keys {shape(key)} and values {shape(value)} don't go together")
     dtypes = [one.meta["example_value"].dtype for one in (call.query, key, value)]
     if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
         raise NoMatch(f"q, keys and values are {dtypes}; one of {', '.join(map(str, DTYPES))} for all is supported")
     return AttentionSite(
-        layer=key_layer,
+        layer=key_layer if module_layer is None else module_layer,  # a layer may read another's cache, as in Gemma 4
         node=call.output,
         query=call.query,
         key=key,
@@ -172,6 +173,8 @@ def _not_from_a_static_cache(base: fx.Node, name: str, layer: int | None) -> NoM
             return NoMatch("nothing is cached yet: left exact", "tokens")
         if "linear" in way or "matmul" in way:
             return NoMatch(f"the {name} are computed from what the cache holds (multi-head latent attention)")
+        if "cat" not in way:
+            return NoMatch(f"the {name} are computed from what the cache holds ({', '.join(way[:-1])})")
     origin = f"computed in the graph ({target_name(base)})" if base.op != "placeholder" else _source(base)
     return NoMatch(
         f"the {name} are not read from a static cache, but {origin}; "
@@ -245,7 +248,7 @@ def _is_attention(node: fx.Node) -> bool:
         return False
     if is_sdpa(node) or "flex_attention" in target_name(node) or "flash_attn" in target_name(node):
         return True
-    return is_softmax(node) and _layer_of(node) is not None
+    return is_softmax(node) and len(shape(node)) == 4 and _layer_of(node) is not None
 
 
 def _layer_of(node: fx.Node) -> int | None:

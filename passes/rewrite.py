@@ -22,7 +22,7 @@ from .match import AttentionSite
 from .plan import Plan
 
 VIEWS = ("expand", "reshape", "view", "transpose", "size", "getitem")
-EAGER = ("matmul", "mul", "truediv", "tanh", "add", "cat", "max", "sub", "softmax", "dropout")
+EAGER = ("matmul", "mul", "truediv", "itruediv", "tanh", "add", "cat", "max", "sub", "softmax", "dropout")
 PURE = (*VIEWS, *EAGER, *CASTS)
 
 

@@ -152,6 +152,52 @@ def test_token_counters_leave_the_graph(name, dynamic):
         torch.testing.assert_close(ours.keys, theirs.keys, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_token_counters_beside_a_length_that_changes(dynamic):
+    """A cache shorter than the window is as long as it can be: with another cache, two numbers meet in one mask."""
+    model, tokens = family_pair("gemma3", sliding_window=64), random_tokens(1, 6, seed=2)
+    recorder = Recorder(policy="full")
+    step = torch.compile(model, backend=recorder, fullgraph=True, dynamic=dynamic)
+    for slots in (32, 48, 40):
+        caches = [prefilled(model, random_tokens(1, 20), slots) for _ in range(2)]
+        got, eager = (decode_logits(one, cache, tokens) for one, cache in zip((step, model), caches, strict=True))
+        torch.testing.assert_close(got, eager, atol=2e-4, rtol=2e-4)
+        assert caches[0].layers[0].cumulative_length_int == 26
+    assert len(recorder.graphs) <= 2
+
+
+@pytest.mark.parametrize("form", ["sdpa", "eager"])
+def test_a_number_that_dynamo_keeps_symbolic(form):
+    """Two models of one class with different scales, without a reset: the second one's scale is no constant to Dynamo."""
+    for head_dim in (16, 32):
+        model = tiny_model(head_dim=head_dim, num_hidden_layers=2, attn_implementation=form)
+        recorder, logits = record(model, policy="full")
+        assert [call.call.scale for call in recorder.plans[0].decisions] == [head_dim**-0.5] * 2
+        eager = decode_logits(model, prefilled(model, random_tokens(1, 20), 64), random_tokens(1, 1, seed=2))
+        torch.testing.assert_close(logits, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_a_layer_may_read_the_cache_of_another():
+    """Gemma 4's last layers have no keys of their own: they follow the policy under their own number."""
+    shared = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    settings = {
+        "layer_types": kinds,
+        "num_hidden_layers": 4,
+        "sliding_window": 16,
+        "global_head_dim": 16,
+        "head_dim": 16,
+    }
+    model = tiny_model("gemma4_text", **shared, **settings)
+    layers = {"0": "full", "1": "select", "2": "full", "3": "reuse"}
+    recorder, logits = record(model, policy={"num_layers": 4, "defaults": {"budget": 80}, "layers": layers})
+    decisions = recorder.plans[0].decisions
+    assert [decision.layer for decision in decisions if decision.role] == [1, 3]
+    assert decisions[1].call.key is decisions[3].call.key
+    eager = decode_logits(model, prefilled(model, random_tokens(1, 20), 64), random_tokens(1, 1, seed=2))
+    torch.testing.assert_close(logits, eager, atol=1e-4, rtol=1e-4)
+
+
 def odd_attention(module, query, key, value, mask, scaling, **_):
     """Eager attention that gives every token a little more weight: no spelling that `forms` knows."""
     group = query.shape[1] // key.shape[1]
@@ -210,7 +256,8 @@ class EagerAttention(torch.nn.Module):
         scores = scores * 3 if form == "two-scales" else scores
         if form in ("softcap", "tanh"):
             scores = torch.tanh(scores / 5.0) * (5.0 if form == "softcap" else 4.0)
-        scores = scores + (bias.expand(1, 4, 1, 8) if form == "mask-by-head" else bias)
+        bias = bias.expand(1, 4, 1, 8) if form == "mask-by-head" else bias > 0 if form == "bool-mask" else bias
+        scores = scores + bias
         if form in ("sink", "sink-kept"):
             scores = torch.cat([scores, self.sinks.reshape(1, -1, 1, 1)], -1)
             scores = scores - scores.max(dim=-1, keepdim=True).values
@@ -243,6 +290,7 @@ class EagerAttention(torch.nn.Module):
         ("over-heads", "softmax over dimension 1"),
         ("drops-a-token", "drops the weight of a token"),
         ("dropout", "hands its weights to dropout"),
+        ("bool-mask", "adds a torch.bool mask"),
         ("weights-returned", "weights are used elsewhere too"),
     ],
 )
@@ -289,7 +337,7 @@ def test_added_masks():
     model, bias = tiny_model(), torch.randn(1, 1, 1, 64)
     tokens = random_tokens(1, 1)
     step = torch.compile(model, backend=Recorder(policy="full"), fullgraph=True)
-    bias[..., 6:] = torch.finfo(torch.float32).min
+    bias[..., 6:] = torch.finfo(torch.float32).min  # what is not cached yet
     got, eager = (
         decode_logits(one, prefilled(model, random_tokens(1, 5), 64), tokens, [bias]) for one in (step, model)
     )
@@ -362,8 +410,8 @@ class Lookalike(torch.nn.Module):
         ("cross-layer", "values are written by 0 index_copy_"),
         ("written-twice", "keys are written by 2 index_copy_"),
         ("causal", "is_causal=True"),
-        ("repeat-on-other-dim", "keys are not read from a static cache, but computed in the graph"),
-        ("repeat-of-tokens", "keys are not read from a static cache, but computed in the graph"),
+        ("repeat-on-other-dim", "keys are computed from what the cache holds (reshape, expand, getitem)"),
+        ("repeat-of-tokens", "keys are computed from what the cache holds (reshape, expand, getitem)"),
         ("plain", None),
     ],
 )
