@@ -24,6 +24,7 @@ from .forms import NoMatch, is_method, is_sdpa, is_softmax, query_length, read_c
 
 LAYER = re.compile(r"\.layers\[(\d+)\]\.\w+$|(?:\.layers|\.h|\.blocks)\.(\d+)$")  # of a cache, or of a module
 CACHED = re.compile(r"past_key_value|cache", re.IGNORECASE)
+PROJECTIONS = {"linear", "matmul", "addmm", "bmm", "einsum", "conv1d"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ATTENTION_MODULE = re.compile(r"\.(\d+)\.(?:[a-z_.]+\.)?(?:self_attn|self_attention|attention|attn|mixer)$")
 
@@ -124,7 +125,7 @@ def _match(node: fx.Node) -> AttentionSite:
 
 def _cache_input(node: fx.Node, name: str, num_heads: int, layer: int | None) -> tuple[fx.Node, int]:
     """The cache input behind an argument of the call, `repeat_kv` stripped, and its layer."""
-    base = _strip_repeat(node)
+    base = _strip_identity(_strip_repeat(_strip_identity(node)))
     match = re.search(rf"\.layers\[(\d+)\]\.{name}$", _source(base)) if base.op == "placeholder" else None
     if match is None:
         raise _not_from_a_static_cache(base, name, layer)
@@ -135,6 +136,16 @@ def _cache_input(node: fx.Node, name: str, num_heads: int, layer: int | None) ->
     if len(writes) != 1 or writes[0].args[1] != 2:
         raise NoMatch(f"the {name} are written by {len(writes)} index_copy_ on the token dimension, 1 is expected")
     return base, int(match[1])
+
+
+def _strip_identity(node: fx.Node) -> fx.Node:
+    """The tensor behind `to` and `contiguous` where they change nothing."""
+    while node.op == "call_method" and node.target in ("to", "contiguous"):
+        before, after = (one.meta["example_value"] for one in (node.args[0], node))
+        if (before.dtype, before.device, before.stride()) != (after.dtype, after.device, after.stride()):
+            break
+        node = node.args[0]
+    return node
 
 
 def _strip_repeat(node: fx.Node) -> fx.Node:
@@ -183,13 +194,17 @@ def _not_from_a_static_cache(base: fx.Node, name: str, layer: int | None) -> NoM
 
 
 def _way_from_cache(node: fx.Node, layer: int | None) -> list[str] | None:
-    """The operations that lead from something cached for this layer (for any if None) to a node; None: nothing does."""
+    """The operations that lead from something cached for this layer to a node; None: nothing does.
+
+    What another layer cached counts if no projection lies between: it reaches every later layer through hidden states.
+    """
     ways = {node: [target_name(node)]}
     queue = [node]
     for here in queue:
         source = _source(here)
         cached = CACHED.search(source) and not source.endswith(".cumulative_length")
-        if cached and (layer is None or LAYER.search(source) is None or f".layers[{layer}]." in source):
+        own = layer is None or LAYER.search(source) is None or f".layers[{layer}]." in source
+        if cached and (own or not PROJECTIONS & set(ways[here])):
             return ways[here]
         for before in here.all_input_nodes:
             if before not in ways:

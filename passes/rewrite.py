@@ -21,7 +21,7 @@ from .forms import CASTS, target_name
 from .match import AttentionSite
 from .plan import Plan
 
-VIEWS = ("expand", "reshape", "view", "transpose", "size", "getitem")
+VIEWS = ("expand", "reshape", "view", "transpose", "contiguous", "size", "getitem")
 EAGER = ("matmul", "mul", "truediv", "itruediv", "tanh", "add", "cat", "max", "sub", "softmax", "dropout")
 PURE = (*VIEWS, *EAGER, *CASTS)
 
