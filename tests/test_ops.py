@@ -249,6 +249,21 @@ def test_a_single_head_ranks_by_scores_where_probabilities_underflow(name, share
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("share", ["kv_head", "layer"])
+def test_a_head_that_looks_at_its_sink_has_no_say(name, share):
+    """Two heads of one group want other tokens; the first gives all but nothing of its attention to tokens."""
+    k = torch.zeros(1, 1, 64, 64)
+    k[0, 0, :8, 0], k[0, 0, 8:16, 1] = 9.0, 8.0
+    q = torch.zeros(1, 2, 1, 64)
+    q[0, 0, 0, 0], q[0, 1, 0, 1] = 1.0, 1.0
+    call = on_device((q, k, torch.randn(1, 1, 64, 64), torch.tensor(64), None, 1.0))
+    for sink, expected in ((None, range(8)), (torch.tensor([30.0, 0.0]), range(8, 16))):
+        sink = None if sink is None else sink.to(DEVICE)
+        _, index = IMPLEMENTATIONS[name].select_attention(*call, 8, 0.0, 0, 0, share, sink=sink)
+        assert index[0, 0].tolist() == list(expected)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_budget_beyond_the_cache_is_no_wider_than_the_cache(name):
     args = on_device(make_case()[0])
     _, index = IMPLEMENTATIONS[name].select_attention(*args, 2**31 - 1, 0.0, 3, 5, "kv_head")
