@@ -78,6 +78,12 @@ def test_shipped_policies_are_valid():
     smollm2 = resolve("smollm2", 30)
     assert [role.layer for role in smollm2.roles if role.role == "select"] == [2, 6, 18, 20]
     assert smollm2.defaults.model_dump() == {"budget": 512, "sinks": 4, "recent": 32, "share": "kv_head"}
+    gemma = resolve("gemma3-270m", 18)
+    assert {role.layer: role.role for role in gemma.roles if role.role != "full"} == {
+        5: "select",
+        11: "reuse",
+        17: "reuse",
+    }
 
 
 def test_overrides_replace_defaults_only():
