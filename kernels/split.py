@@ -167,10 +167,10 @@ def mask_args(mask: Tensor | None, batch: int, slots: int) -> tuple[tuple, dict]
     """
     if mask is None:
         return (None, 0, 0), {"MASK": "none", "HIDES": 0.0}
-    kind = {"MASK": "bool", "HIDES": 0.0}
     if mask.is_floating_point():
-        kind = {"MASK": "added", "HIDES": torch.finfo(mask.dtype).min}
-    data = mask if mask.is_floating_point() else mask.view(torch.uint8)
+        data, kind = mask, {"MASK": "added", "HIDES": torch.finfo(mask.dtype).min}
+    else:
+        data, kind = mask.view(torch.uint8), {"MASK": "bool", "HIDES": 0.0}
     data = data.expand(batch, 1, 1, slots)
     return (data, data.stride(0), data.stride(3)), kind
 

@@ -47,9 +47,11 @@ class Counters:
         """A function with the inputs and outputs of the graph before."""
         counters = [i for i, device in enumerate(self.devices) if device is not None]
         unread = {i: _tensor(0, self.devices[i]) for i in counters if not self.used[i]}
+        wanted = {one for _, _, inputs in self.host for one in inputs} | set(self.outputs)
+        numbers = [(i, node) for i, node in enumerate(self.placeholders) if node in wanted]
 
         def run(*args: Any) -> list[Any]:
-            values = {node: arg for node, arg in zip(self.placeholders, args, strict=True) if isinstance(arg, int)}
+            values = {node: args[i] for i, node in numbers}
             for node, function, inputs in self.host:
                 values[node] = function(*(values.get(one, one) for one in inputs))
             inputs = list(args)
@@ -70,10 +72,13 @@ def take_out_counters(gm: fx.GraphModule) -> Counters | None:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     counters = [node for node in placeholders if _is_counter(node)]
     output = next(iter(gm.graph.find_nodes(op="output")))
-    counted = _computed_from(counters)
+    order = list(gm.graph.nodes)
+    computed = _reachable(counters, lambda node: [user for user in node.users if _is_number(user)])
+    counted = [node for node in order if node in computed]
     on_device = {user for node in (*counters, *counted) for user in node.users} - set(counted) - {output}
     returned = [node for node in output.args[0] if node in counted or node in counters]
-    host = _arithmetic_of(returned)
+    behind = {*returned} | _reachable(returned, lambda node: node.all_input_nodes)
+    host = [node for node in order if node in behind and node.op != "placeholder"]
     known = all(node.target in ARITHMETIC for node in (*counted, *host))
     if not counters or not known or not all(_is_tensor(node) and node.target in ELEMENTWISE for node in on_device):
         return None
@@ -122,28 +127,15 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("example_value"), torch.Tensor)
 
 
-def _computed_from(counters: list[fx.Node]) -> list[fx.Node]:
-    """The numbers that are computed from counters, in the order of the graph."""
-    found: dict[fx.Node, None] = {}
-    queue = list(counters)
-    while queue:
-        for user in queue.pop().users:
-            if _is_number(user) and user not in found:
-                found[user] = None
-                queue.append(user)
-    return [node for node in (counters[0].graph.nodes if counters else ()) if node in found]
-
-
-def _arithmetic_of(numbers: list[fx.Node]) -> list[fx.Node]:
-    """The nodes that numbers are computed by, inputs of the graph left out, in the order of the graph."""
+def _reachable(start: list[fx.Node], following: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:
+    """The nodes that one comes to from `start`."""
     found: set[fx.Node] = set()
-    queue = list(numbers)
+    queue = list(start)
     while queue:
-        node = queue.pop()
-        if node.op != "placeholder" and node not in found:
-            found.add(node)
-            queue.extend(node.all_input_nodes)
-    return [node for node in (numbers[0].graph.nodes if numbers else ()) if node in found]
+        fresh = [node for node in following(queue.pop()) if node not in found]
+        found.update(fresh)
+        queue.extend(fresh)
+    return found
 
 
 def _is_counter(node: fx.Node) -> bool:

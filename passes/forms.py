@@ -140,7 +140,7 @@ def _strip_softcap(scores: fx.Node) -> tuple[fx.Node, float]:
     divided = inner.args[0]
     if not _is_function(divided, operator.truediv) or _number(divided.args[1]) != cap:
         raise NoMatch(f"eager attention with a tanh that is no soft cap of {cap}")
-    return divided.args[0], float(cap)
+    return divided.args[0], cap
 
 
 def _strip_scale(scores: fx.Node) -> tuple[fx.Node, float]:

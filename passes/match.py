@@ -178,7 +178,9 @@ def _live_length(site: fx.Node, key: fx.Node) -> fx.Node:
 
 def _not_from_a_static_cache(base: fx.Node, name: str, layer: int | None) -> NoMatch:
     """Say what the keys or values of a call are instead."""
+    origin = _source(base)
     if base.op != "placeholder":
+        origin = f"computed in the graph ({target_name(base)})"
         way = _way_from_cache(base, layer)
         if way is None:
             return NoMatch("nothing is cached yet: left exact", "tokens")
@@ -186,7 +188,6 @@ def _not_from_a_static_cache(base: fx.Node, name: str, layer: int | None) -> NoM
             return NoMatch(f"the {name} are computed from what the cache holds (multi-head latent attention)")
         if "cat" not in way:
             return NoMatch(f"the {name} are computed from what the cache holds ({', '.join(way[:-1])})")
-    origin = f"computed in the graph ({target_name(base)})" if base.op != "placeholder" else _source(base)
     return NoMatch(
         f"the {name} are not read from a static cache, but {origin}; "
         "fill a StaticCache by a prefill first, or generate(cache_implementation='static')"

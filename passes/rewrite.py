@@ -7,9 +7,9 @@ Graph in: Dynamo's decode graph and the plan for its calls. Graph out: the same 
     reuse                  -> tidal::sparse_attention(q, keys, values, token set, ...)
 
 read the cache inputs directly; the nodes that nothing uses any more (`repeat_kv`, and what eager attention consists of)
-are erased. In place, because a copy of
-the graph module loses what marks the cache as static, and CUDA graphs are skipped; and never by `eliminate_dead_code`,
-which takes the cache writes (`index_copy_`, whose result nobody uses) for dead.
+are erased. In place, because a copy of the graph module loses what marks the cache as static, and CUDA graphs are
+skipped; and never by `eliminate_dead_code`, which takes the cache writes (`index_copy_`, whose result nobody uses) for
+dead.
 """
 
 import operator
