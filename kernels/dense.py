@@ -6,12 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .split import (
+    after_previous,
     check_rows,
     load_group,
+    load_keys,
+    load_values,
     mask_args,
     mask_tile,
     merge,
     num_splits,
+    overlap,
     padded_dim,
     padded_rows,
     score_tile,
@@ -21,15 +25,57 @@ from .split import (
 
 
 @triton.jit
+def _unmasked(mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether the mask changes nothing from `begin` to `end`, as it doesn't but where a row is padded."""
+    changed = begin * 0
+    for start in range(begin, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        valid, bias = mask_tile(mask_ptr, token * stride_mn, token < end, MASK, HIDES)
+        changed += tl.sum((((token < end) & (valid == 0)) | (bias != 0.0)).to(tl.int32), 0)
+    return changed == 0
+
+
+@triton.jit
+def _attend(
+    q, keys, values, mask_ptr, score_ptr, scale, slots, begin, end, stride_kn, stride_vn, stride_mn,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr, WRITE_SCORES: tl.constexpr,
+):  # fmt: skip
+    """Softmax of one query group over the tokens from `begin` to `end`: m, l, acc (see split.py)."""
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    row = tl.arange(0, ROWS)
+    lane = tl.arange(0, BLOCK_N)
+    keys += begin.to(tl.int64) * stride_kn
+    values += begin.to(tl.int64) * stride_vn
+    for start in range(begin, end, BLOCK_N):
+        token = start + lane
+        inside = token < end
+        k = load_keys(keys, lane * stride_kn, inside, D, BLOCK_D)
+        v = load_values(values, lane * stride_vn, inside, D, BLOCK_D)
+        valid, bias = mask_tile(mask_ptr, token * stride_mn, inside, MASK, HIDES)
+        score = score_tile(q, k, valid, bias, scale, CAP)
+        if WRITE_SCORES:
+            rows = score_ptr + row.to(tl.int64)[:, None] * slots + token[None, :]
+            tl.store(rows, score, mask=(row[:, None] < GROUP) & inside[None, :])
+        m, l, acc = weigh_tile(score, v, valid, m, l, acc, MASK)
+        keys += BLOCK_N * stride_kn
+        values += BLOCK_N * stride_vn
+    return m, l, acc
+
+
+@triton.jit
 def _scan(
     q_ptr, k_ptr, v_ptr, mask_ptr, length_ptr, acc_ptr, stat_ptr, score_ptr, scale, slots,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_mb, stride_mn,
+    stride_mb, stride_mn, splits,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
-    WRITE_SCORES: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
+    WRITE_SCORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the query group of one kv head against one split of its cache."""
+    after_previous(PDL)
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -37,32 +83,32 @@ def _scan(
 
     length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
     tiles = tl.cdiv(length, BLOCK_N)
-    chunk = tl.cdiv(tiles, SPLITS) * BLOCK_N  # bounds from the device: equal splits of what is alive
+    chunk = tl.cdiv(tiles, splits) * BLOCK_N  # bounds from the device: equal splits of what is alive
     begin = split * chunk
     end = tl.minimum(begin + chunk, length)
 
     q = load_group(
         q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D
     )
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    row = tl.arange(0, ROWS)
-    for start in range(begin, end, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
-        inside = token < end
-        valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, inside, MASK, HIDES)
-        where = token.to(tl.int64)
-        score = score_tile(
-            q, k_ptr + batch * stride_kb + kv_head * stride_kh, where * stride_kn, valid, bias, scale, CAP, D, BLOCK_D
-        )
-        if WRITE_SCORES:
-            rows = score_ptr + (head + row[:, None]) * slots + where[None, :]
-            tl.store(rows, score, mask=(row[:, None] < GROUP) & inside[None, :])
-        m, l, acc = weigh_tile(
-            score, v_ptr + batch * stride_vb + kv_head * stride_vh, where * stride_vn, valid, m, l, acc, D, BLOCK_D
-        )
-    store_split(m, l, acc, acc_ptr, stat_ptr, head, split, GROUP, ROWS, SPLITS, D, BLOCK_D)
+    keys = k_ptr + batch * stride_kb + kv_head * stride_kh
+    values = v_ptr + batch * stride_vb + kv_head * stride_vh
+    scores = score_ptr
+    if WRITE_SCORES:
+        scores += head * slots
+    masks = mask_ptr
+    if MASK != "none":
+        masks += batch * stride_mb
+    if MASK == "none" or _unmasked(masks, stride_mn, begin, end, MASK, HIDES, 4096):
+        m, l, acc = _attend(
+            q, keys, values, masks, scores, scale, slots, begin, end, stride_kn, stride_vn, stride_mn,
+            GROUP, ROWS, D, BLOCK_D, BLOCK_N, "none", HIDES, CAP, WRITE_SCORES,
+        )  # fmt: skip
+    else:
+        m, l, acc = _attend(
+            q, keys, values, masks, scores, scale, slots, begin, end, stride_kn, stride_vn, stride_mn,
+            GROUP, ROWS, D, BLOCK_D, BLOCK_N, MASK, HIDES, CAP, WRITE_SCORES,
+        )  # fmt: skip
+    store_split(m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D)
 
 
 def scan(
@@ -77,17 +123,17 @@ def scan(
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
     block_n = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
-    splits = num_splits(q.device, batch * num_kv_heads, triton.cdiv(slots, block_n))
+    splits = num_splits(q.device, batch * num_kv_heads, triton.cdiv(slots, block_n), per_processor=2)
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
     scores = q.new_empty(batch, num_heads, slots, dtype=torch.float32) if write_scores else None
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _scan[(splits, num_kv_heads, batch)](
         q, k, v, mask_data, length, acc, stats, scores, scale, slots,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m, splits,
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, ROWS=padded_rows(num_heads // num_kv_heads),
-        D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, SPLITS=splits,
-        **mask_kind, CAP=softcap, WRITE_SCORES=write_scores, num_warps=4, num_stages=3,
+        D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n,
+        **mask_kind, CAP=softcap, WRITE_SCORES=write_scores, num_warps=4, num_stages=3, **overlap(q.device),
     )  # fmt: skip
     out = q.new_empty(q.shape)
     return out, merge(acc, stats, sink, out), scores

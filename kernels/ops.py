@@ -3,6 +3,7 @@
     full_attention   (q, k, v, length, mask, scale, sink, softcap)                                      -> out
     select_attention (q, k, v, length, mask, scale, budget, ratio, sinks, recent, share, sink, softcap) -> out, index
     sparse_attention (q, k, v, index, length, mask, scale, sink, softcap)                               -> out
+    linear           (x, weights, biases)                                                               -> out
 
 `q [B, Hq, 1, D]`; `k, v [B, Hkv, S, D]` the static cache, read in place; `length` 0-d int64 on the device, the number
 of live slots with the new token; `mask [B or 1, 1, 1, S]`: bool (which tokens count), floating (added to the scores) or
@@ -122,6 +123,43 @@ def _(q, k, v, index, length, mask, scale, sink=None, softcap=0.0):
     _check(q, k, v, length, mask, sink, softcap)
     _check_index(q, k, index)
     return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("tidal::linear", mutates_args=(), device_types="cuda")
+def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """Linear layers of one token that share their input, side by side; no biases, or one each."""
+    from . import linear
+
+    _check_linear(x, weights, biases)
+    return linear.linear(x, weights, biases)
+
+
+@linear.register_kernel("cpu")
+def _(x, weights, biases):
+    _check_linear(x, weights, biases)
+    return reference.linear(x, weights, biases)
+
+
+@linear.register_fake
+def _(x, weights, biases):
+    _check_linear(x, weights, biases)
+    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
+
+
+def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
+    if x.numel() != x.shape[-1] or not x.is_contiguous():
+        raise ValueError(f"tidal: x must be one contiguous token [..., K], found {tuple(x.shape)}")
+    if not 1 <= len(weights) <= 3 or len(biases) not in (0, len(weights)):
+        raise ValueError(f"tidal: 1 to 3 weights, and as many biases or none, found {len(weights)} and {len(biases)}")
+    for weight in weights:
+        if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not weight.is_contiguous() or weight.dtype != x.dtype:
+            raise ValueError(
+                f"tidal: a weight must be contiguous {x.dtype} [N, {x.shape[-1]}], found {weight.dtype} "
+                f"{tuple(weight.shape)}"
+            )
+    for weight, bias in zip(weights, biases, strict=False):
+        if bias.shape != weight.shape[:1] or not bias.is_contiguous():
+            raise ValueError(f"tidal: a bias must be contiguous [{weight.shape[0]}], found {tuple(bias.shape)}")
 
 
 def _check(

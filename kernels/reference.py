@@ -98,6 +98,12 @@ def sparse_attention(
     return (probabilities(scores, sink) @ values).view(q.shape).to(q.dtype)
 
 
+def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """Up to three linear layers of one token `x [..., K]` side by side: `[..., N1 + N2 + N3]` for weights `[Ni, K]`."""
+    outs = [torch.nn.functional.linear(x, *layer) for layer in zip(weights, biases or [None] * 3, strict=False)]
+    return torch.cat(outs, -1)
+
+
 def index_width(budget: int, ratio: float, slots: int) -> int:
     """`K`, the slots that a token set needs in a cache of `slots`: the budget at a full cache, at most all."""
     return min(slots, max(budget, -(-slots * parts_per_million(ratio) // 1_000_000)))

@@ -6,12 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .split import (
+    after_previous,
     check_rows,
     load_group,
+    load_keys,
+    load_values,
     mask_args,
     mask_tile,
     merge,
     num_splits,
+    overlap,
     padded_dim,
     padded_rows,
     score_tile,
@@ -24,12 +28,13 @@ from .split import (
 def _gather(
     q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, length_ptr, acc_ptr, stat_ptr, scale, slots,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ib, stride_ig, stride_ik, stride_mb, stride_mn,
+    stride_ib, stride_ig, stride_ik, stride_mb, stride_mn, width, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SHARED_BY: tl.constexpr, ONE_SET: tl.constexpr,
-    WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr,
+    CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: GROUP query heads that share a token set and a kv head, against one split of that set."""
+    after_previous(PDL)
     split = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -41,21 +46,22 @@ def _gather(
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    chunk: tl.constexpr = (WIDTH + SPLITS - 1) // SPLITS
-    for start in range(split * chunk, tl.minimum(split * chunk + chunk, WIDTH), BLOCK_N):
+    keys = k_ptr + batch * stride_kb + kv_head * stride_kh
+    values = v_ptr + batch * stride_vb + kv_head * stride_vh
+    chunk = tl.cdiv(width, splits)
+    end = tl.minimum(split * chunk + chunk, width)
+    for start in range(split * chunk, end, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
-        inside = (slot < split * chunk + chunk) & (slot < WIDTH)
+        inside = slot < end
         token = tl.load(index_ptr + batch * stride_ib + token_set * stride_ig + slot * stride_ik, mask=inside, other=-1)
         alive = (token >= 0) & (token < length)
-        valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, alive, MASK, HIDES)
         where = token.to(tl.int64)
-        score = score_tile(
-            q, k_ptr + batch * stride_kb + kv_head * stride_kh, where * stride_kn, valid, bias, scale, CAP, D, BLOCK_D
-        )
-        m, l, acc = weigh_tile(
-            score, v_ptr + batch * stride_vb + kv_head * stride_vh, where * stride_vn, valid, m, l, acc, D, BLOCK_D
-        )
-    store_split(m, l, acc, acc_ptr, stat_ptr, (batch * HEADS + h) * GROUP, split, GROUP, ROWS, SPLITS, D, BLOCK_D)
+        k = load_keys(keys, where * stride_kn, alive, D, BLOCK_D)
+        v = load_values(values, where * stride_vn, alive, D, BLOCK_D)
+        valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, alive, MASK, HIDES)
+        score = score_tile(q, k, valid, bias, scale, CAP)
+        m, l, acc = weigh_tile(score, v, valid, m, l, acc, MASK)
+    store_split(m, l, acc, acc_ptr, stat_ptr, (batch * HEADS + h) * GROUP, split, splits, GROUP, ROWS, D, BLOCK_D)
 
 
 def sparse_attention(
@@ -69,17 +75,21 @@ def sparse_attention(
     sets, width = index.shape[1:]
     heads = max(sets, num_kv_heads)  # programs a sequence and split
     group = num_heads // heads
-    block_n = 64 if head_dim <= 128 else 32
-    splits = num_splits(q.device, batch * heads, triton.cdiv(width, block_n))
+    # Few programs: short ones, with all loads in flight. Many: longer ones, in a pipeline
+    block_n, stages, per_processor = (64, 1, 8) if batch * heads < 32 else (128, 2, 2)
+    if head_dim > 128:
+        block_n //= 2
+    splits = num_splits(q.device, batch * heads, triton.cdiv(width, block_n), per_processor)
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _gather[(splits, heads, batch)](
         q, k, v, index, mask_data, length, acc, stats, scale, slots,
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *index.stride(), *stride_m,
+        width, splits,
         HEADS=heads, GROUP=group, ROWS=padded_rows(group), SHARED_BY=heads // num_kv_heads, ONE_SET=sets == 1,
-        WIDTH=width, D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, SPLITS=splits,
-        **mask_kind, CAP=softcap, num_warps=4, num_stages=3,
+        D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n,
+        **mask_kind, CAP=softcap, num_warps=4, num_stages=stages, **overlap(q.device),
     )  # fmt: skip
     out = q.new_empty(q.shape)
     merge(acc, stats, sink, out)

@@ -1,16 +1,38 @@
 """Split-KV: a decode query has one row, so the cache is cut into splits to fill the GPU (FlashDecoding).
 
 A split keeps a running softmax in base 2: the largest score m, the sum l of 2^(score - m), and acc, the values weighted
-by it. `merge` joins the splits by their log-sum-exp. An empty split has l = 0, and its acc is never read.
+by it. `merge` joins the splits by their log-sum-exp. An empty split has m = -inf, l = 0 and acc = 0.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait for what earlier kernels wrote: with programmatic dependent launch, they may still run."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def may_launch_next(PDL: tl.constexpr):
+    """Let the next kernel start, as far as its own `wait_for_previous`. Only after this kernel's."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def after_previous(PDL: tl.constexpr):
+    """The first line of most kernels: wait, and let the next one come as far as its own wait."""
+    wait_for_previous(PDL)
+    may_launch_next(PDL)
 
 
 @triton.jit
@@ -56,19 +78,35 @@ def _cap(score, CAP: tl.constexpr):
 
 
 @triton.jit
-def score_tile(q, k_ptr, offset, valid, bias, scale, CAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Base-2 scores `[ROWS, N]` of N cache rows at `offset [N]`; dead rows are never read and score -inf."""
+def load_keys(k_ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Keys `[BLOCK_D, N]` of the cache rows at `offset [N]`, transposed for the product; zero where not inside."""
     dim = tl.arange(0, BLOCK_D)
-    k = tl.load(k_ptr + offset[None, :] + dim[:, None], mask=valid[None, :] & (dim[:, None] < D), other=0.0)
+    return tl.load(k_ptr + offset[None, :] + dim[:, None], mask=inside[None, :] & (dim[:, None] < D), other=0.0)
+
+
+@triton.jit
+def load_values(v_ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Values `[N, BLOCK_D]` of the cache rows at `offset [N]`; zero where not inside."""
+    dim = tl.arange(0, BLOCK_D)
+    return tl.load(v_ptr + offset[:, None] + dim[None, :], mask=inside[:, None] & (dim[None, :] < D), other=0.0)
+
+
+@triton.jit
+def score_tile(q, k, valid, bias, scale, CAP: tl.constexpr):
+    """Base-2 scores `[ROWS, N]` of keys `[BLOCK_D, N]`; -inf for tokens that don't count, whatever their keys are."""
     score = (_cap(_dot(q, k) * scale, CAP) + bias[None, :]) * LOG2E
     return tl.where(valid[None, :], score, float("-inf"))
 
 
 @triton.jit
-def weigh_tile(score, v_ptr, offset, valid, m, l, acc, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Add a scored tile to the running softmax (m `[ROWS]`, l `[ROWS]`, acc `[ROWS, BLOCK_D]`)."""
-    dim = tl.arange(0, BLOCK_D)
-    v = tl.load(v_ptr + offset[:, None] + dim[None, :], mask=valid[:, None] & (dim[None, :] < D), other=0.0)
+def weigh_tile(score, v, valid, m, l, acc, MASK: tl.constexpr):
+    """Add a scored tile to the running softmax (m `[ROWS]`, l `[ROWS]`, acc `[ROWS, BLOCK_D]`).
+
+    Rows are loaded before their mask is known, so that no load waits for another: what is masked is zeroed here, since
+    a weight of zero doesn't make NaN vanish.
+    """
+    if MASK != "none":
+        v = tl.where(valid[:, None], v, 0.0)
     new_m = tl.maximum(m, tl.max(score, 1))
     shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # nothing alive yet: -inf - -inf is NaN
     weight = tl.exp2(score - shift[:, None])
@@ -80,13 +118,13 @@ def weigh_tile(score, v_ptr, offset, valid, m, l, acc, D: tl.constexpr, BLOCK_D:
 
 @triton.jit
 def store_split(
-    m, l, acc, acc_ptr, stat_ptr, head, split, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write one split of GROUP heads, the first of which is `head` (counted over the batch): acc and (m, l)."""
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_D)
-    slot = (head + row) * SPLITS + split
+    slot = (head + row) * splits + split
     tl.store(acc_ptr + slot[:, None] * D + dim[None, :], acc, mask=(row[:, None] < GROUP) & (dim[None, :] < D))
     tl.store(stat_ptr + slot * 2, m, mask=row < GROUP)
     tl.store(stat_ptr + slot * 2 + 1, l, mask=row < GROUP)
@@ -94,14 +132,16 @@ def store_split(
 
 @triton.jit
 def _merge(
-    acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits, BLOCK_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """One program: BLOCK_D values of one head."""
+    after_previous(PDL)
     head = tl.program_id(0).to(tl.int64)
-    stats = stat_ptr + head * SPLITS * 2
+    stats = stat_ptr + head * splits * 2
     split = tl.arange(0, BLOCK_SPLITS)
-    m = tl.load(stats + split * 2, mask=split < SPLITS, other=float("-inf"))
-    l = tl.load(stats + split * 2 + 1, mask=split < SPLITS, other=0.0)
+    m = tl.load(stats + split * 2, mask=split < splits, other=float("-inf"))
+    l = tl.load(stats + split * 2 + 1, mask=split < splits, other=0.0)
     top = tl.max(m, 0)
     if HAS_SINK:
         sink = tl.load(sink_ptr + head % num_heads).to(tl.float32) * LOG2E
@@ -111,22 +151,21 @@ def _merge(
     if HAS_SINK:
         total += tl.exp2(sink - shift)
 
-    dim = tl.arange(0, BLOCK_D)
+    dim = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     out = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, SPLITS, CHUNK):
+    for first in range(0, splits, CHUNK):
         part = first + tl.arange(0, CHUNK)
-        inside = part < SPLITS
-        part_m = tl.load(stats + part * 2, mask=inside, other=float("-inf"))
-        used = inside & (part_m > float("-inf"))
+        part_m = tl.load(stats + part * 2, mask=part < splits, other=float("-inf"))
         acc = tl.load(
-            acc_ptr + (head * SPLITS + part[:, None]) * D + dim[None, :],
-            mask=used[:, None] & (dim[None, :] < D),
+            acc_ptr + (head * splits + part[:, None]) * D + dim[None, :],
+            mask=(part[:, None] < splits) & (dim[None, :] < D),
             other=0.0,
         )
         out += tl.sum(acc * tl.exp2(part_m - shift)[:, None], 0)
     out = tl.where(total > 0.0, out / total, 0.0)  # no token to attend to: zeros
     tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty), mask=dim < D)
-    tl.store(lse_ptr + head, shift + tl.log2(total))
+    if tl.program_id(1) == 0:
+        tl.store(lse_ptr + head, shift + tl.log2(total))
 
 
 def merge(acc: Tensor, stats: Tensor, sink: Tensor | None, out: Tensor) -> Tensor:
@@ -136,10 +175,11 @@ def merge(acc: Tensor, stats: Tensor, sink: Tensor | None, out: Tensor) -> Tenso
     """
     batch, num_heads, splits, head_dim = acc.shape
     lse = acc.new_empty(batch, num_heads)
-    _merge[(batch * num_heads,)](
-        acc, stats, None if sink is None else sink.contiguous(), out, lse, num_heads, SPLITS=splits,
-        BLOCK_SPLITS=triton.next_power_of_2(splits), CHUNK=16, HAS_SINK=sink is not None, D=head_dim,
-        BLOCK_D=padded_dim(head_dim),
+    block = min(32, padded_dim(head_dim))
+    _merge[(batch * num_heads, triton.cdiv(head_dim, block))](
+        acc, stats, None if sink is None else sink.contiguous(), out, lse, num_heads, splits,
+        BLOCK_SPLITS=triton.next_power_of_2(splits), CHUNK=min(64, triton.next_power_of_2(splits)),
+        HAS_SINK=sink is not None, D=head_dim, BLOCK_D=block, **overlap(acc.device),
     )  # fmt: skip
     return lse
 
@@ -154,10 +194,26 @@ def padded_rows(group: int) -> int:
     return max(16, triton.next_power_of_2(group))
 
 
-def num_splits(device: torch.device, programs: int, tiles: int) -> int:
-    """Splits a head, so that `programs` heads fill the GPU about four times over; the live length has no say."""
+def num_splits(device: torch.device, programs: int, tiles: int, per_processor: int) -> int:
+    """Splits a head, so that `programs` heads fill the GPU in whole waves of `per_processor` programs each.
+
+    The live length has no say. Fewer splits are less to merge: more than one wave only where one would be half empty.
+    """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(triton.cdiv(4 * processors, programs), tiles))
+    wave = per_processor * processors
+    most = max(1, min(tiles, triton.cdiv(4 * wave, programs)))
+    usage = {splits: splits * programs / (triton.cdiv(splits * programs, wave) * wave) for splits in range(1, most + 1)}
+    enough = min(0.9, max(usage.values()))
+    return min(splits for splits, used in usage.items() if used >= enough)
+
+
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Launch options of kernels that wait by themselves: programmatic dependent launch, from Hopper on.
+
+    The launch of such a kernel overlaps the end of the kernel before it, whoever launched that.
+    """
+    possible = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if possible else {"PDL": False}
 
 
 def mask_args(mask: Tensor | None, batch: int, slots: int) -> tuple[tuple, dict]:

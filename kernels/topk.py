@@ -1,7 +1,14 @@
-"""Choosing tokens in Triton: scores -> ordered keys -> the K-th largest key by radix -> positions in ascending order.
+"""Choosing tokens in Triton: the positions of the K most important of n, ascending, in five small launches.
 
-No sort and no host read: the live length and count stay on the device. Reference: `reference.choose_tokens`.
-A key is an unsigned integer that orders as its importance does; 0 means never, the largest key means always.
+    prepare   counts the valid tokens of every tile, and empties the histograms
+    rank      scores -> integer keys that order as importance does, and a histogram of their bins
+    sift      finds the bin of the K-th largest key: its keys become candidates; keys in bins above are counted
+    settle    finds the K-th largest key among the candidates, and how many tokens are chosen before each tile
+    emit      writes the positions from that key up
+
+Bins are a guess at where the K-th key lies, monotone in the key whatever the guess: a bad one makes more candidates,
+never another answer. No sort and no host read: the live length and count stay on the device. Every launch covers the
+whole cache, a tile of TILE tokens a program. Reference: `reference.choose_tokens`.
 """
 
 import torch
@@ -10,158 +17,270 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import index_width, parts_per_million
-from .split import mask_args, mask_tile
+from .split import after_previous, mask_args, mask_tile, overlap
 
-NEVER = tl.constexpr(0)
-ALWAYS = tl.constexpr(0xFFFFFFFF)
+NEVER = tl.constexpr(-(2**31))  # the key of a token that does not count
+ALWAYS = tl.constexpr(2**31 - 1)  # and of one that is always chosen
+BINS = tl.constexpr(128)
 
 
 @triton.jit
-def _window(
-    mask_ptr, length_ptr, window_ptr, slots, sinks, recent, stride_mb, stride_mn,
-    MASK: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr,
+def _encode(worth):
+    """float32 -> int32 in the same order, -0.0 as 0.0."""
+    bits = (worth + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _decode(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bin(key, live, lse_ptr, row, MEMBERS: tl.constexpr):
+    """Bins `[N]` of keys by how many octaves they are below the largest importance that `live` tokens can all have.
+
+    Probabilities of MEMBERS heads add up to MEMBERS, so no more than `live` tokens exceed MEMBERS / live. 64 bins of
+    1/8 octave, 32 of 1/4, 30 of 2, the rest, and the last bin for what is always chosen.
+    """
+    worth = _decode(key)
+    if MEMBERS == 1:  # base-2 scores: an octave is 1
+        octaves = tl.load(lse_ptr + row) - tl.log2(tl.maximum(live, 1).to(tl.float32)) - worth
+        below = tl.minimum(tl.maximum(octaves * 8.0, 0.0), 2048.0).to(tl.int32)
+    else:  # the exponent and 3 bits of the mantissa
+        bound = (MEMBERS / tl.maximum(live, 1).to(tl.float32)).to(tl.int32, bitcast=True)
+        below = tl.maximum((bound >> 20) - (worth.to(tl.int32, bitcast=True) >> 20), 0)
+    below = tl.where(below < 64, below, tl.where(below < 128, 32 + below // 2, 88 + below // 16))
+    return tl.where(key == ALWAYS, BINS - 1, BINS - 2 - tl.minimum(below, BINS - 2))
+
+
+@triton.jit
+def _prepare(
+    mask_ptr, length_ptr, count_ptr, histogram_ptr, total_ptr, slots, tiles, stride_mb, stride_mn,
+    SETS: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence: how many tokens are valid, where its sinks end, and where its recent tokens begin."""
-    batch = tl.program_id(0).to(tl.int64)
-    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
-    count = length
-    sinks_end = tl.minimum(length, sinks)
-    recent_begin = tl.maximum(length - recent, 0)
-    if MASK != "none":
-        count = length * 0
-        for start in range(0, length, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            valid, _ = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token < length, MASK, HIDES)
-            count += tl.sum(valid.to(tl.int32), 0)
-        seen = length * 0
-        sinks_end = length * 0
-        recent_begin = length
-        for start in range(0, length, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            valid, _ = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token < length, MASK, HIDES)
-            rank = seen + tl.cumsum(valid.to(tl.int32), 0)  # 1-based among the valid tokens
-            sinks_end = tl.maximum(sinks_end, tl.max(tl.where(valid & (rank <= sinks), token + 1, 0), 0))
-            recent_begin = tl.minimum(recent_begin, tl.min(tl.where(valid & (rank > count - recent), token, length), 0))
-            seen += tl.sum(valid.to(tl.int32), 0)
-    tl.store(window_ptr + batch * 3, count)
-    tl.store(window_ptr + batch * 3 + 1, sinks_end)
-    tl.store(window_ptr + batch * 3 + 2, recent_begin)
+    """One program: the valid tokens of one tile, and an empty histogram for one token set."""
+    after_previous(PDL)
+    tile = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    if tile < tiles:
+        length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+        token = tile * TILE + tl.arange(0, TILE)
+        valid, _ = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token < length, MASK, HIDES)
+        tl.store(count_ptr + batch * tiles + tile, tl.sum(valid.to(tl.int32), 0))
+    if tile < SETS:
+        tl.store(histogram_ptr + (batch * SETS + tile) * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(total_ptr + batch * SETS + tile, 0)
 
 
 @triton.jit
 def _rank(
-    score_ptr, lse_ptr, window_ptr, length_ptr, key_ptr, slots,
-    SETS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
+    score_ptr, lse_ptr, count_ptr, length_ptr, key_ptr, bin_ptr, histogram_ptr, live_ptr, slots, tiles,
+    budget, ratio_ppm, sinks, recent,
+    SETS: tl.constexpr, MEMBERS: tl.constexpr, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the keys of BLOCK tokens for one token set of MEMBERS query heads."""
-    start = tl.program_id(0) * BLOCK
+    """One program: the keys of one tile for one token set of MEMBERS query heads."""
+    after_previous(PDL)
+    tile = tl.program_id(0)
+    batch = tl.program_id(2).to(tl.int64)
+    row = batch * SETS + tl.program_id(1)
     length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
-    if start >= length:
+    if tile > 0 and tile * TILE >= length:
         return
-    row = tl.program_id(2).to(tl.int64) * SETS + tl.program_id(1)
-    token = start + tl.arange(0, BLOCK)
+    each = tl.arange(0, BLOCK_TILES)
+    counts = tl.load(count_ptr + batch * tiles + each, mask=each < tiles, other=0)
+    token = tile * TILE + tl.arange(0, TILE)
     inside = token < length
-    worth = tl.load(score_ptr + row * MEMBERS * slots + token, mask=inside, other=float("-inf"))
+    scores = score_ptr + row * MEMBERS * slots + token
+    worth = tl.load(scores, mask=inside, other=float("-inf"))
     valid = worth > float("-inf")
     if MEMBERS > 1:  # only probabilities may be added across heads
-        worth = tl.zeros([BLOCK], tl.float32)
-        for member in range(MEMBERS):
-            head = row * MEMBERS + member
-            score = tl.load(score_ptr + head * slots + token, mask=inside, other=float("-inf"))
-            worth += tl.exp2(score - tl.load(lse_ptr + head))
-    bits = (worth + 0.0).to(tl.uint32, bitcast=True)  # + 0.0: -0.0 ties with 0.0
-    key = bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
-    window = window_ptr + tl.program_id(2) * 3
-    always = (token < tl.load(window + 1)) | (token >= tl.load(window + 2))
-    key = tl.where(always, ALWAYS, key)
-    key = tl.where(valid, key, NEVER)
-    tl.store(key_ptr + row * slots + token, key.to(tl.int32, bitcast=True), mask=inside)
+        worth = tl.exp2(worth - tl.load(lse_ptr + row * MEMBERS))
+        for member in tl.range(1, MEMBERS, loop_unroll_factor=4):
+            score = tl.load(scores + member * slots, mask=inside, other=float("-inf"))
+            worth += tl.exp2(score - tl.load(lse_ptr + row * MEMBERS + member))
+
+    count = tl.sum(counts, 0)  # valid tokens: of the sequence, before this tile, and up to its end
+    before = tl.sum(tl.where(each < tile, counts, 0), 0)
+    until = tl.sum(tl.where(each <= tile, counts, 0), 0)
+    by_ratio = ((count.to(tl.int64) * ratio_ppm + 999999) // 1000000).to(tl.int32)
+    live = tl.minimum(tl.maximum(by_ratio, budget), count)
+    tl.store(live_ptr + batch, live)
+    key = tl.where(valid, _encode(worth), NEVER)
+    if before < sinks or until > count - recent:
+        place = before + tl.cumsum(valid.to(tl.int32), 0)  # 1-based among the valid tokens
+        key = tl.where(valid & ((place <= sinks) | (place > count - recent)), ALWAYS, key)
+    tl.store(key_ptr + row * slots + token, key, mask=inside)
+    bins = _bin(key, live, lse_ptr, row, MEMBERS)
+    tl.store(bin_ptr + row * slots + token, tl.where(valid, bins, -1).to(tl.int8), mask=inside)
+    histogram = tl.histogram(bins, BINS, mask=valid)
+    tl.atomic_add(histogram_ptr + row * BINS + tl.arange(0, BINS), histogram, mask=histogram > 0, sem="relaxed")
 
 
 @triton.jit
-def _choose(
-    key_ptr, window_ptr, length_ptr, index_ptr, slots, budget, ratio_ppm, SETS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _sift(
+    key_ptr, bin_ptr, length_ptr, live_ptr, histogram_ptr, total_ptr, wanted_ptr, above_ptr, candidate_ptr, place_ptr,
+    slots, tiles, SETS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a token set: find the K-th largest key eight bits at a time, then write the positions in order."""
-    batch = tl.program_id(1).to(tl.int64)
-    row = batch * SETS + tl.program_id(0)
-    keys = key_ptr + row * slots
+    """One program: from one tile of one token set, how many keys are above the crossing bin, and the keys inside it."""
+    after_previous(PDL)
+    tile = tl.program_id(0)
+    row = tl.program_id(2).to(tl.int64) * SETS + tl.program_id(1)
+    token = tile * TILE + tl.arange(0, TILE)
     length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
-    count = tl.load(window_ptr + batch * 3)
-    by_ratio = ((count.to(tl.int64) * ratio_ppm + 999999) // 1000000).to(tl.int32)
-    live = tl.minimum(tl.maximum(by_ratio, budget), count)
+    bins = tl.load(bin_ptr + row * slots + token, mask=token < length, other=-1).to(tl.int32)
+    live = tl.load(live_ptr + tl.program_id(2))
+    histogram = tl.load(histogram_ptr + row * BINS + tl.arange(0, BINS))
+    at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram  # keys in this bin or above
+    crossing = tl.sum((at_least >= live).to(tl.int32), 0) - 1
+    tl.store(wanted_ptr + row, live - tl.sum(tl.where(tl.arange(0, BINS) > crossing, histogram, 0), 0))
 
-    lane = tl.arange(0, BLOCK)
-    bin_id = tl.arange(0, 256)
-    prefix = (count * 0).to(tl.uint32)  # the leading bits of the live-th largest key
-    ties = live  # how many keys with that prefix are still wanted
-    for step in tl.static_range(4):
-        shift = 24 - 8 * step
-        histogram = tl.zeros([256], tl.int32)
-        for start in range(0, length, BLOCK):
-            token = start + lane
-            key = tl.load(keys + token, mask=token < length, other=0).to(tl.uint32, bitcast=True)
-            counted = token < length
-            if step > 0:
-                counted = counted & ((key >> (shift + 8)) == prefix)
-            histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=counted)
-        at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram  # keys in this bin or above
-        crossing = tl.maximum(tl.sum((at_least >= ties).to(tl.int32), 0) - 1, 0)
-        ties -= tl.sum(tl.where(bin_id > crossing, histogram, 0), 0)
-        prefix = (prefix << 8) | crossing.to(tl.uint32)
+    tl.store(above_ptr + row * tiles + tile, tl.sum((bins > crossing).to(tl.int32), 0))
+    found = bins == crossing
+    rank = tl.cumsum(found.to(tl.int32), 0)
+    here = tl.max(rank, 0)
+    if here > 0:
+        first = tl.atomic_add(total_ptr + row, here, sem="relaxed")
+        slot = row * slots + first + rank - 1
+        tl.store(candidate_ptr + slot, tl.load(key_ptr + row * slots + token, mask=found), mask=found)
+        tl.store(place_ptr + slot, token, mask=found)
 
-    written = count * 0
-    tied = count * 0
-    for start in range(0, length, BLOCK):
-        token = start + lane
-        key = tl.load(keys + token, mask=token < length, other=0).to(tl.uint32, bitcast=True)
-        tie = (key == prefix) & (token < length)
-        tie_rank = tied + tl.cumsum(tie.to(tl.int32), 0)
-        chosen = ((key > prefix) & (token < length)) | (tie & (tie_rank <= ties))
-        slot = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(index_ptr + row * WIDTH + slot, token, mask=chosen)
-        written += tl.sum(chosen.to(tl.int32), 0)
-        tied += tl.sum(tie.to(tl.int32), 0)
-    for start in range(0, WIDTH, BLOCK):
-        slot = start + lane
-        tl.store(index_ptr + row * WIDTH + slot, -1, mask=(slot >= live) & (slot < WIDTH))
+
+@triton.jit
+def _values(candidates, places, first, total, tied, BLOCK: tl.constexpr, PLACES: tl.constexpr):
+    """BLOCK candidates' keys; or, with PLACES, the negated positions of those whose key is `tied`; else NEVER."""
+    slot = first + tl.arange(0, BLOCK)
+    value = tl.load(candidates + slot, mask=slot < total, other=NEVER)
+    if PLACES:
+        value = tl.where((value == tied) & (slot < total), -tl.load(places + slot, mask=slot < total, other=0), NEVER)
+    return value
+
+
+@triton.jit
+def _largest_with(
+    candidates, places, total, tied, wanted, low, high, BLOCK: tl.constexpr, PLACES: tl.constexpr
+):  # fmt: skip
+    """The largest threshold from `low` to `high` (int64) that `wanted` values reach; a step leaves a sixteenth."""
+    part = tl.arange(0, 16)
+    while low < high:
+        step = (high - low + 16) // 16
+        threshold = low + part * step
+        reached = tl.zeros([16], tl.int32)
+        for first in range(0, total, BLOCK):
+            more = _values(candidates, places, first, total, tied, BLOCK, PLACES)
+            reached += tl.sum((more[:, None] >= threshold[None, :]).to(tl.int32), 0)
+        low += step * (tl.sum((reached >= wanted).to(tl.int64), 0) - 1)  # the first part always is
+        high = tl.minimum(high, low + step - 1)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _settle(
+    total_ptr, wanted_ptr, above_ptr, candidate_ptr, place_ptr, threshold_ptr, offset_ptr, slots, tiles,
+    TILE: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: for one token set, key and position of the last token that is chosen, and each tile's first slot."""
+    after_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    wanted = tl.load(wanted_ptr + row)
+    total = tl.load(total_ptr + row)
+    each = tl.arange(0, BLOCK_TILES)
+    chosen = tl.load(above_ptr + row * tiles + each, mask=each < tiles, other=0)
+    candidates = candidate_ptr + row * slots
+    places = place_ptr + row * slots
+    if total <= BLOCK:  # nearly always: the smallest key that fewer than `wanted` exceed
+        keys = _values(candidates, places, 0, total, 0, BLOCK, False)
+        rank = tl.sum((keys[None, :] > keys[:, None]).to(tl.int32), 1)
+        threshold = tl.min(tl.where((tl.arange(0, BLOCK) < total) & (rank < wanted), keys, ALWAYS), 0)
+    else:
+        lowest = wanted * 0 + ALWAYS
+        highest = wanted * 0 + NEVER
+        for first in range(0, total, BLOCK):
+            keys = _values(candidates, places, first, total, 0, BLOCK, False)
+            inside = first + tl.arange(0, BLOCK) < total
+            lowest = tl.minimum(lowest, tl.min(tl.where(inside, keys, ALWAYS), 0))
+            highest = tl.maximum(highest, tl.max(keys, 0))
+        threshold = _largest_with(
+            candidates, places, total, 0, wanted, lowest.to(tl.int64), highest.to(tl.int64), BLOCK, False
+        )
+
+    ties = wanted * 0
+    kept = wanted  # of the ties: the first ones
+    for first in range(0, total, BLOCK):
+        keys = _values(candidates, places, first, total, 0, BLOCK, False)
+        ties += tl.sum(((keys == threshold) & (first + tl.arange(0, BLOCK) < total)).to(tl.int32), 0)
+        kept -= tl.sum((keys > threshold).to(tl.int32), 0)
+    last = wanted * 0 + slots
+    if ties > kept:
+        last = -_largest_with(
+            candidates, places, total, threshold, kept, -last.to(tl.int64), last.to(tl.int64) * 0, BLOCK, True
+        )
+    tl.store(threshold_ptr + row * 2, threshold)
+    tl.store(threshold_ptr + row * 2 + 1, last)
+
+    for first in range(0, total, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        keys = _values(candidates, places, first, total, 0, BLOCK, False)
+        place = tl.load(places + slot, mask=slot < total, other=0)
+        among = (slot < total) & ((keys > threshold) | ((keys == threshold) & (place <= last)))
+        chosen += tl.histogram(place // TILE, BLOCK_TILES, mask=among)
+    tl.store(offset_ptr + row * tiles + each, tl.cumsum(chosen, 0) - chosen, mask=each < tiles)
+
+
+@triton.jit
+def _emit(
+    key_ptr, length_ptr, live_ptr, threshold_ptr, offset_ptr, index_ptr, slots, tiles, width,
+    SETS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: the positions chosen from one tile of one token set, written where they belong."""
+    after_previous(PDL)
+    tile = tl.program_id(0)
+    row = tl.program_id(2).to(tl.int64) * SETS + tl.program_id(1)
+    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+    live = tl.load(live_ptr + tl.program_id(2))
+    token = tile * TILE + tl.arange(0, TILE)
+    tl.store(index_ptr + row * width + token, -1, mask=(token >= live) & (token < width))
+    key = tl.load(key_ptr + row * slots + token, mask=token < length, other=NEVER)
+    threshold = tl.load(threshold_ptr + row * 2)
+    last = tl.load(threshold_ptr + row * 2 + 1)
+    chosen = (key > threshold) | ((key == threshold) & (token <= last))
+    slot = tl.load(offset_ptr + row * tiles + tile) + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(index_ptr + row * width + slot, token, mask=chosen)
 
 
 def choose_tokens(
-    scores: Tensor,
-    lse: Tensor,
-    length: Tensor,
-    mask: Tensor | None,
-    sets: int,
-    budget: int,
-    ratio: float,
-    sinks: int,
-    recent: int,
-) -> Tensor:
+    scores: Tensor, lse: Tensor, length: Tensor, mask: Tensor | None, sets: int,
+    budget: int, ratio: float, sinks: int, recent: int,
+) -> Tensor:  # fmt: skip
     """Base-2 scores `[B, Hq, S]` and log2-sum-exp `[B, Hq]` of a scan -> `index [B, G, K]` int32 for G = `sets`."""
     batch, num_heads, slots = scores.shape
-    window = scores.new_empty(batch, 3, dtype=torch.int32)
+    width, members = index_width(budget, ratio, slots), num_heads // sets
+    tile, warps = (1024, 4) if batch * sets * slots < 2**19 else (2048, 8)
+    tiles = triton.cdiv(slots, tile)
+
+    def empty(*shape: int) -> Tensor:
+        return scores.new_empty(batch, *shape, dtype=torch.int32)
+
+    count, live, index = empty(tiles), empty(), empty(sets, width)
+    histogram, total, wanted = empty(sets, BINS.value), empty(sets), empty(sets)
+    above, offset, threshold = empty(sets, tiles), empty(sets, tiles), empty(sets, 2)
+    key, candidate, place = empty(sets, slots), empty(sets, slots), empty(sets, slots)
+    bins = scores.new_empty(batch, sets, slots, dtype=torch.int8)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
-    _window[(batch,)](mask_data, length, window, slots, sinks, recent, *stride_m, **mask_kind, BLOCK=4096)
-
-    keys = scores.new_empty(batch, sets, slots, dtype=torch.int32)
-    grid = (triton.cdiv(slots, 1024), sets, batch)
-    _rank[grid](scores, lse, window, length, keys, slots, SETS=sets, MEMBERS=num_heads // sets, BLOCK=1024)
-
-    width = index_width(budget, ratio, slots)
-    index = scores.new_empty(batch, sets, width, dtype=torch.int32)
-    _choose[(sets, batch)](
-        keys,
-        window,
-        length,
-        index,
-        slots,
-        budget,
-        parts_per_million(ratio),
-        SETS=sets,
-        WIDTH=width,
-        BLOCK=4096,
-        num_warps=16,
+    size = {"SETS": sets, "TILE": tile, "num_warps": warps, **overlap(scores.device)}
+    of_tiles = {"BLOCK_TILES": max(32, triton.next_power_of_2(tiles))}
+    _prepare[(max(tiles, sets), batch)](
+        mask_data, length, count, histogram, total, slots, tiles, *stride_m, **size, **mask_kind
     )
+    grid = (tiles, sets, batch)
+    _rank[grid](
+        scores, lse, count, length, key, bins, histogram, live, slots, tiles, budget, parts_per_million(ratio), sinks,
+        recent, MEMBERS=members, **size, **of_tiles,
+    )  # fmt: skip
+    _sift[grid](key, bins, length, live, histogram, total, wanted, above, candidate, place, slots, tiles, **size)
+    _settle[(batch * sets,)](
+        total, wanted, above, candidate, place, threshold, offset, slots, tiles, TILE=tile, BLOCK=512, num_warps=16,
+        **of_tiles, **overlap(scores.device),
+    )  # fmt: skip
+    _emit[grid](key, length, live, threshold, offset, index, slots, tiles, width, **size)
     return index

@@ -4,7 +4,7 @@ Graph in: Dynamo's decode graph and the plan for its calls. Graph out: the same 
 
     full    attention(...) -> tidal::full_attention(q, keys, values, length, mask, scale, sink, softcap)
     select                 -> tidal::select_attention(...)[0], and its [1] is the token set
-    reuse                  -> tidal::sparse_attention(q, keys, values, token set, ...)
+    reuse                  -> tidal::sparse_attention(q, keys, values, token set, ...), less a mask that chose the set
 
 read the cache inputs directly; the nodes that nothing uses any more (`repeat_kv`, and what eager attention consists of)
 are erased. In place, because a copy of the graph module loses what marks the cache as static, and CUDA graphs are
@@ -13,6 +13,7 @@ dead.
 """
 
 import operator
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -28,7 +29,7 @@ PURE = (*VIEWS, *EAGER, *CASTS)
 
 def apply_plan(gm: fx.GraphModule, plan: Plan) -> int:
     """Rewrite every call that has a role; returns how many."""
-    token_sets: dict[int, fx.Node] = {}
+    token_sets: dict[int, TokenSet] = {}
     for decision in plan.decisions:
         if decision.role is not None:
             _replace(gm, decision.call, decision.role, token_sets)
@@ -37,30 +38,57 @@ def apply_plan(gm: fx.GraphModule, plan: Plan) -> int:
     return plan.rewritten
 
 
-def _replace(gm: fx.GraphModule, site: AttentionSite, role, token_sets: dict[int, fx.Node]) -> None:
+@dataclass(frozen=True)
+class TokenSet:
+    """The tokens that a selection chose, and the mask under which it did."""
+
+    index: fx.Node
+    mask: fx.Node | None
+
+
+def _replace(gm: fx.GraphModule, site: AttentionSite, role, token_sets: dict[int, TokenSet]) -> None:
     ops = torch.ops.tidal
     cache = (site.query, site.key, site.value)
-    rest, last = (site.length, site.mask, site.scale), (site.sink, site.softcap)
+    mask = _unexpanded(site.mask)
+    if role.role == "reuse" and mask is token_sets[role.source].mask and _is_bool(mask):
+        mask = None  # it hides none of the tokens that were chosen under it
+    rest, last = (site.length, mask, site.scale), (site.sink, site.softcap)
     with gm.graph.inserting_before(site.node):
         if role.role == "full":
-            out = _call(gm, site, ops.full_attention.default, (*cache, *rest, *last))
+            out = insert_call(gm, site.node, ops.full_attention.default, (*cache, *rest, *last))
         elif role.role == "select":
             settings = (role.budget, role.ratio, role.sinks, role.recent, role.share)
-            both = _call(gm, site, ops.select_attention.default, (*cache, *rest, *settings, *last))
-            out = _call(gm, site, operator.getitem, (both, 0))
-            token_sets[site.layer] = _call(gm, site, operator.getitem, (both, 1))
+            both = insert_call(gm, site.node, ops.select_attention.default, (*cache, *rest, *settings, *last))
+            out = insert_call(gm, site.node, operator.getitem, (both, 0))
+            token_sets[site.layer] = TokenSet(insert_call(gm, site.node, operator.getitem, (both, 1)), mask)
         else:
-            out = _call(gm, site, ops.sparse_attention.default, (*cache, token_sets[role.source], *rest, *last))
+            out = insert_call(
+                gm, site.node, ops.sparse_attention.default, (*cache, token_sets[role.source].index, *rest, *last)
+            )
     site.node.replace_all_uses_with(out)
     _erase_unused(gm, site.node)
 
 
-def _call(gm: fx.GraphModule, site: AttentionSite, target, args: tuple) -> fx.Node:
+def _unexpanded(mask: fx.Node | None) -> fx.Node | None:
+    """A mask `[B or 1, 1, 1, S]` before it was expanded: Inductor would write the expanded one anew for every call."""
+    while mask is not None and mask.op == "call_method" and mask.target == "expand":
+        before = mask.args[0].meta["example_value"].shape
+        if len(before) != 4 or before[1:] != mask.meta["example_value"].shape[1:]:
+            break
+        mask = mask.args[0]
+    return mask
+
+
+def _is_bool(mask: fx.Node | None) -> bool:
+    return mask is not None and mask.meta["example_value"].dtype == torch.bool
+
+
+def insert_call(gm: fx.GraphModule, replaced: fx.Node, target, args: tuple) -> fx.Node:
     """Insert a call with the metadata of the node that it replaces, and the fake value that it returns."""
     node = gm.graph.call_function(target, args)
-    node.meta.update({key: value for key, value in site.node.meta.items() if key != "example_value"})
+    node.meta.update({key: value for key, value in replaced.meta.items() if key != "example_value"})
     values = fx.node.map_arg(args, lambda arg: arg.meta["example_value"])
-    with site.node.meta["example_value"].fake_mode:
+    with replaced.meta["example_value"].fake_mode:
         node.meta["example_value"] = target(*values)
     return node
 

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from tidal_compile.kernels import dense, select, sparse, split
+from tidal_compile.kernels import dense, linear, select, sparse, split, topk
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
@@ -44,8 +44,9 @@ def compile_instead(kernel, *args, grid, warmup, **options):
 
 def main():
     JITFunction.run = compile_instead
-    for module in (dense, sparse):
-        module.num_splits = lambda *_: 66
+    for module in (dense, linear, sparse, split, topk):
+        module.num_splits = lambda *_, **__: 33
+        module.overlap = lambda _: {"PDL": True, "launch_pdl": True}
     kinds = [(torch.bfloat16, 128, 4), (torch.float32, 80, 3), (torch.float16, 256, 1)]
     for (dtype, head_dim, group), masking in itertools.product(kinds, (None, torch.bool, torch.float32)):
         q = torch.zeros(2, 2 * group, 1, head_dim, dtype=dtype)
@@ -53,6 +54,9 @@ def main():
         mask = None if masking is None else torch.ones(2, 1, 1, 512, dtype=masking)
         extra = {"sink": q[0, :, 0, 0], "softcap": 30.0} if masking == torch.float32 else {}
         length = torch.tensor(300)
+        for columns, weights in ((512, 1), (5000, 3)):
+            weight, bias = torch.zeros(64, columns, dtype=dtype), [] if masking else [torch.zeros(64, dtype=dtype)]
+            linear.linear(torch.zeros(1, columns, dtype=dtype), [weight] * weights, bias * weights)
         dense.full_attention(q, k, k, length, mask, 0.1, **extra)
         for share in ("query_head", "kv_head", "layer"):
             index = select.select_attention(q, k, k, length, mask, 0.1, 64, 0.0, 4, 8, share, **extra)[1]

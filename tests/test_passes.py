@@ -31,11 +31,15 @@ def test_every_call_is_matched_and_rewritten(tiny):
     assert before["scaled_dot_product_attention"] == 6 and "scaled_dot_product_attention" not in after
     assert [after[f"{kind}_attention.default"] for kind in ("full", "select", "sparse")] == [2, 1, 3]
     grouped = tiny.config.num_key_value_heads < tiny.config.num_attention_heads
-    assert before.get("expand", 0) - after.get("expand", 0) == (12 if grouped else 0)  # no repeat_kv is left
+    gone = before.get("expand", 0) - after.get("expand", 0)
+    assert gone == 1 + (12 if grouped else 0)  # no repeat_kv is left, and the mask is not expanded
     assert after["index_copy_"] == before["index_copy_"] == 12 and after["add_"] == before["add_"]
     plan = recorder.plans[0]
     assert plan.rewritten == 6 and plan.problems == ()
     assert [decision.layer for decision in plan.decisions] == list(range(6))
+
+
+MASK_OF = {"full": 4, "select": 4, "sparse": 5}  # argument of the ops
 
 
 def test_reuse_reads_the_token_set_of_its_source():
@@ -49,6 +53,21 @@ def test_reuse_reads_the_token_set_of_its_source():
     for node in select + sparse:
         key, value = node.args[1:3]
         assert key.op == value.op == "placeholder"  # the live cache itself
+
+
+def test_reuse_needs_no_mask_under_which_its_set_was_chosen():
+    """A bool mask hides nothing that a selection chose under it; one that is added to the scores is still needed."""
+    recorder, _ = record(tiny_model(), policy="tidal", budget=80)
+    nodes = list(recorder.graphs[0].graph.nodes)
+    masks = {
+        name: [n.args[i] for n in nodes if f"tidal.{name}_attention" in str(n.target)] for name, i in MASK_OF.items()
+    }
+    assert len(masks["sparse"]) == 3 and set(masks["sparse"]) == {None}
+    assert None not in masks["full"] + masks["select"] and len(set(masks["full"] + masks["select"])) == 1
+
+    recorder, _ = record(tiny_model(attn_implementation="eager"), policy="tidal", budget=80)
+    added = [n.args[5] for n in recorder.graphs[0].graph.nodes if "tidal.sparse_attention" in str(n.target)]
+    assert len(added) == 3 and None not in added
 
 
 def test_what_cuda_graphs_need_survives():

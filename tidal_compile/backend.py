@@ -17,6 +17,7 @@ from torch import fx
 from .errors import TidalError, UnsupportedModelError
 from .kernels import ops as _ops  # noqa: F401  registers the ops that `rewrite` inserts
 from .passes.counters import COUNTER, take_out_counters
+from .passes.linears import join_linears
 from .passes.match import AttentionSite, Unmatched, count_layers, find_attention, policy_layers
 from .passes.plan import Plan, make_plan
 from .passes.rewrite import apply_plan
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 _sources = (torch.compiler.config.dynamic_sources, rf".*\{COUNTER}$")
 torch.compiler.config.dynamic_sources = ",".join(filter(None, _sources))
 
-OWN_OPTIONS = ("policy", "strict", "cuda_graphs", "inductor")
+OWN_OPTIONS = ("policy", "strict", "cuda_graphs", "linears", "inductor")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Options:
     policy: Any
     strict: bool = True
     cuda_graphs: bool | None = None  # None: on a CUDA device
+    linears: bool | None = None  # through our own kernel, in a step of one token; None: on a CUDA device
     inductor: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)  # of the policy's defaults
 
@@ -58,6 +60,7 @@ class Options:
         for name, kind, valid in (
             ("strict", bool, "true or false"),
             ("cuda_graphs", bool | None, "true, false or none"),
+            ("linears", bool | None, "true, false or none"),
             ("inductor", dict, "a mapping of Inductor settings"),
         ):
             if name in own and not isinstance(own[name], kind):
@@ -87,8 +90,11 @@ def tidal(
     if plan is not None:
         log.info("tidal: %d attention calls, %d rewritten", len(plan.decisions), apply_plan(gm, plan))
 
-    # A prefill would record another CUDA graph for every prompt length
     decodes_on_cuda = plan is not None and any(getattr(value, "is_cuda", False) for value in example_inputs)
+    if plan is not None and (decodes_on_cuda if parsed.linears is None else parsed.linears):
+        log.info("tidal: %d linear layers joined", join_linears(gm))
+
+    # A prefill would record another CUDA graph for every prompt length
     settings = {"triton.cudagraphs": decodes_on_cuda if parsed.cuda_graphs is None else parsed.cuda_graphs}
     settings |= torch._inductor.list_mode_options(mode or "default") | parsed.inductor
     counters = take_out_counters(gm) if plan is not None else None

@@ -1,0 +1,69 @@
+"""The pass that puts linear layers of a one-token step through `tidal::linear`: what it takes, and what it leaves."""
+
+import pytest
+import torch
+from models import decode_logits, prefilled, random_tokens, tiny_model
+
+import tidal_compile as tc
+from tidal_compile import backend
+
+PROMPT, TOKENS = 30, 4
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Sizes of the groups in every graph that the pass has seen."""
+    seen = []
+
+    def record(gm):
+        count = join_linears(gm)
+        seen.append([len(node.args[1]) for node in gm.graph.nodes if node.target is torch.ops.tidal.linear.default])
+        return count
+
+    join_linears = backend.join_linears
+    monkeypatch.setattr(backend, "join_linears", record)
+    return seen
+
+
+def compiled(model, batch=1, **options):
+    step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "full", "linears": True, **options})
+    prompt, tokens = random_tokens(batch, PROMPT), random_tokens(batch, TOKENS, seed=2)
+    got = decode_logits(step, prefilled(model, prompt, 64), tokens)
+    torch.testing.assert_close(got, decode_logits(model, prefilled(model, prompt, 64), tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_layers_of_one_input_share_a_launch(joined):
+    compiled(tiny_model())
+    assert joined == [[3, 1, 2, 1] * 6 + [1]]  # qkv, out; gate and up, down; and the head
+
+
+def test_biases(joined):
+    compiled(tiny_model(model_type="qwen2"))
+    assert joined == [[3, 1, 2, 1] * 6 + [1]]
+
+
+def test_several_sequences_are_left_alone(joined):
+    compiled(tiny_model(), batch=2)
+    assert joined == [[]]
+
+
+def test_adapters(joined):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    compiled(peft.get_peft_model(tiny_model(), config).eval())
+    assert sum(joined[0]) == 43 + 24  # two small layers more for each of the twelve
+
+
+def test_quantized_weights_are_left_alone(joined):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = tiny_model(tie_word_embeddings=False)
+    quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
+    compiled(model)
+    assert joined == [[1]]  # the head
+
+
+def test_off_on_a_cpu_unless_asked_for(joined):
+    compiled(tiny_model(), linears=None)
+    assert joined == []
+    with pytest.raises(tc.TidalError, match="'linears' must be true, false or none"):
+        backend.Options.parse({"linears": "yes"})
