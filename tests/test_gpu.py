@@ -7,7 +7,7 @@ from models import decode_logits, family_model, family_pair, prefilled, random_t
 from torch._dynamo.utils import counters
 
 import tidal_compile as tc
-from tidal_compile.kernels import reference
+from tidal_compile.bench.decode import reference_backend
 from tidal_compile.models import load_model
 from tidal_compile.run import rewind
 
@@ -53,7 +53,7 @@ def test_float32_sparse_equals_the_reference_ops(cudagraph_or_error):
         )
         torch._dynamo.reset()
         expected = decode_logits(
-            torch.compile(model, backend=ReferenceBackend(policy), fullgraph=True),
+            torch.compile(model, backend=reference_backend(policy), fullgraph=True),
             prefilled(model, prompt, 128),
             tokens,
         )
@@ -154,24 +154,6 @@ def test_beam_search_through_a_compiled_forward():
     assert torch.equal(model.generate(ids, disable_compile=True, **options), eager)
 
 
-class ReferenceBackend:
-    """`tidal`'s rewritten graph, with `kernels/reference.py` behind the ops, and without Inductor."""
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def __call__(self, gm, _):
-        from tidal_compile.backend import Options, plan_graph
-        from tidal_compile.passes.rewrite import apply_plan
-
-        apply_plan(gm, plan_graph(gm, Options.parse({"policy": self.policy})))
-        for node in gm.graph.nodes:
-            if node.op == "call_function" and "tidal" in str(node.target):
-                node.target = getattr(reference, str(node.target).split(".")[1])
-        gm.recompile()
-        return gm.forward
-
-
 @pytest.mark.parametrize("policy", ["full", "tidal"])
 def test_an_8b_shape_is_as_accurate_as_the_reference(policy, cudagraph_or_error):
     """All 32 layers, 8K of a 16K cache. Random weights attend almost evenly, so rounding alone moves many tokens in and out
@@ -188,11 +170,11 @@ def test_an_8b_shape_is_as_accurate_as_the_reference(policy, cudagraph_or_error)
         return decode_logits(torch.compile(model, backend=backend, fullgraph=True, **options), cache, tokens).float()
 
     ours = run("tidal", options={"policy": chosen})
-    reference_bf16 = run(ReferenceBackend(chosen))
+    reference_bf16 = run(reference_backend(chosen))
     model.float()
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys.float(), layer.values.float()
-    exact = run(ReferenceBackend(chosen))
+    exact = run(reference_backend(chosen))
     errors = [((logits - exact).norm() / exact.norm()).item() for logits in (ours, reference_bf16)]
     print(f"relative error of {policy}: ours {errors[0]:.4f}, reference ops in bfloat16 {errors[1]:.4f}")
     assert errors[0] <= 1.25 * errors[1] and errors[0] < 0.1

@@ -1,11 +1,13 @@
-"""The command line: `tidal-compile run | explain | policy`."""
+"""The command line: `tidal-compile run | explain | policy | bench`."""
 
 import contextlib
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -28,6 +30,8 @@ app = typer.Typer(
 )  # fmt: skip
 policies = typer.Typer(help="List, show, check and start policy files.", no_args_is_help=True)
 app.add_typer(policies, name="policy")
+bench = typer.Typer(help="Measure latency beside the baselines; every output is checked first.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 out = Console()
 err = Console(stderr=True)
@@ -43,6 +47,24 @@ class Baseline(StrEnum):
     eager = "eager"
     inductor = "inductor"
     none = "none"
+
+
+class StepBaseline(StrEnum):
+    """What `bench decode` compares with: `inductor` is its default mode, `flash` dense at its best (see its help)."""
+
+    eager = "eager"
+    inductor = "inductor"
+    reduce_overhead = "reduce-overhead"
+    flash = "flash"
+    none = "none"
+
+
+class Share(StrEnum):
+    """Who shares a token set."""
+
+    kv_head = "kv_head"
+    query_head = "query_head"
+    layer = "layer"
 
 
 class DType(StrEnum):
@@ -90,26 +112,19 @@ def run(
     from .policy import shipped
     from .run import Variant, measure, prefill, random_cache, rewind, windows
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     hf_logging.disable_progress_bar()  # its stages are shown here
-    _check_device(device)
+    device, number = _where(device, dtype)
     report.need_matplotlib()
     _make_folder(results)
-    number = getattr(torch, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype.value)
     policy = policy or ["full", "tidal", *({model} & set(shipped()))]
     # A bad name or file is an error before the model is loaded
     asked = [Options.parse({"policy": name, **_overrides(budget)}) for name in policy]
-    positions = getattr(load_config(model).get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions and context + new_tokens > positions:
-        raise TidalError(f"--context {context} + --new-tokens {new_tokens}: {model} has {positions} positions")
+    _check_positions(load_config(model), model, context, "--new-tokens", new_tokens)
 
     with _progress() as progress:
 
         def stage(title: str, steps: int) -> Callable[[], None]:
-            if not err.is_terminal:  # a log shows no bars: a line a stage
-                err.print(f"{title} ...", markup=False, highlight=False)
-            task = progress.add_task(title, total=steps)
-            return lambda: progress.advance(task)
+            return _stage(progress, title, steps)
 
         done = stage(f"load {model}", 1)
         net, tokenizer = load_model(model, device, number), load_tokenizer(model)
@@ -139,7 +154,7 @@ def run(
         measured, model=model, key=key, context=length + 1, dtype=str(number).removeprefix("torch.")
     )
     record |= _provenance(device)
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"run-{Path(model).name}-{record['device']}").strip("-").lower()
+    name = _file_name("run", Path(model).name, record["device"])
     files = [results / f"{name}.json", results / f"{name}.png"]
     files[0].write_text(json.dumps(record, indent=1) + "\n")
     report.run_chart(record, files[1])
@@ -249,6 +264,235 @@ def init(
     out.print(f"wrote {file}: {report.roles_line(found)}", markup=False, highlight=False)
 
 
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+DTypeOption = Annotated[DType, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")]
+ResultsOption = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+ContextsOption = Annotated[list[int], typer.Option("--context", min=2, help="Live tokens; repeat for several.")]
+BatchesOption = Annotated[list[int], typer.Option("--batch", min=1, help="Sequences; repeat for several.")]
+NameOption = Annotated[str, typer.Option(help="Part of the result's file name.")]
+LayersOption = Annotated[int | None, typer.Option(min=1, help="Another depth, for random weights.")]
+
+
+@bench.command("decode")
+def bench_decode(
+    model: Annotated[str, typer.Option(help=f"Weights don't matter: {FORMS}.")] = "random:llama-3.1-8b",
+    policy: Annotated[list[str], typer.Option(help="Preset, shipped name or file; repeat.")] = ("full", "tidal"),
+    baseline: Annotated[
+        list[StepBaseline],
+        typer.Option(
+            help="Repeat; `none` for none. `flash`: reduce-overhead, SDPA flash on the live cache without a mask."
+        ),
+    ] = (StepBaseline.reduce_overhead, StepBaseline.flash),
+    context: ContextsOption = (100_000,),
+    batch: BatchesOption = (1,),
+    budget: Annotated[list[int] | None, typer.Option(min=1, help="Budgets of each sparse policy; repeat.")] = None,
+    steps: Annotated[int, typer.Option(min=4, help="Steps to time.")] = 50,
+    generate: Annotated[int, typer.Option(help="Tokens through model.generate, too, at batch 1; 0: none.")] = 0,
+    layers: LayersOption = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto,
+    name: NameOption = "",
+    results: ResultsOption = Path("out"),
+    as_json: JsonOption = False,
+) -> None:
+    """Time decode steps under policies beside their baselines: ms, GB/s and the fraction of the policy's byte floor.
+
+    The floor is what a step must read, weights and the policy's share of the KV cache, at the rate of a device copy.
+    """
+    device, number = _where(device, dtype)
+    baselines = [kind.value for kind in baseline if kind != StepBaseline.none]
+    result = {"model": model, "layers": layers} | _measure_decode(
+        model, _options(policy, budget), baselines, context, batch, steps, generate, layers, device, number
+    )
+    _finish("decode", result, results, f"{Path(model).name}-{name}", device, as_json)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    context: ContextsOption = (10_000, 32_000, 100_000),
+    batch: BatchesOption = (1,),
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
+    kv_heads: Annotated[list[int], typer.Option(min=1, help="Key/value heads; repeat.")] = (8, 32),
+    head_dim: Annotated[int, typer.Option(min=8)] = 128,
+    budget: Annotated[list[int], typer.Option(min=1, help="Tokens of a selection; repeat.")] = (1024,),
+    share: Annotated[list[Share], typer.Option(help="Who shares a token set; repeat.")] = (Share.kv_head,),
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto,
+    name: NameOption = "",
+    results: ResultsOption = Path("out"),
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Time the attention ops beside SDPA, torch.topk and, if installed, FlashInfer: us, GB/s, share of the copy rate.
+
+    Contexts, batches and kv heads are combined at the first budget and share; the others run at the last context.
+    """
+    from .bench.kernels import sizes
+
+    device, number = _where(device, dtype)
+    cases = sizes(context, batch, heads, kv_heads, head_dim, budget, [one.value for one in share])
+    _finish("kernels", _measure_kernels(cases, device, number), results, name, device, as_json)
+
+
+@bench.command("figures")
+def bench_figures(
+    model: Annotated[str, typer.Option(help="The shape to decode with.")] = "random:llama-2-7b",
+    context: ContextsOption = (10_000, 32_000, 100_000),
+    budget: Annotated[list[int], typer.Option(min=1, help="Repeat.")] = (32, 128, 512, 1024, 4096),
+    steps: Annotated[int, typer.Option(min=4, help="Steps to time.")] = 30,
+    layers: LayersOption = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto,
+    results: ResultsOption = Path("out"),
+    as_json: JsonOption = False,
+) -> None:
+    """Draw the TidalDecode paper's Figures 1 (latency of a step) and 2 (of attention) as measured: JSON and PNG."""
+    from .bench import figures
+    from .bench.kernels import sizes
+    from .models import load_config
+
+    device, number = _where(device, dtype)
+    report.need_matplotlib()
+    config = load_config(model).get_text_config(decoder=True)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    asked = [*_options(["full"], None), *_options(["tidal"], budget)]
+    result = {"model": model} | _measure_decode(model, asked, [], context, [1], steps, 0, layers, device, number)
+    cases = [size for one in budget for size in sizes(context, [1], heads, [kv_heads], head_dim, [one], ["kv_head"])]
+    result |= _measure_kernels(cases, device, number)
+    path = _finish("figures", result, results, Path(model).name, device, as_json)
+    result |= _provenance(device)
+    for number, draw in enumerate((figures.draw_latency, figures.draw_attention), 1):
+        draw(result, path.with_name(f"{path.stem}-{number}.png"))
+
+
+def _options(names: list[str], budgets: list[int] | None) -> list:
+    """The backend's options for each policy, and for each budget if it is one that chooses tokens."""
+    from .backend import Options
+
+    asked = []
+    for policy in names:
+        asked += [Options.parse({"policy": policy})] if policy == "full" or not budgets else []
+        for budget in budgets or [] if policy != "full" else []:
+            # What is always kept must fit into a small budget
+            kept = {"sinks": budget // 8, "recent": budget // 2} if budget < 128 else {}
+            asked.append(Options.parse({"policy": policy, "budget": budget, **kept}))
+    return asked
+
+
+def _measure_decode(
+    model: str, asked: list, baselines: list[str], contexts: list[int], batches: list[int], steps: int, generate: int,
+    layers: int | None, device: str, number: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The records of `bench decode`, with progress."""
+    import torch
+    from transformers.utils import logging as hf_logging
+
+    from .bench import decode
+    from .bench.timing import copy_rate
+    from .models import load_config, load_model
+
+    hf_logging.disable_progress_bar()
+    place = torch.device(device)
+    extra = decode.WARM_UP + max(steps, generate + 1)
+    shape = decode.read_shape(load_model(model, "meta", number, layers), number)
+    cases = decode.cases_of(shape, baselines, asked)
+    for context in contexts:
+        _check_positions(load_config(model), model, context, "warm-up and --steps", extra)
+        for batch in batches:
+            decode.need_memory(shape, cases, batch, context + extra, decode.free_memory(place))
+    records = []
+    with _progress() as progress:
+        done = _stage(progress, f"load {model}", 1)
+        net, rate = load_model(model, device, number, layers), copy_rate(place)
+        done()
+        for batch in batches:
+            for context in contexts:
+                advance = _stage(progress, f"batch {batch}, {context} tokens", len(cases))
+                cache, saved = decode.make_cache(net, batch, context - 1, context + extra)
+                token = torch.randint(net.config.vocab_size, (batch, 1), device=place)
+                dense = decode.expected_logits(net, decode.Case("eager"), cache, context - 1, token, saved)
+                for case in cases:
+                    expected = dense
+                    if case.policy is not None:
+                        expected = decode.expected_logits(net, case, cache, context - 1, token, saved)
+                    inputs = (cache, context - 1, token)
+                    record = decode.run_case(net, shape, case, *inputs, expected, steps, rate, saved)
+                    if generate and batch == 1 and case.name not in ("inductor", "flash"):
+                        record["generate_ms"] = decode.generate_ms(net, case, *inputs, generate, saved)
+                    records.append(record)
+                    advance()
+                del cache, saved, dense, expected
+    return {"copy_bytes_per_s": rate, "dtype": str(number).removeprefix("torch."), "decode": records}
+
+
+def _measure_kernels(cases: list, device: str, number: Any) -> dict[str, Any]:
+    """The records of `bench kernels`, with progress."""
+    import torch
+
+    from .bench import decode, kernels
+    from .bench.timing import copy_rate
+
+    place = torch.device(device)
+    for size in cases:
+        kernels.need_memory(size, decode.free_memory(place))
+    rate, records = copy_rate(place), []
+    with _progress() as progress:
+        advance = _stage(progress, "kernels", len(cases))
+        for size in cases:
+            records += kernels.run_size(size, place, number, rate)
+            advance()
+    return {"copy_bytes_per_s": rate, "dtype": str(number).removeprefix("torch."), "kernels": records}
+
+
+def _finish(kind: str, result: dict[str, Any], folder: Path, name: str, device: str, as_json: bool) -> Path:
+    """Write a result with its provenance, and print it; the file."""
+    from .bench import tables
+
+    _make_folder(folder)
+    result = {"kind": kind, **result, **_provenance(device)}
+    path = folder / f"{_file_name(kind, name, result['device'])}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(result))
+        return path
+    for key, columns, rows in (
+        ("decode", tables.DECODE_COLUMNS, tables.decode_rows),
+        ("kernels", tables.KERNEL_COLUMNS, tables.kernel_rows),
+    ):
+        if key in result:
+            print(tables.markdown(columns, rows(result)))
+    out.print(tables.about(result), markup=False, highlight=False, soft_wrap=True)
+    out.print(f"wrote {path}", markup=False, highlight=False)
+    return path
+
+
+def _where(device: str, dtype: DType) -> tuple[str, Any]:
+    """The device and number format that are meant."""
+    import torch
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    _check_device(device)
+    return device, getattr(torch, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype.value)
+
+
+def _check_positions(config: Any, model: str, context: int, option: str, more: int) -> None:
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions and context + more > positions:
+        raise TidalError(f"--context {context} + {option} {more}: {model} has {positions} positions")
+
+
+def _stage(progress: Progress, title: str, steps: int) -> Callable[[], None]:
+    """A new bar; returns what moves it on."""
+    if not err.is_terminal:  # a log shows no bars: a line a stage
+        err.print(f"{title} ...", markup=False, highlight=False)
+    task = progress.add_task(title, total=steps)
+    return lambda: progress.advance(task)
+
+
+def _file_name(*parts: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)).strip("-").lower()
+
+
 def _find(policy: str, num_layers: int | None, model: str | None, budget: int | None) -> Policy:
     """A policy by name or file, for a model if one is named."""
     from .explain import decode_calls
@@ -318,7 +562,6 @@ def _progress() -> Progress:
 def _provenance(device: str) -> dict[str, Any]:
     """Where and with what a result was made."""
     import torch
-    import transformers
 
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     # Where a result was written is no part of it
@@ -326,14 +569,28 @@ def _provenance(device: str) -> dict[str, Any]:
     return {
         "device": name,
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {"python": platform.python_version(), **_versions("torch", "triton", "transformers")},
+        "commit": _commit(),
         "command": command,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a CPU build of torch has no triton
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _commit() -> str:
+    """The commit of the checkout that runs; of a copy without its history, what TIDAL_COMPILE_COMMIT says."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("TIDAL_COMPILE_COMMIT", "unknown")
 
 
 def _cpu_name() -> str:

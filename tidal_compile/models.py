@@ -24,8 +24,10 @@ def is_random(name: str) -> bool:
     return name.startswith("random:")
 
 
-def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A decoder in eval mode. On `meta` it has a shape and no weights.
+def load_model(
+    name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, num_layers: int | None = None
+) -> nn.Module:
+    """A decoder in eval mode. On `meta` it has a shape and no weights; `num_layers` gives random weights another depth.
 
     Raises `TidalError` if there is no such model.
     """
@@ -34,7 +36,9 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
     if is_random(name):
         torch.manual_seed(0)
         with _named(name), torch.device(device):
-            return AutoModelForCausalLM.from_config(load_config(name), dtype=dtype).eval()
+            return AutoModelForCausalLM.from_config(load_config(name, num_layers), dtype=dtype).eval()
+    if num_layers is not None:
+        raise TidalError(f"model {name!r} has its own number of layers: only random:<shape> can be given another")
     if device == "meta":
         with _named(name), torch.device("meta"):
             return AutoModelForCausalLM.from_config(load_config(name), dtype=dtype).eval()
@@ -56,7 +60,7 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, **gguf)
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, num_layers: int | None = None) -> Any:
     """The Hugging Face config of a model, no weights read but those of a GGUF. Raises `TidalError`."""
     from transformers import AutoConfig
 
@@ -65,8 +69,9 @@ def load_config(name: str) -> Any:
             folder, gguf = _where(name)
             return AutoConfig.from_pretrained(folder, **gguf)
     shape = name.removeprefix("random:")
+    depth = {} if num_layers is None else {"num_hidden_layers": num_layers}
     try:
-        return AutoConfig.for_model(**SHAPES.get(shape, {"model_type": shape}))
+        return AutoConfig.for_model(**{**SHAPES.get(shape, {"model_type": shape}), **depth})
     except ValueError as error:
         raise TidalError(f"model {name!r}: unknown shape (valid: {FORMS})") from error
 

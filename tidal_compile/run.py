@@ -63,9 +63,9 @@ def prefill(model: nn.Module, input_ids: Tensor, slots: int, chunk: int = 1024) 
         yield cache
 
 
-def random_cache(model: nn.Module, length: int, slots: int) -> Any:
+def random_cache(model: nn.Module, length: int, slots: int, batch: int = 1) -> Any:
     """A StaticCache whose first `length` tokens are random: with random weights, a prefill would be no better."""
-    cache = empty_cache(model, slots)
+    cache = empty_cache(model, slots, batch)
     for layer in cache.layers:
         for name in ("keys", "values"):
             if hasattr(layer, name):

@@ -1,0 +1,293 @@
+"""Decode steps of a whole model: the backend's policies beside what else a user could run, at one context and batch.
+
+Random weights and a random cache: latency means something, the text does not. Every variant's logits are compared with
+a plain run of the same computation before it is timed: dense variants with the eager model, a policy with its rewritten
+graph over the reference ops, neither of them compiled.
+"""
+
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..backend import Options, lay_over, plan_graph
+from ..errors import TidalError
+from ..explain import decode_calls
+from ..kernels import reference
+from ..passes.match import AttentionSite
+from ..passes.plan import Plan, kv_share
+from ..passes.rewrite import apply_plan
+from ..policy import Policy
+from ..run import random_cache, rewind, windows
+from .timing import relative_error, summary, time_steps
+
+BASELINES = ("eager", "inductor", "reduce-overhead", "flash")
+WARM_UP = 6  # steps: compilation, CUDA-graph warm-up and recording
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}  # relative, of logits after all layers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a decode step of a model must read: bytes of weights, and of the KV cache a token."""
+
+    calls: tuple[Any, ...]
+    num_layers: int
+    weight_bytes: int
+    streamed_bytes: int
+    kv_bytes_per_token: int
+    largest_layer_bytes_per_token: int
+    group: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant at one size: a baseline of `BASELINES`, or a policy and the plan that it makes of the model."""
+
+    name: str
+    policy: Policy | None = None
+    plan: Plan | None = None
+
+
+def read_shape(model: nn.Module, dtype: torch.dtype) -> Shape:
+    """From a model on the meta device. An untied embedding table is not streamed: a step reads one row of it."""
+    calls, num_layers = decode_calls(model)
+    sites = [call for call in calls if isinstance(call, AttentionSite)]
+    if not sites:
+        raise TidalError("bench: the model has no attention call over a static cache that could be rewritten")
+    kv = [_elements(site.key) + _elements(site.value) for site in sites]
+    heads, kv_heads = (node.meta["example_value"].shape[1] for node in (sites[0].query, sites[0].key))
+    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    looked_up = 0 if head is not None and head.weight is table else table.numel() * dtype.itemsize
+    return Shape(
+        calls=tuple(calls), num_layers=num_layers, weight_bytes=weights, streamed_bytes=weights - looked_up,
+        kv_bytes_per_token=sum(kv) * dtype.itemsize, largest_layer_bytes_per_token=max(kv) * dtype.itemsize,
+        group=heads // kv_heads, width=dtype.itemsize,
+    )  # fmt: skip
+
+
+def _elements(node: fx.Node) -> int:
+    _, heads, _, head_dim = node.meta["example_value"].shape
+    return heads * head_dim
+
+
+def cases_of(shape: Shape, baselines: Sequence[str], asked: Sequence[Options]) -> list[Case]:
+    """The variants to run. Raises `TidalError` where the model can't follow a policy."""
+    cases = [Case(name) for name in baselines]
+    for options in asked:
+        policy, plan = lay_over(list(shape.calls), shape.num_layers, options)
+        if plan.problems:
+            raise TidalError(f"the model can't follow policy {options.policy!r}: {'; '.join(plan.problems)}")
+        budget = {role.budget for role in policy.roles if role.role == "select"}
+        cases.append(Case(f"tidal: {policy.name}" + (f" {max(budget)}" if budget else ""), policy, plan))
+    return cases
+
+
+def need_memory(shape: Shape, cases: Sequence[Case], batch: int, slots: int, free: int) -> None:
+    """Raises `TidalError` with the bytes, before anything is allocated, where a case can't fit into `free` bytes."""
+    cache = batch * slots * shape.kv_bytes_per_token
+    layer = batch * slots * shape.largest_layer_bytes_per_token
+    repeated = 2 * layer * (shape.group if shape.group > 1 else 1)  # repeat_kv writes out keys and values for each head
+    in_float32 = 3 * layer * 4 // shape.width  # the reference ops
+    working = max(repeated if any(case.policy is None for case in cases) else 0, in_float32) + 2**30 * (free > 2**35)
+    needed = shape.weight_bytes + cache + working
+    if needed > free:
+        raise TidalError(
+            f"bench: batch {batch} with {slots} tokens needs {needed:,} bytes (weights {shape.weight_bytes:,}, "
+            f"KV cache {cache:,}, working memory {working:,}), and {free:,} are free: take a smaller --context or "
+            "--batch, fewer --layers, or fewer baselines"
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def floor_bytes(shape: Shape, case: Case, batch: int, length: int) -> tuple[int, int]:
+    """The fewest bytes that a step can move: of weights, and of the KV cache under the policy."""
+    share = 1.0 if case.plan is None else kv_share(case.plan, length)
+    return shape.streamed_bytes, round(batch * length * shape.kv_bytes_per_token * share)
+
+
+@torch.no_grad()
+def run_case(
+    model: nn.Module, shape: Shape, case: Case, cache: Any, length: int, token: Tensor, expected: Tensor, steps: int,
+    rate: float, saved: dict[int, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Check and time one variant from `token [B, 1]` after `length` cached tokens: a record for the results.
+
+    Raises `TidalError` if its logits are not those expected; a recompilation while it is timed raises, too.
+    """
+    torch._dynamo.reset()
+    rewind(cache, length, saved)
+    with _as_baseline(model, case, length + 1) as forward:
+        step = _compiled(forward, case, model.device)
+
+        def one() -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            return step(input_ids=token, past_key_values=cache, use_cache=True).logits
+
+        start = time.perf_counter()
+        error = relative_error(one()[:, -1], expected)
+        compile_seconds = time.perf_counter() - start
+        if not error <= TOLERANCE[model.dtype]:
+            raise TidalError(
+                f"bench: the logits of {case.name} are off by {error:.3g} (relative; at most {TOLERANCE[model.dtype]})"
+            )
+        for _ in range(WARM_UP - 1):
+            one()
+        counters = torch._dynamo.utils.counters["inductor"]
+        skips, recorded, held = counters["cudagraph_skips"], _recorded(counters), _allocated(model.device)
+        with torch.compiler.set_stance("fail_on_recompile") if case.name != "eager" else contextlib.nullcontext():
+            ms = time_steps(one, steps, model.device)
+    weights, kv = floor_bytes(shape, case, len(token), length + WARM_UP + steps // 2)
+    timing, tenth = summary(ms), max(1, steps // 10)
+    return {
+        "name": case.name,
+        "batch": len(token),
+        "context": length + 1,
+        "ms": timing,
+        "first_tenth_ms": summary(ms[:tenth])["median"],
+        "last_tenth_ms": summary(ms[-tenth:])["median"],
+        "steps": steps,
+        "weight_bytes": weights,
+        "kv_bytes": kv,
+        "floor_ms": (weights + kv) / rate * 1e3,
+        "gb_per_s": (weights + kv) / timing["median"] / 1e6,
+        "fraction_of_floor": (weights + kv) / rate * 1e3 / timing["median"],
+        "relative_error": error,
+        "compile_s": compile_seconds,
+        "cudagraph_skips": counters["cudagraph_skips"] - skips,
+        "rerecorded": _recorded(counters) - recorded,
+        "memory_growth_bytes": _allocated(model.device) - held,
+        "policy": case.policy and case.policy.to_dict(),
+    }
+
+
+@torch.no_grad()
+def expected_logits(
+    model: nn.Module, case: Case, cache: Any, length: int, token: Tensor, saved: dict[int, Any]
+) -> Tensor:
+    """The last logits `[B, V]` of a plain run: eager for dense cases, the reference ops for a policy."""
+    torch._dynamo.reset()
+    rewind(cache, length, saved)
+    forward = model.forward
+    if case.policy is not None:
+        forward = torch.compile(forward, backend=reference_backend(case.policy), fullgraph=True)
+    return forward(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].clone()
+
+
+def reference_backend(policy: Policy) -> Callable:
+    """A backend that rewrites by the policy, puts `kernels/reference.py` behind the ops, and compiles nothing."""
+
+    def run_plainly(gm: fx.GraphModule, _: Sequence[Any]) -> Callable:
+        apply_plan(gm, plan_graph(gm, Options.parse({"policy": policy})))
+        for node in gm.graph.nodes:
+            if node.op == "call_function" and "tidal" in str(node.target):
+                node.target = getattr(reference, str(node.target).split(".")[1])
+        gm.recompile()
+        return gm.forward
+
+    return run_plainly
+
+
+@torch.no_grad()
+def generate_ms(
+    model: nn.Module, case: Case, cache: Any, length: int, token: Tensor, new_tokens: int, saved: dict[int, Any]
+) -> dict[str, float]:
+    """ms/token that `model.generate` takes for the same step: between tokens of a streamer, batch 1, warm."""
+    from transformers import CompileConfig
+
+    from ..backend import compile_config
+
+    torch._dynamo.reset()
+    model._last_compile_config = None
+    if case.policy is not None:
+        how = {"compile_config": compile_config(case.policy)}
+    else:
+        how = {"disable_compile": True} if case.name == "eager" else {"compile_config": CompileConfig()}
+    ids = torch.cat([token.new_ones(1, length), token], 1)
+    for _ in range(2):  # the first call compiles
+        rewind(cache, length, saved)
+        marks = _Marks()
+        model.generate(
+            ids, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False, streamer=marks, eos_token_id=None,
+            pad_token_id=0, attention_mask=torch.ones_like(ids), **how,
+        )  # fmt: skip
+    times = marks.times[3:]
+    return summary([(after - before) * 1e3 for before, after in itertools.pairwise(times)])
+
+
+class _Marks:
+    """A streamer that notes when each token came; `generate` has brought it to the host by then."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        self.times.append(time.perf_counter())
+
+
+def make_cache(model: nn.Module, batch: int, length: int, slots: int) -> tuple[Any, dict[int, Any]]:
+    """A cache with `length` random tokens, and copies of what forgets."""
+    cache = random_cache(model, length, slots, batch)
+    return cache, windows(cache)
+
+
+def _compiled(forward: Callable, case: Case, device: torch.device) -> Callable:
+    if case.name == "eager":
+        return forward
+    if case.policy is not None:
+        return torch.compile(forward, backend="tidal", fullgraph=True, options={"policy": case.policy})
+    graphs = case.name in ("reduce-overhead", "flash") and device.type == "cuda"
+    return torch.compile(forward, fullgraph=True, mode="reduce-overhead" if graphs else None)
+
+
+@contextlib.contextmanager
+def _as_baseline(model: nn.Module, case: Case, live: int) -> Iterator[Callable]:
+    """The model's forward; for `flash`, with attention over the live part of the cache, unrepeated and without a mask.
+
+    That is what a careful user of PyTorch could write by hand for a known length: the strong dense baseline.
+    """
+    if case.name != "flash":
+        yield model.forward
+        return
+    from transformers import AttentionInterface
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **_):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key[:, :, :live], value[:, :, :live], scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    before = model.config._attn_implementation
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    AttentionInterface.register("tidal_live_sdpa", attend)  # without a mask function: the mask is None
+    model.set_attn_implementation("tidal_live_sdpa")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield model.forward
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        model.set_attn_implementation(before)
+
+
+def _recorded(counters: dict[str, int]) -> int:
+    return counters["cudagraph_recorded_non_static_inputs"]
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

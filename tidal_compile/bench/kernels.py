@@ -1,0 +1,203 @@
+"""The attention ops one by one, beside what else does the same: us, GB/s, and the share of the device's copy rate.
+
+Data is random and rotates through copies larger together than any L2 cache. Each op is compared with the reference op
+on the same inputs before it is timed.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..errors import TidalError
+from ..kernels import ops, reference
+from .timing import relative_error, summary, time_calls
+
+ROTATE_BYTES = 400 * 10**6  # of data, so that none of it is left in a cache
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+SINKS, RECENT = 4, 64
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of one attention call, and of a selection: a budget, and who shares a token set."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    budget: int
+    share: str
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the keys and values, in 16 bits."""
+        return 2 * self.batch * self.kv_heads * self.context * self.head_dim * 2
+
+    @property
+    def sets(self) -> int:
+        """Token sets of a selection."""
+        return {"query_head": self.heads, "kv_head": self.kv_heads, "layer": 1}[self.share]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Random inputs of one attention call; `index` are scattered positions, as an adverse selection would choose."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    length: Tensor
+    mask: Tensor
+    scale: float
+    index: Tensor
+
+    @property
+    def attention(self) -> tuple:
+        """The arguments that all ops share."""
+        return self.q, self.k, self.v, self.length, self.mask, self.scale
+
+
+def need_memory(size: Size, free: int) -> None:
+    """Raises `TidalError` with the bytes where the inputs and a float32 reference can't fit into `free` bytes."""
+    needed = max(size.kv_bytes, ROTATE_BYTES) + 6 * size.kv_bytes + 16 * size.batch * size.heads * size.context
+    if needed > free:
+        raise TidalError(f"bench: {size} needs {needed:,} bytes, and {free:,} are free: take a smaller --context")
+
+
+def make_inputs(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
+    """q, k and v normal; a mask that hides nothing, as `generate` passes one; a cache that is full."""
+    generator = torch.Generator(device).manual_seed(seed)
+    normal = functools.partial(torch.randn, device=device, dtype=dtype, generator=generator)
+    kv = (size.batch, size.kv_heads, size.context, size.head_dim)
+    keep = min(size.budget, size.context)
+    chosen = torch.rand(size.batch * size.sets, size.context, device=device, generator=generator).topk(keep).indices
+    return Inputs(
+        q=normal(size.batch, size.heads, 1, size.head_dim),
+        k=normal(kv),
+        v=normal(kv),
+        length=torch.tensor(size.context, device=device),
+        mask=torch.ones(size.batch, 1, 1, size.context, dtype=torch.bool, device=device),
+        scale=size.head_dim**-0.5,
+        index=chosen.sort().values.int().view(size.batch, size.sets, keep),
+    )
+
+
+def run_size(size: Size, device: torch.device, dtype: torch.dtype, rate: float) -> list[dict[str, Any]]:
+    """Check and time every op at one size: records for the results. Raises `TidalError` if an op is wrong."""
+    copies = max(1, min(12, -(-ROTATE_BYTES // size.kv_bytes))) if device.type == "cuda" else 1
+    data = [make_inputs(size, device, dtype, seed) for seed in range(copies)]
+    _check(size, data[0], dtype)
+    keep = data[0].index.shape[2]
+    gathered = 2 * size.batch * max(size.kv_heads, size.sets) * keep * size.head_dim * dtype.itemsize
+    scanned = size.kv_bytes * dtype.itemsize // 2
+    records = []
+    for name, call in variants(size, device).items():
+        calls = [functools.partial(call, one) for one in data]
+        timing = summary(time_calls(calls * max(1, 8 // copies), device))
+        moved = gathered if name.startswith("sparse") else 0 if name.startswith("top-k") else scanned
+        records.append({
+            "op": name, **vars(size), "us": timing, "bytes": moved,
+            "gb_per_s": moved / timing["median"] / 1e3 or None,
+            "fraction_of_copy_rate": moved / (timing["median"] * 1e-6) / rate or None,
+        })  # fmt: skip
+    return records
+
+
+def variants(size: Size, device: torch.device) -> dict[str, Callable[[Inputs], object]]:
+    """What is timed at a size, by name: our ops with and without a mask, and what else does the same."""
+    group = size.heads != size.kv_heads
+    choose = (min(size.budget, size.context), 0.0, *_kept(size), size.share)
+
+    def sdpa(x: Inputs, backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(x.q, x.k, x.v, enable_gqa=group)
+
+    found = {
+        "dense": lambda x: ops.full_attention(*x.attention),
+        "dense, no mask": lambda x: ops.full_attention(x.q, x.k, x.v, x.length, None, x.scale),
+        "select": lambda x: ops.select_attention(*x.attention, *choose),
+        "select, no mask": lambda x: ops.select_attention(x.q, x.k, x.v, x.length, None, x.scale, *choose),
+        "sparse": lambda x: ops.sparse_attention(x.q, x.k, x.v, x.index, x.length, None, x.scale),
+    }
+    if device.type != "cuda":
+        return found | {"SDPA": lambda x: sdpa(x, SDPBackend.MATH)}
+    found |= {
+        "SDPA flash": lambda x: sdpa(x, SDPBackend.FLASH_ATTENTION),
+        "SDPA cuDNN": lambda x: sdpa(x, SDPBackend.CUDNN_ATTENTION),
+        "dense + torch.topk": lambda x: _dense_and_topk(x, size),
+    }
+    rows = torch.randn(size.batch * size.sets, size.context, device=device)
+    found["top-k alone, torch.topk"] = lambda _: rows.topk(choose[0])
+    if importlib.util.find_spec("flashinfer"):
+        import flashinfer
+
+        found["top-k alone, FlashInfer"] = lambda _: flashinfer.top_k(rows, choose[0])
+    return found
+
+
+def _dense_and_topk(x: Inputs, size: Size) -> tuple[Tensor, Tensor]:
+    """The dense scan with its scores, summed in groups, and PyTorch's top-k of them."""
+    from ..kernels.dense import scan
+
+    out, lse, scores = scan(x.q, x.k, x.v, x.length, x.mask, x.scale, None, 0.0, write_scores=True)
+    if size.sets < size.heads:
+        scores = (scores - lse[..., None]).exp2().view(size.batch, size.sets, -1, size.context).sum(2)
+    return out, scores.topk(min(size.budget, size.context)).indices
+
+
+def _kept(size: Size) -> tuple[int, int]:
+    """Sinks and recent tokens, inside the budget."""
+    return min(SINKS, size.budget // 4), min(RECENT, size.budget // 4)
+
+
+def _check(size: Size, x: Inputs, dtype: torch.dtype) -> None:
+    """Our ops against the reference. Selections may differ where float32 sums make near-ties."""
+    choose = (min(size.budget, size.context), 0.0, *_kept(size), size.share)
+    out, index = ops.select_attention(*x.attention, *choose)
+    expected, chosen = reference.select_attention(*x.attention, *choose)
+    sparse = ops.sparse_attention(x.q, x.k, x.v, x.index, x.length, None, x.scale)
+    errors = {
+        "dense": relative_error(ops.full_attention(*x.attention), expected),
+        "select": relative_error(out, expected),
+        "sparse": relative_error(sparse, reference.sparse_attention(x.q, x.k, x.v, x.index, x.length, None, x.scale)),
+        "tokens": _differing(index, chosen) / chosen.numel(),
+    }
+    limits = dict.fromkeys(errors, TOLERANCE[dtype]) | {"tokens": 0.01}
+    for name, error in errors.items():
+        if not error <= limits[name]:
+            raise TidalError(f"bench: {name} is off by {error:.3g} (relative; at most {limits[name]}) at {size}")
+
+
+def _differing(index: Tensor, chosen: Tensor) -> int:
+    """How many chosen tokens are not among those expected."""
+    rows = zip(index.flatten(0, 1), chosen.flatten(0, 1), strict=True)
+    return sum(int((~torch.isin(mine, theirs)).sum()) for mine, theirs in rows)
+
+
+def sizes(
+    contexts: Sequence[int], batches: Sequence[int], heads: int, kv_heads: Sequence[int], head_dim: int,
+    budgets: Sequence[int], shares: Sequence[str],
+) -> list[Size]:  # fmt: skip
+    """Contexts, batches and kv heads combined at the first budget and share; the others at the last context.
+
+    Raises `TidalError` where heads can't be shared.
+    """
+    for kv in kv_heads:
+        if heads % kv:
+            raise TidalError(f"bench: {heads} query heads can't share {kv} kv heads")
+    first = budgets[0], shares[0]
+    found = [
+        Size(batch, heads, kv, head_dim, context, *first)
+        for batch in batches
+        for kv in kv_heads
+        for context in contexts
+    ]
+    others = [(budget, shares[0]) for budget in budgets[1:]] + [(budgets[0], share) for share in shares[1:]]
+    return found + [Size(batches[0], heads, kv_heads[0], head_dim, contexts[-1], *other) for other in others]
