@@ -190,7 +190,10 @@ def _settle(
     places = place_ptr + row * slots
     if total <= BLOCK:  # nearly always: the smallest key that fewer than `wanted` exceed
         keys = _values(candidates, places, 0, total, 0, BLOCK, False)
-        rank = tl.sum((keys[None, :] > keys[:, None]).to(tl.int32), 1)
+        rank = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, total, 32):
+            other = _values(candidates, places, first, total, 0, 32, False)
+            rank += tl.sum((other[None, :] > keys[:, None]).to(tl.int32), 1)
         threshold = tl.min(tl.where((tl.arange(0, BLOCK) < total) & (rank < wanted), keys, ALWAYS), 0)
     else:
         lowest = wanted * 0 + ALWAYS

@@ -17,7 +17,7 @@ from tidal_compile.kernels import dense, linear, select, sparse, split, topk
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.uint8: "*u8",
+    torch.uint8: "*u8", torch.int8: "*i8",
 }  # fmt: skip
 COMPILED = {}
 

@@ -187,19 +187,18 @@ def test_signed_zeros_tie_and_negative_scores_rank(name):
         assert index[0, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 60.0])
+@pytest.mark.parametrize(("spread", "padding"), [(0.0, 0), (0.0, 700), (1e-3, 0), (1.0, 700), (6.0, 0)])
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("padding", [0, 700])
 def test_a_selection_is_exact_wherever_its_threshold_lies(share, spread, padding):
     """All scores equal, within a thousandth, over a few and over many octaves: few candidates or all, ties or none."""
     (q, k, v, length, mask, scale), _ = make_case(
-        batch=2, heads=(4, 2), slots=5000, length=4800, padding=padding, seed=round(spread)
+        batch=2, heads=(4, 2), slots=3000, length=2900, padding=padding, seed=round(spread)
     )
     q = q * spread
     scores, valid = oracle.scores_of(q, k, int(length), mask, scale)
     importance = oracle.importance_of(scores, 2, share)
     args = on_device((q, k, v, length, mask, scale))
-    for budget, sinks, recent in ((1, 0, 0), (700, 4, 64), (4100, 4, 2048), (4799, 0, 1)):
+    for budget, sinks, recent in ((1, 0, 0), (700, 4, 64), (2400, 4, 1048)):
         index = IMPLEMENTATIONS["triton"].select_attention(*args, budget, 0.0, sinks, recent, share)[1]
         check_index(index, importance, valid, budget, 0.0, sinks, recent, slack=1e-5)
         if spread == 0.0:
@@ -323,12 +322,12 @@ def test_opcheck():
         q, k, v = (x.nan_to_num(0) for x in (q, k, v))
         extra = on_device(extra)
         torch.library.opcheck(ops.full_attention, (q, k, v, *rest), extra)
-        rows = q[:1, 0].contiguous()
-        torch.library.opcheck(ops.linear, (rows, [k[0, 0].contiguous(), v[0, 0].contiguous()], []))
         for share in SHARES:
             torch.library.opcheck(ops.select_attention, (q, k, v, *rest, 24, 0.3, 3, 5, share), extra)
         index = ops.select_attention(q, k, v, *rest, 24, 0.0, 3, 5, "kv_head")[1]
         torch.library.opcheck(ops.sparse_attention, (q, k, v, index, *rest), extra)
+    x, weights, biases = torch.ones(1, 8), [torch.ones(4, 8), torch.ones(6, 8)], [torch.ones(4), torch.ones(6)]
+    torch.library.opcheck(ops.linear, (on_device([x])[0], on_device(weights), on_device(biases)))
 
 
 def test_bad_arguments_are_named():

@@ -121,41 +121,61 @@ def floor_bytes(shape: Shape, case: Case, batch: int, length: int) -> tuple[int,
 
 @torch.no_grad()
 def run_case(
-    model: nn.Module, shape: Shape, case: Case, cache: Any, length: int, token: Tensor, expected: Tensor, steps: int,
+    model: nn.Module, shape: Shape, case: Case, cache: Any, lengths: Sequence[int], token: Tensor, steps: int,
     rate: float, saved: dict[int, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """Check and time one variant from `token [B, 1]` after `length` cached tokens: a record for the results.
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Check and time one variant from `token [B, 1]` after each number of cached tokens, compiled once: records.
 
-    Raises `TidalError` if its logits are not those expected; a recompilation while it is timed raises, too.
+    Raises `TidalError` where its logits are not those expected; a recompilation while it is timed raises, too.
     """
+    lengths = sorted(lengths, reverse=True)  # a step writes beyond its length: no shorter one will read that
+    expected = expected_logits(model, case, cache, lengths, token, saved)
     torch._dynamo.reset()
-    rewind(cache, length, saved)
-    with _as_baseline(model, case, length + 1) as forward:
+    start = time.perf_counter()
+    with _as_baseline(model, case, lengths[0] + 1) as forward:
         step = _compiled(forward, case, model.device)
 
         def one() -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
             return step(input_ids=token, past_key_values=cache, use_cache=True).logits
 
-        start = time.perf_counter()
-        error = relative_error(one()[:, -1], expected)
-        compile_seconds = time.perf_counter() - start
-        if not error <= TOLERANCE[model.dtype]:
-            raise TidalError(
-                f"bench: the logits of {case.name} are off by {error:.3g} (relative; at most {TOLERANCE[model.dtype]})"
-            )
-        for _ in range(WARM_UP - 1):
-            one()
-        counters = torch._dynamo.utils.counters["inductor"]
-        skips, recorded, held = counters["cudagraph_skips"], _recorded(counters), _allocated(model.device)
-        with torch.compiler.set_stance("fail_on_recompile") if case.name != "eager" else contextlib.nullcontext():
-            ms = time_steps(one, steps, model.device)
-    weights, kv = floor_bytes(shape, case, len(token), length + WARM_UP + steps // 2)
+        compile_seconds = None
+        for length, logits in zip(lengths, expected, strict=True):
+            rewind(cache, length, saved)
+            error = relative_error(one()[:, -1], logits)
+            compile_seconds = compile_seconds or time.perf_counter() - start
+            if not error <= TOLERANCE[model.dtype]:
+                raise TidalError(
+                    f"bench: the logits of {case.name} after {length} tokens are off by {error:.3g} (relative; at most "
+                    f"{TOLERANCE[model.dtype]})"
+                )
+            for _ in range(WARM_UP - 1):
+                one()
+            yield {
+                "name": case.name,
+                "batch": len(token),
+                "context": length + 1,
+                **_timed(one, shape, case, length, len(token), steps, rate, model.device),
+                "relative_error": error,
+                "compile_s": compile_seconds,
+                "policy": case.policy and case.policy.to_dict(),
+            }
+
+
+def _timed(
+    one: Callable[[], Tensor], shape: Shape, case: Case, length: int, batch: int, steps: int, rate: float,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """Time warm steps: ms, beside the bytes that they must move, and what should stay as it is in the meantime."""
+    counters = torch._dynamo.utils.counters["inductor"]
+    before = counters["cudagraph_skips"], _recorded(counters), _allocated(device)
+    with torch.compiler.set_stance("fail_on_recompile") if case.name != "eager" else contextlib.nullcontext():
+        ms = time_steps(one, steps, device)
+    after = counters["cudagraph_skips"], _recorded(counters), _allocated(device)
+    skips, recorded, grown = (now - then for now, then in zip(after, before, strict=True))
+    weights, kv = floor_bytes(shape, case, batch, length + WARM_UP + steps // 2)
     timing, tenth = summary(ms), max(1, steps // 10)
     return {
-        "name": case.name,
-        "batch": len(token),
-        "context": length + 1,
         "ms": timing,
         "first_tenth_ms": summary(ms[:tenth])["median"],
         "last_tenth_ms": summary(ms[-tenth:])["median"],
@@ -165,26 +185,38 @@ def run_case(
         "floor_ms": (weights + kv) / rate * 1e3,
         "gb_per_s": (weights + kv) / timing["median"] / 1e6,
         "fraction_of_floor": (weights + kv) / rate * 1e3 / timing["median"],
-        "relative_error": error,
-        "compile_s": compile_seconds,
-        "cudagraph_skips": counters["cudagraph_skips"] - skips,
-        "rerecorded": _recorded(counters) - recorded,
-        "memory_growth_bytes": _allocated(model.device) - held,
-        "policy": case.policy and case.policy.to_dict(),
+        "cudagraph_skips": skips,
+        "rerecorded": recorded,
+        "memory_growth_bytes": grown,
     }
 
 
 @torch.no_grad()
 def expected_logits(
-    model: nn.Module, case: Case, cache: Any, length: int, token: Tensor, saved: dict[int, Any]
-) -> Tensor:
-    """The last logits `[B, V]` of a plain run: eager for dense cases, the reference ops for a policy."""
+    model: nn.Module, case: Case, cache: Any, lengths: Sequence[int], token: Tensor, saved: dict[int, Any]
+) -> list[Tensor]:
+    """The last logits `[B, V]` of a plain run at each length: eager for dense cases, reference ops for a policy."""
     torch._dynamo.reset()
-    rewind(cache, length, saved)
     forward = model.forward
     if case.policy is not None:
         forward = torch.compile(forward, backend=reference_backend(case.policy), fullgraph=True)
-    return forward(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].clone()
+    found = []
+    for length in lengths:
+        rewind(cache, length, saved)
+        with _kept(cache, length):
+            found.append(forward(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].clone())
+    return found
+
+
+@contextlib.contextmanager
+def _kept(cache: Any, slot: int) -> Iterator[None]:
+    """What stands in a slot of a static cache, put back at the end."""
+    sides = [side for layer in cache.layers for side in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    views = [side[:, :, slot : slot + 1] for side in sides if side is not None and side.dim() == 4]
+    before = [view.clone() for view in views]
+    yield
+    for view, kept in zip(views, before, strict=True):
+        view.copy_(kept)
 
 
 def reference_backend(policy: Policy) -> Callable:
@@ -239,6 +271,14 @@ class _Marks:
 
     def end(self) -> None:
         self.times.append(time.perf_counter())
+
+
+def keeps_everything(model: nn.Module) -> bool:
+    """Whether the model's cache can be rewound to any length: it has no sliding window and no recurrent state."""
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    return all(type(layer) is StaticLayer for layer in StaticCache(config=model.config, max_cache_len=8).layers)
 
 
 def make_cache(model: nn.Module, batch: int, length: int, slots: int) -> tuple[Any, dict[int, Any]]:

@@ -1,0 +1,141 @@
+"""The benchmark suite at small sizes, on whatever device there is."""
+
+import json
+import re
+
+import pytest
+import torch
+from test_cli import fails, quick  # noqa: F401  fixtures and helpers of the command line
+
+from tidal_compile.bench import decode, figures, kernels, tables
+from tidal_compile.bench.timing import relative_error, summary
+from tidal_compile.cli import _options
+from tidal_compile.models import load_model
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZE = kernels.Size(batch=2, heads=10, kv_heads=2, head_dim=32, context=300, budget=64, share="kv_head")
+
+
+def result_of(folder):
+    (file,) = folder.glob("*.json")
+    return json.loads(file.read_text())
+
+
+def test_decode_beside_its_baselines(tmp_path):
+    sizes = ("--model", "random:llama", "--layers", 4, "--context", 200, "--batch", 1, "--steps", 5, "--generate", 6)
+    baselines = [part for name in ("eager", "flash") for part in ("--baseline", name)]
+    printed = quick("bench", "decode", *sizes, *baselines, "--budget", 64, "--out", tmp_path)
+    result = result_of(tmp_path)
+    names = ["eager", "flash", "tidal: full", "tidal: tidal 64"]
+    assert [one["name"] for one in result["decode"]] == names and all(name in printed for name in names)
+    assert all(one["relative_error"] < 1e-3 and one["ms"]["p10"] <= one["ms"]["p90"] for one in result["decode"])
+    assert all(one["steps"] == 5 and one["cudagraph_skips"] == 0 for one in result["decode"])
+    assert result["device"] and result["commit"] and result["versions"]["torch"] and result["command"]
+    *dense, sparse = result["decode"]
+    assert {one["kv_bytes"] for one in dense} == {dense[0]["kv_bytes"]} and sparse["kv_bytes"] < dense[0]["kv_bytes"]
+    assert {name for name, one in zip(names, result["decode"], strict=True) if "generate_ms" in one} == {
+        "eager", "tidal: full", "tidal: tidal 64",
+    }  # fmt: skip
+
+
+def test_policies_share_a_cache_and_a_compilation(tmp_path):
+    quick(
+        "bench", "decode", "--model", "random:llama", "--layers", 3, "--context", 100, "--context", 200, "--steps", 4,
+        "--policy", "full", "--baseline", "none", "--out", tmp_path,
+    )  # fmt: skip
+    short, long = result_of(tmp_path)["decode"]
+    assert (short["context"], long["context"]) == (100, 200) and short["compile_s"] == long["compile_s"]
+    assert short["slots"] == long["slots"] > 200 and short["kv_bytes"] < long["kv_bytes"]
+
+
+def test_floors_are_counted_from_the_shape():
+    """Two layers of two 16-element kv heads, bfloat16: 256 bytes a token; the embedding table is read only as a head."""
+    model = load_model("random:llama", "meta", torch.bfloat16, 2)
+    shape = decode.read_shape(model, torch.bfloat16)
+    assert shape.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2 and shape.group == 2
+    parameters = sum(one.numel() for one in model.parameters())
+    assert shape.weight_bytes == 2 * parameters and shape.streamed_bytes == 2 * (parameters - 128 * 64)
+    assert decode.floor_bytes(shape, decode.Case("eager"), 3, 100) == (shape.streamed_bytes, 3 * 100 * 256)
+
+    tied = load_model("random:smollm2-135m", "meta", torch.bfloat16)
+    assert decode.read_shape(tied, torch.bfloat16).streamed_bytes == 2 * sum(one.numel() for one in tied.parameters())
+
+
+def test_wrong_logits_are_not_timed(monkeypatch):
+    model = load_model("random:llama", DEVICE.type, torch.float32, 2)
+    shape = decode.read_shape(load_model("random:llama", "meta", torch.float32, 2), torch.float32)
+    cache, saved = decode.make_cache(model, 1, 50, 80)
+    token = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
+    monkeypatch.setattr(decode, "expected_logits", lambda *_: [torch.ones(1, 128, device=DEVICE)])
+    with pytest.raises(Exception, match="logits of eager after 50 tokens are off"):
+        list(decode.run_case(model, shape, decode.Case("eager"), cache, [50], token, 4, 1e9, saved))
+
+
+def test_what_cannot_fit_is_refused_with_the_bytes(fails):  # noqa: F811
+    model = ("--model", "random:llama-2-7b", "--context", 130000, "--batch", 64)
+    code, _, error = fails("bench", "decode", *model)
+    assert code == 2 and re.search(r"needs [\d,]{16,} bytes \(weights [\d,]+, KV cache [\d,]+, .* are free", error)
+    code, _, error = fails("bench", "kernels", "--context", 10**9)
+    assert code == 2 and "bytes" in error
+    code, _, error = fails("bench", "kernels", "--heads", 10, "--kv-heads", 4)
+    assert code == 2 and "10 query heads can't share 4 kv heads" in error
+
+
+@pytest.mark.parametrize("share", ["query_head", "kv_head", "layer"])
+def test_kernels_are_checked_and_timed(share):
+    size = kernels.Size(**{**vars(SIZE), "share": share})
+    records = kernels.run_size(size, DEVICE, torch.float32, rate=1e9)
+    by_name = {one["op"]: one for one in records}
+    assert {"dense", "dense, no mask", "select", "select, no mask", "sparse"} < set(by_name)
+    assert by_name["dense"]["bytes"] == 2 * 2 * 2 * 300 * 32 * 4
+    sets = {"query_head": 10, "kv_head": 2, "layer": 2}[share]
+    assert by_name["sparse"]["bytes"] == 2 * 2 * sets * 64 * 32 * 4
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    full = kernels.ops.full_attention
+    monkeypatch.setattr(kernels.ops, "full_attention", lambda *args: full(*args) * 1.01)
+    with pytest.raises(Exception, match="dense is off by 0.01"):
+        kernels.run_size(SIZE, DEVICE, torch.float32, rate=1e9)
+
+
+def test_kernels_command(tmp_path):
+    sizes = ("--heads", 14, "--kv-heads", 2, "--head-dim", 16, "--context", 100, "--context", 150, "--budget", 24)
+    printed = quick(
+        "bench", "kernels", *sizes, "--budget", 48, "--share", "kv_head", "--share", "layer", "--out", tmp_path
+    )
+    at = [
+        (one["context"], one["budget"], one["share"]) for one in result_of(tmp_path)["kernels"] if one["op"] == "select"
+    ]
+    assert at == [(100, 24, "kv_head"), (150, 24, "kv_head"), (150, 48, "kv_head"), (150, 24, "layer")]
+    assert "| select | 1 | 14/2 | 150 | 48 | kv_head |" in printed
+
+
+def test_figures(tmp_path):
+    options = ("--model", "random:llama", "--layers", 5, "--context", 100, "--context", 200, "--steps", 4)
+    quick("bench", "figures", *options, "--budget", 32, "--budget", 64, "--out", tmp_path)
+    result = result_of(tmp_path)
+    assert [(one["name"], one["context"]) for one in result["decode"]] == [
+        (name, context) for name in ("tidal: full", "tidal: tidal 32", "tidal: tidal 64") for context in (100, 200)
+    ]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.glob("*.png"))
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_attention_shares():
+    records = [
+        {"op": op, "context": 10, "budget": 4, "us": {"median": us}}
+        for op, us in (("dense", 100.0), ("select", 130.0), ("sparse", 10.0))
+    ]
+    shares = figures.attention_shares(records, layers=32)
+    assert shares == {(10, 4): pytest.approx((2 * 100 + 2 * 130 + 28 * 10) / 3200)}
+
+
+def test_small_numbers():
+    assert summary([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
+    spread = summary([float(number) for number in range(101)])
+    assert spread == {"median": 50.0, "p10": 10.0, "p90": 90.0}
+    assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
+    kept = [options.overrides for options in _options(["full", "tidal"], [32, 1024])]
+    assert kept == [{}, {"budget": 32, "sinks": 4, "recent": 16}, {"budget": 1024}]
+    assert tables.markdown(("a", "b"), [("1", "2")]) == "| a | b |\n|---|---|\n| 1 | 2 |\n"
