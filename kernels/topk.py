@@ -158,19 +158,23 @@ def _values(candidates, places, first, total, tied, BLOCK: tl.constexpr, PLACES:
 
 @triton.jit
 def _largest_with(
-    candidates, places, total, tied, wanted, low, high, BLOCK: tl.constexpr, PLACES: tl.constexpr
+    values, candidates, places, total, tied, wanted, low, high, BLOCK: tl.constexpr, PLACES: tl.constexpr
 ):  # fmt: skip
-    """The largest threshold from `low` to `high` (int64) that `wanted` values reach; a step leaves a sixteenth."""
-    part = tl.arange(0, 16)
+    """The largest threshold from `low` to `high` that `wanted` values reach, by bisection.
+
+    `values` are the first BLOCK of them, nearly always all; the rest are read again for every step.
+    """
+    low = low.to(tl.int64)
+    high = high.to(tl.int64)
     while low < high:
-        step = (high - low + 16) // 16
-        threshold = low + part * step
-        reached = tl.zeros([16], tl.int32)
-        for first in range(0, total, BLOCK):
+        middle = high - (high - low) // 2
+        threshold = middle.to(tl.int32)
+        reached = tl.sum((values >= threshold).to(tl.int32), 0)
+        for first in range(BLOCK, total, BLOCK):
             more = _values(candidates, places, first, total, tied, BLOCK, PLACES)
-            reached += tl.sum((more[:, None] >= threshold[None, :]).to(tl.int32), 0)
-        low += step * (tl.sum((reached >= wanted).to(tl.int64), 0) - 1)  # the first part always is
-        high = tl.minimum(high, low + step - 1)
+            reached += tl.sum((more >= threshold).to(tl.int32), 0)
+        low = tl.where(reached >= wanted, middle, low)
+        high = tl.where(reached >= wanted, high, middle - 1)
     return low.to(tl.int32)
 
 
@@ -188,41 +192,31 @@ def _settle(
     chosen = tl.load(above_ptr + row * tiles + each, mask=each < tiles, other=0)
     candidates = candidate_ptr + row * slots
     places = place_ptr + row * slots
-    if total <= BLOCK:  # nearly always: the smallest key that fewer than `wanted` exceed
-        keys = _values(candidates, places, 0, total, 0, BLOCK, False)
-        rank = tl.zeros([BLOCK], tl.int32)
-        for first in range(0, total, 32):
-            other = _values(candidates, places, first, total, 0, 32, False)
-            rank += tl.sum((other[None, :] > keys[:, None]).to(tl.int32), 1)
-        threshold = tl.min(tl.where((tl.arange(0, BLOCK) < total) & (rank < wanted), keys, ALWAYS), 0)
-    else:
-        lowest = wanted * 0 + ALWAYS
-        highest = wanted * 0 + NEVER
-        for first in range(0, total, BLOCK):
-            keys = _values(candidates, places, first, total, 0, BLOCK, False)
-            inside = first + tl.arange(0, BLOCK) < total
-            lowest = tl.minimum(lowest, tl.min(tl.where(inside, keys, ALWAYS), 0))
-            highest = tl.maximum(highest, tl.max(keys, 0))
-        threshold = _largest_with(
-            candidates, places, total, 0, wanted, lowest.to(tl.int64), highest.to(tl.int64), BLOCK, False
-        )
+    lane = tl.arange(0, BLOCK)
+    values = _values(candidates, places, 0, total, 0, BLOCK, False)
+    lowest = tl.min(tl.where(lane < total, values, ALWAYS), 0)
+    highest = tl.max(values, 0)
+    for first in range(BLOCK, total, BLOCK):
+        more = _values(candidates, places, first, total, 0, BLOCK, False)
+        lowest = tl.minimum(lowest, tl.min(tl.where(first + lane < total, more, ALWAYS), 0))
+        highest = tl.maximum(highest, tl.max(more, 0))
+    threshold = _largest_with(values, candidates, places, total, 0, wanted, lowest, highest, BLOCK, False)
 
     ties = wanted * 0
     kept = wanted  # of the ties: the first ones
     for first in range(0, total, BLOCK):
         keys = _values(candidates, places, first, total, 0, BLOCK, False)
-        ties += tl.sum(((keys == threshold) & (first + tl.arange(0, BLOCK) < total)).to(tl.int32), 0)
+        ties += tl.sum(((keys == threshold) & (first + lane < total)).to(tl.int32), 0)
         kept -= tl.sum((keys > threshold).to(tl.int32), 0)
     last = wanted * 0 + slots
     if ties > kept:
-        last = -_largest_with(
-            candidates, places, total, threshold, kept, -last.to(tl.int64), last.to(tl.int64) * 0, BLOCK, True
-        )
+        values = _values(candidates, places, 0, total, threshold, BLOCK, True)
+        last = -_largest_with(values, candidates, places, total, threshold, kept, -last, last * 0, BLOCK, True)
     tl.store(threshold_ptr + row * 2, threshold)
     tl.store(threshold_ptr + row * 2 + 1, last)
 
     for first in range(0, total, BLOCK):
-        slot = first + tl.arange(0, BLOCK)
+        slot = first + lane
         keys = _values(candidates, places, first, total, 0, BLOCK, False)
         place = tl.load(places + slot, mask=slot < total, other=0)
         among = (slot < total) & ((keys > threshold) | ((keys == threshold) & (place <= last)))
@@ -282,7 +276,7 @@ def choose_tokens(
     )  # fmt: skip
     _sift[grid](key, bins, length, live, histogram, total, wanted, above, candidate, place, slots, tiles, **size)
     _settle[(batch * sets,)](
-        total, wanted, above, candidate, place, threshold, offset, slots, tiles, TILE=tile, BLOCK=512, num_warps=16,
+        total, wanted, above, candidate, place, threshold, offset, slots, tiles, TILE=tile, BLOCK=1024, num_warps=4,
         **of_tiles, **overlap(scores.device),
     )  # fmt: skip
     _emit[grid](key, length, live, threshold, offset, index, slots, tiles, width, **size)

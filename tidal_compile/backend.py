@@ -96,6 +96,8 @@ def tidal(
 
     # A prefill would record another CUDA graph for every prompt length
     settings = {"triton.cudagraphs": decodes_on_cuda if parsed.cuda_graphs is None else parsed.cuda_graphs}
+    if decodes_on_cuda:
+        settings["combo_kernels"] = True  # a decode step is full of small kernels that can share a launch
     settings |= torch._inductor.list_mode_options(mode or "default") | parsed.inductor
     counters = take_out_counters(gm) if plan is not None else None
     if counters is None:
