@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +131,20 @@ def test_attention_shares():
     ]
     shares = figures.attention_shares(records, layers=32)
     assert shares == {(10, 4): pytest.approx((2 * 100 + 2 * 130 + 28 * 10) / 3200)}
+
+
+def test_readmes_have_the_tables_of_the_committed_results():
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    import tables as written
+
+    for file in written.READMES:
+        assert written.with_tables(file.read_text()) == file.read_text(), "run python benchmarks/tables.py"
+    assert all(one["commit"] != "unknown" for kind in ("decode", "kernels") for one in written.results(kind).values())
+
+
+def test_a_deeper_model_rounds_more_often():
+    limit = decode.tolerance(decode.Case("eager"), 32, torch.bfloat16)
+    assert limit == pytest.approx(0.015 * 32**0.5) < decode.tolerance(decode.Case("eager"), 64, torch.bfloat16)
 
 
 def test_small_numbers():

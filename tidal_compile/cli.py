@@ -435,7 +435,7 @@ def _measure_kernels(cases: list, device: str, number: Any) -> dict[str, Any]:
 
     place = torch.device(device)
     for size in cases:
-        kernels.need_memory(size, decode.free_memory(place))
+        kernels.need_memory(size, place, decode.free_memory(place))
     rate, records = copy_rate(place), []
     with _progress() as progress:
         advance = _stage(progress, "kernels", len(cases))

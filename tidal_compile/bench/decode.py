@@ -8,9 +8,11 @@ graph over the reference ops, neither of them compiled.
 import contextlib
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from .timing import relative_error, summary, time_steps
 
 BASELINES = ("eager", "inductor", "reduce-overhead", "flash")
 WARM_UP = 6  # steps: compilation, CUDA-graph warm-up and recording
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}  # relative, of logits after all layers
+ROUNDING = {torch.float32: 5e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}  # relative error of logits a layer
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,10 @@ def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # caches that can be dropped count as free there
+        available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        return int(available[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -144,10 +150,11 @@ def run_case(
             rewind(cache, length, saved)
             error = relative_error(one()[:, -1], logits)
             compile_seconds = compile_seconds or time.perf_counter() - start
-            if not error <= TOLERANCE[model.dtype]:
+            limit = tolerance(case, shape.num_layers, model.dtype)
+            if not error <= limit:
                 raise TidalError(
                     f"bench: the logits of {case.name} after {length} tokens are off by {error:.3g} (relative; at most "
-                    f"{TOLERANCE[model.dtype]})"
+                    f"{limit:.3g})"
                 )
             for _ in range(WARM_UP - 1):
                 one()
@@ -160,6 +167,16 @@ def run_case(
                 "compile_s": compile_seconds,
                 "policy": case.policy and case.policy.to_dict(),
             }
+
+
+def tolerance(case: Case, num_layers: int, dtype: torch.dtype) -> float:
+    """How far apart two right runs may be: the rounding of layers adds up as a random walk does.
+
+    Random weights attend almost evenly, so that rounding also moves tokens in and out of a token set: three times that
+    for a sparse policy. Wrong sets, or wrong attention, are off by about 1.
+    """
+    sparse = case.policy is not None and any(role.role == "reuse" for role in case.policy.roles)
+    return ROUNDING[dtype] * num_layers**0.5 * (3 if sparse else 1)
 
 
 def _timed(

@@ -64,9 +64,10 @@ class Inputs:
         return self.q, self.k, self.v, self.length, self.mask, self.scale
 
 
-def need_memory(size: Size, free: int) -> None:
+def need_memory(size: Size, device: torch.device, free: int) -> None:
     """Raises `TidalError` with the bytes where the inputs and a float32 reference can't fit into `free` bytes."""
-    needed = max(size.kv_bytes, ROTATE_BYTES) + 6 * size.kv_bytes + 16 * size.batch * size.heads * size.context
+    rotated = ROTATE_BYTES if device.type == "cuda" else 0
+    needed = max(size.kv_bytes, rotated) + 6 * size.kv_bytes + 16 * size.batch * size.heads * size.context
     if needed > free:
         raise TidalError(f"bench: {size} needs {needed:,} bytes, and {free:,} are free: take a smaller --context")
 

@@ -10,6 +10,10 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]]) + "\n"
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
 DECODE_COLUMNS = ("batch x context", "variant", "ms (p10, p90)", "GB/s", "of its floor", "generate, ms", "compile, s")
 
 
@@ -20,7 +24,7 @@ def decode_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{one['batch']} x {one['context']:,}",
             one["name"],
             f"{one['ms']['median']:.2f} ({one['ms']['p10']:.2f}, {one['ms']['p90']:.2f})",
-            f"{one['gb_per_s']:.3g}",
+            _number(one["gb_per_s"]),
             f"{one['fraction_of_floor']:.0%}",
             f"{one['generate_ms']['median']:.2f}" if one.get("generate_ms") else "-",
             f"{one['compile_s']:.1f}",
@@ -39,7 +43,7 @@ def kernel_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
             one["op"], str(one["batch"]), f"{one['heads']}/{one['kv_heads']}", f"{one['context']:,}",
             str(one["budget"]), one["share"],
             f"{one['us']['median']:.1f} ({one['us']['p10']:.1f}, {one['us']['p90']:.1f})",
-            f"{one['gb_per_s']:.3g}" if one["gb_per_s"] else "-",
+            _number(one["gb_per_s"]) if one["gb_per_s"] else "-",
             f"{one['fraction_of_copy_rate']:.0%}" if one["fraction_of_copy_rate"] else "-",
         )
         for one in result["kernels"]
