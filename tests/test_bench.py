@@ -114,11 +114,11 @@ def test_kernels_command(tmp_path):
 
 
 def test_figures(tmp_path):
-    options = ("--model", "random:llama", "--layers", 5, "--context", 100, "--context", 200, "--steps", 4)
-    quick("bench", "figures", *options, "--budget", 32, "--budget", 64, "--out", tmp_path)
+    options = ("--model", "random:llama", "--layers", 4, "--context", 100, "--context", 200, "--steps", 4)
+    quick("bench", "figures", *options, "--budget", 32, "--out", tmp_path)
     result = result_of(tmp_path)
     assert [(one["name"], one["context"]) for one in result["decode"]] == [
-        (name, context) for name in ("tidal: full", "tidal: tidal 32", "tidal: tidal 64") for context in (100, 200)
+        (name, context) for name in ("tidal: full", "tidal: tidal 32") for context in (100, 200)
     ]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.glob("*.png"))
     assert len(list(tmp_path.glob("*.png"))) == 2
@@ -143,8 +143,8 @@ def test_readmes_have_the_tables_of_the_committed_results():
 
 
 def test_a_deeper_model_rounds_more_often():
-    limit = decode.tolerance(decode.Case("eager"), 32, torch.bfloat16)
-    assert limit == pytest.approx(0.015 * 32**0.5) < decode.tolerance(decode.Case("eager"), 64, torch.bfloat16)
+    shallow, deep = (decode.tolerance(decode.Case("eager"), layers, torch.bfloat16) for layers in (16, 64))
+    assert shallow == pytest.approx(0.06) and deep == pytest.approx(0.12)
 
 
 def test_small_numbers():
