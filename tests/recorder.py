@@ -2,6 +2,7 @@
 
 from tidal_compile.backend import Options, plan_graph
 from tidal_compile.passes.counters import take_out_counters
+from tidal_compile.passes.linears import join_linears
 from tidal_compile.passes.rewrite import apply_plan
 
 
@@ -16,6 +17,8 @@ class Recorder:
         plan = plan_graph(gm, self.options)
         if plan is not None:
             apply_plan(gm, plan)
+            if self.options.linears:
+                join_linears(gm)
         self.plans.append(plan)
         self.after.append(op_counts(gm))
         self.graphs.append(gm)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from models import decode_logits, prefilled, random_tokens, tiny_model
+from families import FAMILIES
+from models import decode_logits, family_pair, prefilled, random_tokens, tiny_model
+from recorder import Recorder
 
 import tidal_compile as tc
 from tidal_compile import backend
@@ -60,6 +62,17 @@ def test_quantized_weights_are_left_alone(joined):
     quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
     compiled(model)
     assert joined == [[1]]  # the head
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name):
+    """One sequence of every family: experts, latent attention and linear attention have linear layers of other kinds."""
+    model, recorder = family_pair(name), Recorder(policy="full", strict=False, linears=True)
+    prompt, tokens = random_tokens(1, 20), random_tokens(1, 2, seed=2)
+    step = torch.compile(model, backend=recorder, fullgraph=True)
+    got = decode_logits(step, prefilled(model, prompt, 64), tokens)
+    torch.testing.assert_close(got, decode_logits(model, prefilled(model, prompt, 64), tokens), atol=1e-4, rtol=1e-4)
+    assert recorder.after[0]["linear.default"] >= 1
 
 
 def test_off_on_a_cpu_unless_asked_for(joined):
