@@ -58,7 +58,10 @@ class Case:
 
 
 def read_shape(model: nn.Module, dtype: torch.dtype) -> Shape:
-    """From a model on the meta device. An untied embedding table is not streamed: a step reads one row of it."""
+    """From a model on the meta device.
+
+    An untied embedding table is not streamed: a step reads one row of it. Experts count as if all were read.
+    """
     calls, num_layers = decode_calls(model)
     sites = [call for call in calls if isinstance(call, AttentionSite)]
     if not sites:
