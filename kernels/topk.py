@@ -32,18 +32,12 @@ def _encode(worth):
 
 
 @triton.jit
-def _decode(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _bin(key, live, lse_ptr, row, MEMBERS: tl.constexpr):
+def _bin(worth, key, live, lse_ptr, row, MEMBERS: tl.constexpr):
     """Bins `[N]` of keys by how many octaves they are below the largest importance that `live` tokens can all have.
 
     Probabilities of MEMBERS heads add up to MEMBERS, so no more than `live` tokens exceed MEMBERS / live. 64 bins of
     1/8 octave, 32 of 1/4, 30 of 2, the rest, and the last bin for what is always chosen.
     """
-    worth = _decode(key)
     if MEMBERS == 1:  # base-2 scores: an octave is 1
         octaves = tl.load(lse_ptr + row) - tl.log2(tl.maximum(live, 1).to(tl.float32)) - worth
         below = tl.minimum(tl.maximum(octaves * 8.0, 0.0), 2048.0).to(tl.int32)
@@ -111,7 +105,7 @@ def _rank(
         place = before + tl.cumsum(valid.to(tl.int32), 0)  # 1-based among the valid tokens
         key = tl.where(valid & ((place <= sinks) | (place > count - recent)), ALWAYS, key)
     tl.store(key_ptr + row * slots + token, key, mask=inside)
-    bins = _bin(key, live, lse_ptr, row, MEMBERS)
+    bins = _bin(worth, key, live, lse_ptr, row, MEMBERS)
     tl.store(bin_ptr + row * slots + token, tl.where(valid, bins, -1).to(tl.int8), mask=inside)
     histogram = tl.histogram(bins, BINS, mask=valid)
     tl.atomic_add(histogram_ptr + row * BINS + tl.arange(0, BINS), histogram, mask=histogram > 0, sem="relaxed")

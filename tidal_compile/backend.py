@@ -137,6 +137,14 @@ def lay_over(calls: list[AttentionSite | Unmatched], num_layers: int, options: O
     return policy, make_plan(calls, policy.roles)
 
 
+def followed(calls: list[AttentionSite | Unmatched], num_layers: int, options: Options) -> tuple[Policy, Plan]:
+    """`lay_over` that raises `UnsupportedModelError` where the model can't follow the policy."""
+    policy, plan = lay_over(calls, num_layers, options)
+    if plan.problems:
+        raise UnsupportedModelError(f"the model can't follow policy {options.policy!r}: {'; '.join(plan.problems)}")
+    return policy, plan
+
+
 def _wants_gradients(gm: fx.GraphModule) -> bool:
     inputs = (node.meta.get("example_value") for node in gm.graph.nodes if node.op == "placeholder")
     return any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from . import presets, report
-from .errors import TidalError, UnsupportedModelError
+from .errors import TidalError
 from .models import FORMS
 from .policy import Policy, is_preset, load_any, resolve, shipped
 
@@ -77,6 +77,10 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+DTypeOption = Annotated[DType, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")]
+
+
 @app.command()
 def run(
     model: ModelOption = "smollm2",
@@ -95,8 +99,8 @@ def run(
     depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where the pass key stands: 0 start, 1 end.")] = 0.3,
     seed: Annotated[int, typer.Option(help="Chooses the pass key.")] = 0,
     budget: BudgetOption = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    dtype: Annotated[DType, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = DType.auto,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto,
     results: Annotated[Path, typer.Option("--out", help="Folder for the JSON and PNG results.")] = Path("out"),
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
@@ -265,8 +269,6 @@ def init(
     out.print(f"wrote {file}: {report.roles_line(found)}", markup=False, highlight=False)
 
 
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
-DTypeOption = Annotated[DType, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")]
 ResultsOption = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
 ContextsOption = Annotated[list[int], typer.Option("--context", min=2, help="Live tokens; repeat for several.")]
 BatchesOption = Annotated[list[int], typer.Option("--batch", min=1, help="Sequences; repeat for several.")]
@@ -360,8 +362,7 @@ def bench_figures(
     result = {"model": model} | _measure_decode(model, asked, [], context, [1], steps, 0, layers, device, number)
     cases = [size for one in budget for size in sizes(context, [1], heads, [kv_heads], head_dim, [one], ["kv_head"])]
     result |= _measure_kernels(cases, device, number)
-    path = _finish("figures", result, results, Path(model).name, device, as_json)
-    result |= _provenance(device)
+    path, result = _finish("figures", result, results, Path(model).name, device, as_json)
     for number, draw in enumerate((figures.draw_latency, figures.draw_attention), 1):
         draw(result, path.with_name(f"{path.stem}-{number}.png"))
 
@@ -372,11 +373,10 @@ def _options(names: list[str], budgets: list[int] | None) -> list:
 
     asked = []
     for policy in names:
-        asked += [Options.parse({"policy": policy})] if policy == "full" or not budgets else []
-        for budget in budgets or [] if policy != "full" else []:
+        for budget in [None] if policy == "full" or not budgets else budgets:
             # What is always kept must fit into a small budget
-            kept = {"sinks": budget // 8, "recent": budget // 2} if budget < 128 else {}
-            asked.append(Options.parse({"policy": policy, "budget": budget, **kept}))
+            kept = {"sinks": budget // 8, "recent": budget // 2} if budget and budget < 128 else {}
+            asked.append(Options.parse({"policy": policy, **_overrides(budget), **kept}))
     return asked
 
 
@@ -397,8 +397,9 @@ def _measure_decode(
     extra = decode.WARM_UP + max(steps, generate + 1)
     shape = decode.read_shape(load_model(model, "meta", number, layers), number)
     cases = decode.cases_of(shape, baselines, asked)
+    config = load_config(model)
     for context in contexts:
-        _check_positions(load_config(model), model, context, "warm-up and --steps", extra)
+        _check_positions(config, model, context, "warm-up and --steps", extra)
         for batch in batches:
             decode.need_memory(shape, cases, batch, context + extra, decode.free_memory(place))
     records = []
@@ -445,8 +446,10 @@ def _measure_kernels(cases: list, device: str, number: Any) -> dict[str, Any]:
     return {"copy_bytes_per_s": rate, "dtype": str(number).removeprefix("torch."), "kernels": records}
 
 
-def _finish(kind: str, result: dict[str, Any], folder: Path, name: str, device: str, as_json: bool) -> Path:
-    """Write a result with its provenance, and print it; the file."""
+def _finish(
+    kind: str, result: dict[str, Any], folder: Path, name: str, device: str, as_json: bool
+) -> tuple[Path, dict[str, Any]]:
+    """Write a result with its provenance, and print it; the file, and what is in it."""
     from .bench import tables
 
     _make_folder(folder)
@@ -455,7 +458,7 @@ def _finish(kind: str, result: dict[str, Any], folder: Path, name: str, device: 
     path.write_text(json.dumps(result, indent=1) + "\n")
     if as_json:
         print(json.dumps(result))
-        return path
+        return path, result
     for key, columns, rows in (
         ("decode", tables.DECODE_COLUMNS, tables.decode_rows),
         ("kernels", tables.KERNEL_COLUMNS, tables.kernel_rows),
@@ -464,7 +467,7 @@ def _finish(kind: str, result: dict[str, Any], folder: Path, name: str, device: 
             print(tables.markdown(columns, rows(result)))
     out.print(tables.about(result), markup=False, highlight=False, soft_wrap=True)
     out.print(f"wrote {path}", markup=False, highlight=False)
-    return path
+    return path, result
 
 
 def _where(device: str, dtype: DType) -> tuple[str, Any]:
@@ -518,16 +521,14 @@ def _overrides(budget: int | None) -> dict[str, Any]:
 
 def _policy_variants(model: Any, asked: list) -> list:
     """A `tidal` variant of the model for each `Options`; raises if the model can't follow one."""
-    from .backend import lay_over
+    from .backend import followed
     from .explain import decode_calls
     from .run import Variant
 
     calls, num_layers = decode_calls(model)
     variants = []
     for options in asked:
-        found, plan = lay_over(calls, num_layers, options)
-        if plan.problems:
-            raise UnsupportedModelError(f"the model can't follow policy {options.policy!r}: {'; '.join(plan.problems)}")
+        found, plan = followed(calls, num_layers, options)
         variants.append(Variant(f"tidal: {Path(options.policy).stem}", "tidal", found, plan))
     return variants
 

@@ -1,7 +1,6 @@
 """Tables and charts of what the command line finds."""
 
 import importlib.util
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +63,8 @@ def roles_line(policy: Policy) -> str:
 
 def run_record(measured: Sequence["Result"], **about: Any) -> dict[str, Any]:
     """The JSON of a run: what was measured, with the layers' roles."""
+    from .bench.timing import summary  # with torch, which the rest of the command line starts without
+
     return {
         **about,
         "variants": [
@@ -73,8 +74,8 @@ def run_record(measured: Sequence["Result"], **about: Any) -> dict[str, Any]:
                 "found_key": None if about["key"] is None else about["key"] in result.text,
                 "kv_share": result.kv_share,
                 "median_ms": result.median_ms,
-                "p10_ms": _quantile(result.milliseconds, 0.1),
-                "p90_ms": _quantile(result.milliseconds, 0.9),
+                "p10_ms": summary(result.milliseconds)["p10"],
+                "p90_ms": summary(result.milliseconds)["p90"],
                 "first_step_s": result.compile_seconds,
                 "tokens": list(result.tokens),
                 "policy": result.variant.policy and result.variant.policy.to_dict(),
@@ -126,10 +127,6 @@ def run_chart(record: dict[str, Any], file: Path) -> None:
     axes.set_title(f"{record['model']}, {record['context']} tokens, {record['dtype']}\n{record['device']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    return statistics.quantiles(values, n=100, method="inclusive")[round(share * 100) - 1]
 
 
 def _spans(layers: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..backend import Options, lay_over, plan_graph
+from ..backend import Options, followed, plan_graph
 from ..errors import TidalError
 from ..explain import decode_calls
 from ..kernels import reference
@@ -29,7 +29,6 @@ from ..policy import Policy
 from ..run import random_cache, rewind, windows
 from .timing import relative_error, summary, time_steps
 
-BASELINES = ("eager", "inductor", "reduce-overhead", "flash")
 WARM_UP = 6  # steps: compilation, CUDA-graph warm-up and recording
 ROUNDING = {torch.float32: 5e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}  # relative error of logits a layer
 
@@ -50,7 +49,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One variant at one size: a baseline of `BASELINES`, or a policy and the plan that it makes of the model."""
+    """One variant at one size: a baseline by name, or a policy and the plan that it makes of the model."""
 
     name: str
     policy: Policy | None = None
@@ -87,9 +86,7 @@ def cases_of(shape: Shape, baselines: Sequence[str], asked: Sequence[Options]) -
     """The variants to run. Raises `TidalError` where the model can't follow a policy."""
     cases = [Case(name) for name in baselines]
     for options in asked:
-        policy, plan = lay_over(list(shape.calls), shape.num_layers, options)
-        if plan.problems:
-            raise TidalError(f"the model can't follow policy {options.policy!r}: {'; '.join(plan.problems)}")
+        policy, plan = followed(list(shape.calls), shape.num_layers, options)
         budget = {role.budget for role in policy.roles if role.role == "select"}
         cases.append(Case(f"tidal: {policy.name}" + (f" {max(budget)}" if budget else ""), policy, plan))
     return cases
@@ -99,7 +96,7 @@ def need_memory(shape: Shape, cases: Sequence[Case], batch: int, slots: int, fre
     """Raises `TidalError` with the bytes, before anything is allocated, where a case can't fit into `free` bytes."""
     cache = batch * slots * shape.kv_bytes_per_token
     layer = batch * slots * shape.largest_layer_bytes_per_token
-    repeated = 2 * layer * (shape.group if shape.group > 1 else 1)  # repeat_kv writes out keys and values for each head
+    repeated = 2 * layer * shape.group  # repeat_kv writes out keys and values for each head
     in_float32 = 3 * layer * 4 // shape.width  # the reference ops
     working = max(repeated if any(case.policy is None for case in cases) else 0, in_float32) + 2**30 * (free > 2**35)
     needed = shape.weight_bytes + cache + working

@@ -1,7 +1,7 @@
 """The figures of the TidalDecode paper (https://arxiv.org/abs/2410.05076), measured on our system.
 
 Figure 1: end-to-end latency of a decode step, dense and sparse over budgets, at several contexts. Figure 2: latency of
-attention alone, as a share of dense attention, at 32 and 64 layers: three dense layers, two selections, all others
+attention alone, as a share of dense attention, at 32 and 64 layers: two dense layers, two selections, all others
 sparse.
 """
 

@@ -114,7 +114,7 @@ def run_size(size: Size, device: torch.device, dtype: torch.dtype, rate: float) 
 def variants(size: Size, device: torch.device) -> dict[str, Callable[[Inputs], object]]:
     """What is timed at a size, by name: our ops with and without a mask, and what else does the same."""
     group = size.heads != size.kv_heads
-    choose = (min(size.budget, size.context), 0.0, *_kept(size), size.share)
+    choose = _selection(size)
 
     def sdpa(x: Inputs, backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
@@ -153,14 +153,15 @@ def _dense_and_topk(x: Inputs, size: Size) -> tuple[Tensor, Tensor]:
     return out, scores.topk(min(size.budget, size.context)).indices
 
 
-def _kept(size: Size) -> tuple[int, int]:
-    """Sinks and recent tokens, inside the budget."""
-    return min(SINKS, size.budget // 4), min(RECENT, size.budget // 4)
+def _selection(size: Size) -> tuple[int, float, int, int, str]:
+    """Budget, ratio, sinks, recent and share, as the op takes them; what is always kept fits into the budget."""
+    sinks, recent = (min(kept, size.budget // 4) for kept in (SINKS, RECENT))
+    return min(size.budget, size.context), 0.0, sinks, recent, size.share
 
 
 def _check(size: Size, x: Inputs, dtype: torch.dtype) -> None:
     """Our ops against the reference. Selections may differ where float32 sums make near-ties."""
-    choose = (min(size.budget, size.context), 0.0, *_kept(size), size.share)
+    choose = _selection(size)
     out, index = ops.select_attention(*x.attention, *choose)
     expected, chosen = reference.select_attention(*x.attention, *choose)
     sparse = ops.sparse_attention(x.q, x.k, x.v, x.index, x.length, None, x.scale)
