@@ -20,6 +20,7 @@ from .split import (
     padded_rows,
     score_tile,
     store_split,
+    tile_tokens,
     weigh_tile,
 )
 
@@ -37,7 +38,7 @@ def _unmasked(mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.con
 
 @triton.jit
 def _attend(
-    q, keys, values, mask_ptr, score_ptr, scale, slots, begin, end, stride_kn, stride_vn, stride_mn,
+    q, keys, values, mask_ptr, score_ptr, scale, stride_s, begin, end, stride_kn, stride_vn, stride_mn,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr, WRITE_SCORES: tl.constexpr,
 ):  # fmt: skip
@@ -57,8 +58,8 @@ def _attend(
         valid, bias = mask_tile(mask_ptr, token * stride_mn, inside, MASK, HIDES)
         score = score_tile(q, k, valid, bias, scale, CAP)
         if WRITE_SCORES:
-            rows = score_ptr + row.to(tl.int64)[:, None] * slots + token[None, :]
-            tl.store(rows, score, mask=(row[:, None] < GROUP) & inside[None, :])
+            rows = score_ptr + row.to(tl.int64)[:, None] * stride_s + token[None, :]
+            tl.store(rows, score, mask=(row[:, None] < GROUP) & inside[None, :], eviction_policy="evict_last")
         m, l, acc = weigh_tile(score, v, valid, m, l, acc, MASK)
         keys += BLOCK_N * stride_kn
         values += BLOCK_N * stride_vn
@@ -69,7 +70,7 @@ def _attend(
 def _scan(
     q_ptr, k_ptr, v_ptr, mask_ptr, length_ptr, acc_ptr, stat_ptr, score_ptr, scale, slots,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_mb, stride_mn, splits,
+    stride_mb, stride_mn, stride_s, splits,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
     WRITE_SCORES: tl.constexpr, PDL: tl.constexpr,
@@ -94,18 +95,18 @@ def _scan(
     values = v_ptr + batch * stride_vb + kv_head * stride_vh
     scores = score_ptr
     if WRITE_SCORES:
-        scores += head * slots
+        scores += head * stride_s
     masks = mask_ptr
     if MASK != "none":
         masks += batch * stride_mb
     if MASK == "none" or _unmasked(masks, stride_mn, begin, end, MASK, HIDES, 4096):
         m, l, acc = _attend(
-            q, keys, values, masks, scores, scale, slots, begin, end, stride_kn, stride_vn, stride_mn,
+            q, keys, values, masks, scores, scale, stride_s, begin, end, stride_kn, stride_vn, stride_mn,
             GROUP, ROWS, D, BLOCK_D, BLOCK_N, "none", HIDES, CAP, WRITE_SCORES,
         )  # fmt: skip
     else:
         m, l, acc = _attend(
-            q, keys, values, masks, scores, scale, slots, begin, end, stride_kn, stride_vn, stride_mn,
+            q, keys, values, masks, scores, scale, stride_s, begin, end, stride_kn, stride_vn, stride_mn,
             GROUP, ROWS, D, BLOCK_D, BLOCK_N, MASK, HIDES, CAP, WRITE_SCORES,
         )  # fmt: skip
     store_split(m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D)
@@ -115,22 +116,23 @@ def scan(
     q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None,
     softcap: float, write_scores: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Attend to all: -> out `[B, Hq, 1, D]`, log2-sum-exp `[B, Hq]` and, on request, scores `[B, Hq, S]`.
+    """Attend to all: -> out `[B, Hq, 1, D]`, log2-sum-exp `[B, Hq]` and, on request, scores `[B, Hq, >= S]`.
 
     Scores are float32 in base 2, -inf where the mask hides a token, and left unwritten beyond the live length.
     """
     check_rows(k, v)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
-    block_n = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
+    block_n = tile_tokens(k, stage_bytes=2**15)
     splits = num_splits(q.device, batch * num_kv_heads, triton.cdiv(slots, block_n), per_processor=2)
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
-    scores = q.new_empty(batch, num_heads, slots, dtype=torch.float32) if write_scores else None
+    stride_s = triton.cdiv(slots, 16) * 16  # rows that wide loads are aligned to
+    scores = q.new_empty(batch, num_heads, stride_s, dtype=torch.float32) if write_scores else None
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _scan[(splits, num_kv_heads, batch)](
         q, k, v, mask_data, length, acc, stats, scores, scale, slots,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m, splits,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m, stride_s, splits,
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, ROWS=padded_rows(num_heads // num_kv_heads),
         D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n,
         **mask_kind, CAP=softcap, WRITE_SCORES=write_scores, num_warps=4, num_stages=3, **overlap(q.device),

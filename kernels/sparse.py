@@ -20,6 +20,7 @@ from .split import (
     padded_rows,
     score_tile,
     store_split,
+    tile_tokens,
     weigh_tile,
 )
 
@@ -76,9 +77,8 @@ def sparse_attention(
     heads = max(sets, num_kv_heads)  # programs a sequence and split
     group = num_heads // heads
     # Few programs: short ones, with all loads in flight. Many: longer ones, in a pipeline
-    block_n, stages, per_processor = (64, 1, 8) if batch * heads < 32 else (128, 2, 2)
-    if head_dim > 128:
-        block_n //= 2
+    most, stages, per_processor = (64, 1, 8) if batch * heads < 32 else (128, 2, 2)
+    block_n = tile_tokens(k, most * 2**9, most)
     splits = num_splits(q.device, batch * heads, triton.cdiv(width, block_n), per_processor)
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)

@@ -194,6 +194,11 @@ def padded_rows(group: int) -> int:
     return max(16, triton.next_power_of_2(group))
 
 
+def tile_tokens(k: Tensor, stage_bytes: int, most: int = 128) -> int:
+    """Tokens a tile, 16 to `most`, whose keys and values take up to `stage_bytes` of shared memory."""
+    return max(16, min(most, stage_bytes // (2 * padded_dim(k.shape[3]) * k.element_size())))
+
+
 def num_splits(device: torch.device, programs: int, tiles: int, per_processor: int) -> int:
     """Splits a head, so that `programs` heads fill the GPU in whole waves of `per_processor` programs each.
 

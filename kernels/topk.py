@@ -1,15 +1,17 @@
-"""Choosing tokens in Triton: the positions of the K most important of n, ascending, in five small launches.
+"""Choosing tokens in Triton: the positions of the K most important of n, ascending, in small launches around the scan.
 
-    prepare   counts the valid tokens of every tile, and empties the histograms
-    rank      scores -> integer keys that order as importance does, and a histogram of their bins
-    sift      finds the bin of the K-th largest key: its keys become candidates; keys in bins above are counted
-    settle    finds the K-th largest key among the candidates, and how many tokens are chosen before each tile
-    emit      writes the positions from that key up
+    prepare   (ahead of the scan) counts the valid tokens of every tile, and empties the histograms
+    rank      scores -> importance, and a histogram of the largest importance of every run of tokens
+    sift      the K-th run bounds the K-th token from below: what reaches that bound becomes a candidate
+    emit      finds the K-th among the candidates, and writes the positions from that one up
 
-Bins are a guess at where the K-th key lies, monotone in the key whatever the guess: a bad one makes more candidates,
-never another answer. No sort and no host read: the live length and count stay on the device. Every launch covers the
-whole cache, a tile of TILE tokens a program. Reference: `reference.choose_tokens`.
+K runs reach the bound, so at least K tokens do, and few more: one token in RUN goes through the histogram, and about K
+are compared. Bins are a guess at where the K-th lies, monotone in importance whatever the guess: a bad one makes more
+candidates, never another answer. No sort and no host read: the live length and count stay on the device. Launches cover
+the whole cache, a tile of TILE tokens a program. Reference: `reference.choose_tokens`.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,9 +21,12 @@ from torch import Tensor
 from .reference import index_width, parts_per_million
 from .split import after_previous, mask_args, mask_tile, overlap
 
-NEVER = tl.constexpr(-(2**31))  # the key of a token that does not count
-ALWAYS = tl.constexpr(2**31 - 1)  # and of one that is always chosen
+NEVER = tl.constexpr(-(2**31))  # a key below all
+BEYOND = tl.constexpr(2**31 - 1)  # and one above all
 BINS = tl.constexpr(128)
+RUN = tl.constexpr(8)
+CHUNK = tl.constexpr(128)
+INF = tl.constexpr(float("inf"))  # the importance of what is always chosen; -INF of what doesn't count
 
 
 @triton.jit
@@ -32,20 +37,38 @@ def _encode(worth):
 
 
 @triton.jit
-def _bin(worth, key, live, lse_ptr, row, MEMBERS: tl.constexpr):
-    """Bins `[N]` of keys by how many octaves they are below the largest importance that `live` tokens can all have.
+def _most(live, lse_ptr, row, MEMBERS: tl.constexpr):
+    """The largest importance that `live` tokens can all have: probabilities of MEMBERS heads add up to MEMBERS."""
+    live = tl.maximum(live, 1).to(tl.float32)
+    if MEMBERS == 1:  # base-2 scores
+        return tl.load(lse_ptr + row) - tl.log2(live)
+    return MEMBERS / live
 
-    Probabilities of MEMBERS heads add up to MEMBERS, so no more than `live` tokens exceed MEMBERS / live. 64 bins of
-    1/8 octave, 32 of 1/4, 30 of 2, the rest, and the last bin for what is always chosen.
+
+@triton.jit
+def _bin(worth, most, MEMBERS: tl.constexpr):
+    """Bins `[N]` by how far importance is below `most`, in eighths of an octave: 64 bins of 1, 32 of 2, 30 of 16.
+
+    The first bin takes the rest, and the last one what is always chosen.
     """
     if MEMBERS == 1:  # base-2 scores: an octave is 1
-        octaves = tl.load(lse_ptr + row) - tl.log2(tl.maximum(live, 1).to(tl.float32)) - worth
-        below = tl.minimum(tl.maximum(octaves * 8.0, 0.0), 2048.0).to(tl.int32)
+        below = tl.minimum(tl.maximum((most - worth) * 8.0, 0.0), 2048.0).to(tl.int32)
     else:  # the exponent and 3 bits of the mantissa
-        bound = (MEMBERS / tl.maximum(live, 1).to(tl.float32)).to(tl.int32, bitcast=True)
-        below = tl.maximum((bound >> 20) - (worth.to(tl.int32, bitcast=True) >> 20), 0)
+        below = tl.maximum((most.to(tl.int32, bitcast=True) >> 20) - (worth.to(tl.int32, bitcast=True) >> 20), 0)
     below = tl.where(below < 64, below, tl.where(below < 128, 32 + below // 2, 88 + below // 16))
-    return tl.where(key == ALWAYS, BINS - 1, BINS - 2 - tl.minimum(below, BINS - 2))
+    return tl.where(worth == INF, BINS - 1, BINS - 2 - tl.minimum(below, BINS - 2))
+
+
+@triton.jit
+def _floor(bin, most, MEMBERS: tl.constexpr):
+    """An importance that all of a bin and of those above it reach."""
+    below = BINS - 2 - bin
+    below = tl.where(below < 64, below, tl.where(below < 96, 2 * below - 63, 16 * below - 1393))
+    if MEMBERS == 1:
+        lowest = most - (below + 2) / 8.0  # one to spare for rounding
+    else:
+        lowest = (tl.maximum((most.to(tl.int32, bitcast=True) >> 20) - below, 0) << 20).to(tl.float32, bitcast=True)
+    return tl.where(bin == BINS - 1, INF, tl.where(bin <= 0, -INF, lowest))
 
 
 @triton.jit
@@ -69,11 +92,11 @@ def _prepare(
 
 @triton.jit
 def _rank(
-    score_ptr, lse_ptr, count_ptr, length_ptr, key_ptr, bin_ptr, histogram_ptr, live_ptr, slots, tiles,
+    score_ptr, lse_ptr, count_ptr, length_ptr, histogram_ptr, live_ptr, slots, stride_s, tiles,
     budget, ratio_ppm, sinks, recent,
     SETS: tl.constexpr, MEMBERS: tl.constexpr, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the keys of one tile for one token set of MEMBERS query heads."""
+    """One program: one tile for one token set of MEMBERS query heads. Importance takes the place of the first's scores."""
     after_previous(PDL)
     tile = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
@@ -85,14 +108,15 @@ def _rank(
     counts = tl.load(count_ptr + batch * tiles + each, mask=each < tiles, other=0)
     token = tile * TILE + tl.arange(0, TILE)
     inside = token < length
-    scores = score_ptr + row * MEMBERS * slots + token
-    worth = tl.load(scores, mask=inside, other=float("-inf"))
-    valid = worth > float("-inf")
+    scores = score_ptr + row * MEMBERS * stride_s + token
+    worth = tl.load(scores, mask=inside, other=-INF)
+    valid = worth > -INF
     if MEMBERS > 1:  # only probabilities may be added across heads
         worth = tl.exp2(worth - tl.load(lse_ptr + row * MEMBERS))
         for member in tl.range(1, MEMBERS, loop_unroll_factor=4):
-            score = tl.load(scores + member * slots, mask=inside, other=float("-inf"))
+            score = tl.load(scores + member * stride_s, mask=inside, other=-INF)
             worth += tl.exp2(score - tl.load(lse_ptr + row * MEMBERS + member))
+        worth = tl.where(valid, worth, -INF)
 
     count = tl.sum(counts, 0)  # valid tokens: of the sequence, before this tile, and up to its end
     before = tl.sum(tl.where(each < tile, counts, 0), 0)
@@ -100,178 +124,199 @@ def _rank(
     by_ratio = ((count.to(tl.int64) * ratio_ppm + 999999) // 1000000).to(tl.int32)
     live = tl.minimum(tl.maximum(by_ratio, budget), count)
     tl.store(live_ptr + batch, live)
-    key = tl.where(valid, _encode(worth), NEVER)
-    if before < sinks or until > count - recent:
+    ends = before < sinks or until > count - recent
+    if ends:
         place = before + tl.cumsum(valid.to(tl.int32), 0)  # 1-based among the valid tokens
-        key = tl.where(valid & ((place <= sinks) | (place > count - recent)), ALWAYS, key)
-    tl.store(key_ptr + row * slots + token, key, mask=inside)
-    bins = _bin(worth, key, live, lse_ptr, row, MEMBERS)
-    tl.store(bin_ptr + row * slots + token, tl.where(valid, bins, -1).to(tl.int8), mask=inside)
-    histogram = tl.histogram(bins, BINS, mask=valid)
+        worth = tl.where(valid & ((place <= sinks) | (place > count - recent)), INF, worth)
+    if MEMBERS > 1 or ends:
+        tl.store(scores, worth, mask=inside)
+
+    most = _most(live, lse_ptr, row, MEMBERS)
+    if count >= 2 * RUN * live:
+        best = tl.max(tl.reshape(worth, [TILE // RUN, RUN]), 1)
+        histogram = tl.histogram(_bin(best, most, MEMBERS), BINS, mask=best > -INF)
+    else:  # too few runs for a bound
+        histogram = tl.histogram(_bin(worth, most, MEMBERS), BINS, mask=valid)
     tl.atomic_add(histogram_ptr + row * BINS + tl.arange(0, BINS), histogram, mask=histogram > 0, sem="relaxed")
 
 
 @triton.jit
 def _sift(
-    key_ptr, bin_ptr, length_ptr, live_ptr, histogram_ptr, total_ptr, wanted_ptr, above_ptr, candidate_ptr, place_ptr,
-    slots, tiles, SETS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    score_ptr, lse_ptr, length_ptr, live_ptr, histogram_ptr, total_ptr, run_ptr, bound_ptr, candidate_ptr, place_ptr,
+    slots, stride_s, tiles, SETS: tl.constexpr, MEMBERS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: from one tile of one token set, how many keys are above the crossing bin, and the keys inside it."""
+    """One program: the candidates of one tile for one token set, ascending; first slot and number are the tile's run."""
     after_previous(PDL)
     tile = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64) * SETS + tl.program_id(1)
-    token = tile * TILE + tl.arange(0, TILE)
     length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
-    bins = tl.load(bin_ptr + row * slots + token, mask=token < length, other=-1).to(tl.int32)
+    if tile > 0 and tile * TILE >= length:
+        return
+    token = tile * TILE + tl.arange(0, TILE)
+    worth = tl.load(score_ptr + row * MEMBERS * stride_s + token, mask=token < length, other=-INF)
     live = tl.load(live_ptr + tl.program_id(2))
     histogram = tl.load(histogram_ptr + row * BINS + tl.arange(0, BINS))
-    at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram  # keys in this bin or above
+    at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram  # in this bin or above
     crossing = tl.sum((at_least >= live).to(tl.int32), 0) - 1
-    tl.store(wanted_ptr + row, live - tl.sum(tl.where(tl.arange(0, BINS) > crossing, histogram, 0), 0))
+    bound = _floor(crossing, _most(live, lse_ptr, row, MEMBERS), MEMBERS)
+    tl.store(bound_ptr + row, _encode(bound))
 
-    tl.store(above_ptr + row * tiles + tile, tl.sum((bins > crossing).to(tl.int32), 0))
-    found = bins == crossing
+    found = (worth >= bound) & (worth > -INF)
     rank = tl.cumsum(found.to(tl.int32), 0)
     here = tl.max(rank, 0)
-    if here > 0:
-        first = tl.atomic_add(total_ptr + row, here, sem="relaxed")
-        slot = row * slots + first + rank - 1
-        tl.store(candidate_ptr + slot, tl.load(key_ptr + row * slots + token, mask=found), mask=found)
-        tl.store(place_ptr + slot, token, mask=found)
+    first = tl.atomic_add(total_ptr + row, here, sem="relaxed")
+    tl.store(run_ptr + (row * tiles + tile) * 2, first)
+    tl.store(run_ptr + (row * tiles + tile) * 2 + 1, here)
+    slot = row * slots + first + rank - 1
+    tl.store(candidate_ptr + slot, _encode(worth), mask=found)
+    tl.store(place_ptr + slot, token, mask=found)
 
 
 @triton.jit
-def _values(candidates, places, first, total, tied, BLOCK: tl.constexpr, PLACES: tl.constexpr):
-    """BLOCK candidates' keys; or, with PLACES, the negated positions of those whose key is `tied`; else NEVER."""
-    slot = first + tl.arange(0, BLOCK)
-    value = tl.load(candidates + slot, mask=slot < total, other=NEVER)
-    if PLACES:
-        value = tl.where((value == tied) & (slot < total), -tl.load(places + slot, mask=slot < total, other=0), NEVER)
-    return value
-
-
-@triton.jit
-def _largest_with(
-    values, candidates, places, total, tied, wanted, low, high, BLOCK: tl.constexpr, PLACES: tl.constexpr
+def _bisect(
+    values, candidates, places, total, tied, wanted, low, high, step, BLOCK: tl.constexpr, PLACES: tl.constexpr
 ):  # fmt: skip
-    """The largest threshold from `low` to `high` that `wanted` values reach, by bisection.
+    """A threshold from `low` to `high` that exactly `wanted` of `total` values reach; the largest of ties, if there are.
 
-    `values` are the first BLOCK of them, nearly always all; the rest are read again for every step.
+    The values are keys or, with PLACES, negated positions of those whose key is `tied`. The first BLOCK of them, nearly
+    always all, are `values`; the rest are read again for every threshold. `step` is a guess at how far it is from `low`.
+    -> the threshold, how many reach it, how many are above it.
     """
     low = low.to(tl.int64)
     high = high.to(tl.int64)
+    step = low * 0 + step
+    reach = total
+    above = total * 0
     while low < high:
-        middle = high - (high - low) // 2
+        middle = tl.minimum(low + step, high - (high - low) // 2)
         threshold = middle.to(tl.int32)
         reached = tl.sum((values >= threshold).to(tl.int32), 0)
         for first in range(BLOCK, total, BLOCK):
-            more = _values(candidates, places, first, total, tied, BLOCK, PLACES)
+            slot = first + tl.arange(0, BLOCK)
+            more = tl.load(candidates + slot, mask=slot < total, other=NEVER)
+            if PLACES:
+                more = tl.where(more == tied, -tl.load(places + slot, mask=slot < total, other=0), NEVER)
             reached += tl.sum((more >= threshold).to(tl.int32), 0)
-        low = tl.where(reached >= wanted, middle, low)
-        high = tl.where(reached >= wanted, high, middle - 1)
-    return low.to(tl.int32)
-
-
-@triton.jit
-def _settle(
-    total_ptr, wanted_ptr, above_ptr, candidate_ptr, place_ptr, threshold_ptr, offset_ptr, slots, tiles,
-    TILE: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program: for one token set, key and position of the last token that is chosen, and each tile's first slot."""
-    after_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    wanted = tl.load(wanted_ptr + row)
-    total = tl.load(total_ptr + row)
-    each = tl.arange(0, BLOCK_TILES)
-    chosen = tl.load(above_ptr + row * tiles + each, mask=each < tiles, other=0)
-    candidates = candidate_ptr + row * slots
-    places = place_ptr + row * slots
-    lane = tl.arange(0, BLOCK)
-    values = _values(candidates, places, 0, total, 0, BLOCK, False)
-    lowest = tl.min(tl.where(lane < total, values, ALWAYS), 0)
-    highest = tl.max(values, 0)
-    for first in range(BLOCK, total, BLOCK):
-        more = _values(candidates, places, first, total, 0, BLOCK, False)
-        lowest = tl.minimum(lowest, tl.min(tl.where(first + lane < total, more, ALWAYS), 0))
-        highest = tl.maximum(highest, tl.max(more, 0))
-    threshold = _largest_with(values, candidates, places, total, 0, wanted, lowest, highest, BLOCK, False)
-
-    ties = wanted * 0
-    kept = wanted  # of the ties: the first ones
-    for first in range(0, total, BLOCK):
-        keys = _values(candidates, places, first, total, 0, BLOCK, False)
-        ties += tl.sum(((keys == threshold) & (first + lane < total)).to(tl.int32), 0)
-        kept -= tl.sum((keys > threshold).to(tl.int32), 0)
-    last = wanted * 0 + slots
-    if ties > kept:
-        values = _values(candidates, places, 0, total, threshold, BLOCK, True)
-        last = -_largest_with(values, candidates, places, total, threshold, kept, -last, last * 0, BLOCK, True)
-    tl.store(threshold_ptr + row * 2, threshold)
-    tl.store(threshold_ptr + row * 2 + 1, last)
-
-    for first in range(0, total, BLOCK):
-        slot = first + lane
-        keys = _values(candidates, places, first, total, 0, BLOCK, False)
-        place = tl.load(places + slot, mask=slot < total, other=0)
-        among = (slot < total) & ((keys > threshold) | ((keys == threshold) & (place <= last)))
-        chosen += tl.histogram(place // TILE, BLOCK_TILES, mask=among)
-    tl.store(offset_ptr + row * tiles + each, tl.cumsum(chosen, 0) - chosen, mask=each < tiles)
+        enough = reached >= wanted
+        low = tl.where(enough, middle, low)
+        reach = tl.where(enough, reached, reach)
+        above = tl.where(enough, above, reached)
+        high = tl.where(reached == wanted, middle, tl.where(enough, high, middle - 1))
+        step *= 2
+    return low.to(tl.int32), reach, above
 
 
 @triton.jit
 def _emit(
-    key_ptr, length_ptr, live_ptr, threshold_ptr, offset_ptr, index_ptr, slots, tiles, width,
-    SETS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    length_ptr, live_ptr, total_ptr, run_ptr, bound_ptr, candidate_ptr, place_ptr, index_ptr, slots, tiles, width,
+    SETS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the positions chosen from one tile of one token set, written where they belong."""
+    """One program: the positions chosen from one tile for one token set, written where they belong.
+
+    Each program finds the threshold by itself: one more launch would take longer.
+    """
     after_previous(PDL)
     tile = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64) * SETS + tl.program_id(1)
+    candidates = candidate_ptr + row * slots
+    places = place_ptr + row * slots
+    slot = tl.arange(0, BLOCK)
+    key = tl.load(candidates + slot, mask=slot < slots, other=0)  # all loads at once, whatever they say
+    place = tl.load(places + slot, mask=slot < slots, other=0)
     length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
     live = tl.load(live_ptr + tl.program_id(2))
-    token = tile * TILE + tl.arange(0, TILE)
-    tl.store(index_ptr + row * width + token, -1, mask=(token >= live) & (token < width))
-    key = tl.load(key_ptr + row * slots + token, mask=token < length, other=NEVER)
-    threshold = tl.load(threshold_ptr + row * 2)
-    last = tl.load(threshold_ptr + row * 2 + 1)
-    chosen = (key > threshold) | ((key == threshold) & (token <= last))
-    slot = tl.load(offset_ptr + row * tiles + tile) + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(index_ptr + row * width + slot, token, mask=chosen)
+    total = tl.load(total_ptr + row)
+    bound = tl.load(bound_ptr + row)
+    begin = tl.load(run_ptr + (row * tiles + tile) * 2)
+    here = tl.load(run_ptr + (row * tiles + tile) * 2 + 1)
+    unused = tile * TILE + tl.arange(0, TILE)
+    tl.store(index_ptr + row * width + unused, -1, mask=(unused >= live) & (unused < width))
+    if tile * TILE >= length:
+        return
+    if here == 0:
+        return
+    key = tl.where(slot < total, key, NEVER)
+    threshold, reach, above = _bisect(
+        key, candidates, places, total, 0, live, bound, bound * 0 + BEYOND - 1, 2**19, BLOCK, False
+    )
+    last = slots + total * 0
+    if reach > live:  # ties: the first ones
+        tied = tl.where(key == threshold, -place, NEVER)
+        lowest = total * 0 - slots
+        place_threshold, _, _ = _bisect(
+            tied, candidates, places, total, threshold, live - above, lowest, total * 0, slots, BLOCK, True
+        )
+        last = -place_threshold
+
+    chosen = (key > threshold) | ((key == threshold) & (place <= last))
+    offset = tl.sum((chosen & (place < tile * TILE)).to(tl.int32), 0)
+    for first in range(BLOCK, total, BLOCK):
+        key = tl.load(candidates + first + slot, mask=first + slot < total, other=NEVER)
+        place = tl.load(places + first + slot, mask=first + slot < total, other=0)
+        chosen = (key > threshold) | ((key == threshold) & (place <= last))
+        offset += tl.sum((chosen & (place < tile * TILE)).to(tl.int32), 0)
+    for first in range(begin, begin + here, CHUNK):
+        own = first + tl.arange(0, CHUNK)
+        own_key = tl.load(candidates + own, mask=own < begin + here, other=NEVER)
+        own_place = tl.load(places + own, mask=own < begin + here, other=0)
+        kept = (own_key > threshold) | ((own_key == threshold) & (own_place <= last))
+        rank = tl.cumsum(kept.to(tl.int32), 0)
+        tl.store(index_ptr + row * width + offset + rank - 1, own_place, mask=kept)
+        offset += tl.max(rank, 0)
+
+
+class Prepared(NamedTuple):
+    """What a selection needs before its scores: sizes, and what `prepare` counted or emptied."""
+
+    sets: int
+    tile: int
+    count: Tensor  # [B, tiles] valid tokens
+    histogram: Tensor  # [B, G, BINS]
+    total: Tensor  # [B, G] candidates
+
+
+def prepare(batch: int, sets: int, slots: int, length: Tensor, mask: Tensor | None) -> Prepared:
+    """The first launch of a selection of `sets` token sets a sequence, from a cache of `slots`."""
+    tile = 1024 if batch * sets * slots < 2**19 else 2048
+    tiles = triton.cdiv(slots, tile)
+
+    def empty(*shape: int) -> Tensor:
+        return length.new_empty(batch, *shape, dtype=torch.int32)
+
+    prepared = Prepared(sets, tile, empty(tiles), empty(sets, BINS.value), empty(sets))
+    (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
+    _prepare[(max(tiles, sets), batch)](
+        mask_data, length, *prepared[2:], slots, tiles, *stride_m, SETS=sets, TILE=tile, num_warps=4, **mask_kind,
+        **overlap(length.device),
+    )  # fmt: skip
+    return prepared
 
 
 def choose_tokens(
-    scores: Tensor, lse: Tensor, length: Tensor, mask: Tensor | None, sets: int,
+    scores: Tensor, lse: Tensor, length: Tensor, slots: int, prepared: Prepared,
     budget: int, ratio: float, sinks: int, recent: int,
 ) -> Tensor:  # fmt: skip
-    """Base-2 scores `[B, Hq, S]` and log2-sum-exp `[B, Hq]` of a scan -> `index [B, G, K]` int32 for G = `sets`."""
-    batch, num_heads, slots = scores.shape
-    width, members = index_width(budget, ratio, slots), num_heads // sets
-    tile, warps = (1024, 4) if batch * sets * slots < 2**19 else (2048, 8)
-    tiles = triton.cdiv(slots, tile)
+    """Base-2 scores `[B, Hq, >= S]`, overwritten, and log2-sum-exp `[B, Hq]` of a scan -> `index [B, G, K]` int32."""
+    sets, tile, count, histogram, total = prepared
+    batch, num_heads, stride = scores.shape
+    width, tiles = index_width(budget, ratio, slots), count.shape[1]
 
     def empty(*shape: int) -> Tensor:
         return scores.new_empty(batch, *shape, dtype=torch.int32)
 
-    count, live, index = empty(tiles), empty(), empty(sets, width)
-    histogram, total, wanted = empty(sets, BINS.value), empty(sets), empty(sets)
-    above, offset, threshold = empty(sets, tiles), empty(sets, tiles), empty(sets, 2)
-    key, candidate, place = empty(sets, slots), empty(sets, slots), empty(sets, slots)
-    bins = scores.new_empty(batch, sets, slots, dtype=torch.int8)
-    (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
-    size = {"SETS": sets, "TILE": tile, "num_warps": warps, **overlap(scores.device)}
-    of_tiles = {"BLOCK_TILES": max(32, triton.next_power_of_2(tiles))}
-    _prepare[(max(tiles, sets), batch)](
-        mask_data, length, count, histogram, total, slots, tiles, *stride_m, **size, **mask_kind
-    )
+    live, index, run, bound = empty(), empty(sets, width), empty(sets, tiles, 2), empty(sets)
+    candidate, place = empty(sets, slots), empty(sets, slots)
+    common = {"SETS": sets, "TILE": tile, **overlap(scores.device)}
+    size = {"MEMBERS": num_heads // sets, "num_warps": tile // 256}
     grid = (tiles, sets, batch)
     _rank[grid](
-        scores, lse, count, length, key, bins, histogram, live, slots, tiles, budget, parts_per_million(ratio), sinks,
-        recent, MEMBERS=members, **size, **of_tiles,
+        scores, lse, count, length, histogram, live, slots, stride, tiles, budget, parts_per_million(ratio), sinks, recent,
+        BLOCK_TILES=max(32, triton.next_power_of_2(tiles)), **common, **size,
     )  # fmt: skip
-    _sift[grid](key, bins, length, live, histogram, total, wanted, above, candidate, place, slots, tiles, **size)
-    _settle[(batch * sets,)](
-        total, wanted, above, candidate, place, threshold, offset, slots, tiles, TILE=tile, BLOCK=1024, num_warps=4,
-        **of_tiles, **overlap(scores.device),
-    )  # fmt: skip
-    _emit[grid](key, length, live, threshold, offset, index, slots, tiles, width, **size)
+    _sift[grid](
+        scores, lse, length, live, histogram, total, run, bound, candidate, place, slots, stride, tiles, **common, **size
+    )
+    _emit[grid](
+        length, live, total, run, bound, candidate, place, index, slots, tiles, width, BLOCK=2048, num_warps=4, **common
+    )
     return index

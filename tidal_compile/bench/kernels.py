@@ -148,6 +148,7 @@ def _dense_and_topk(x: Inputs, size: Size) -> tuple[Tensor, Tensor]:
     from ..kernels.dense import scan
 
     out, lse, scores = scan(x.q, x.k, x.v, x.length, x.mask, x.scale, None, 0.0, write_scores=True)
+    scores = scores[..., : size.context]
     if size.sets < size.heads:
         scores = (scores - lse[..., None]).exp2().view(size.batch, size.sets, -1, size.context).sum(2)
     return out, scores.topk(min(size.budget, size.context)).indices
