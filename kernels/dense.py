@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .split import (
+    Splits,
     after_previous,
     check_rows,
     load_group,
@@ -59,7 +60,8 @@ def _attend(
         score = score_tile(q, k, valid, bias, scale, CAP)
         if WRITE_SCORES:
             rows = score_ptr + row.to(tl.int64)[:, None] * stride_s + token[None, :]
-            tl.store(rows, score, mask=(row[:, None] < GROUP) & inside[None, :], eviction_policy="evict_last")
+            inner = (row[:, None] < GROUP) & inside[None, :]
+            tl.store(rows, score, mask=inner, eviction_policy="evict_last")  # to stay in L2, beside a larger stream
         m, l, acc = weigh_tile(score, v, valid, m, l, acc, MASK)
         keys += BLOCK_N * stride_kn
         values += BLOCK_N * stride_vn
@@ -113,18 +115,16 @@ def _scan(
 
 
 def scan(
-    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None,
-    softcap: float, write_scores: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Attend to all: -> out `[B, Hq, 1, D]`, log2-sum-exp `[B, Hq]` and, on request, scores `[B, Hq, >= S]`.
-
-    Scores are float32 in base 2, -inf where the mask hides a token, and left unwritten beyond the live length.
-    """
+    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float, softcap: float,
+    write_scores: bool = False,
+) -> Splits:  # fmt: skip
+    """Attend to all the live cache, in splits."""
     check_rows(k, v)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
-    block_n = tile_tokens(k, stage_bytes=2**15)
-    splits = num_splits(q.device, batch * num_kv_heads, triton.cdiv(slots, block_n), per_processor=2)
+    large = head_dim > 64 and batch * num_kv_heads * slots >= 2**17  # long tiles, a program a processor
+    block_n = tile_tokens(k, stage_bytes=2**16 if large else 2**15)
+    splits = num_splits(q.device, batch * num_kv_heads, triton.cdiv(slots, block_n), per_processor=1 if large else 2)
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
     stride_s = triton.cdiv(slots, 16) * 16  # rows that wide loads are aligned to
@@ -134,11 +134,10 @@ def scan(
         q, k, v, mask_data, length, acc, stats, scores, scale, slots,
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m, stride_s, splits,
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, ROWS=padded_rows(num_heads // num_kv_heads),
-        D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n,
-        **mask_kind, CAP=softcap, WRITE_SCORES=write_scores, num_warps=4, num_stages=3, **overlap(q.device),
+        D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, **mask_kind, CAP=softcap,
+        WRITE_SCORES=write_scores, num_warps=8 if large else 4, num_stages=3, **overlap(q.device),
     )  # fmt: skip
-    out = q.new_empty(q.shape)
-    return out, merge(acc, stats, sink, out), scores
+    return Splits(acc, stats, scores)
 
 
 def full_attention(
@@ -146,4 +145,6 @@ def full_attention(
     sink: Tensor | None = None, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """See `reference.full_attention`."""
-    return scan(q, k, v, length, mask, scale, sink, softcap)[0]
+    out = q.new_empty(q.shape)
+    merge(scan(q, k, v, length, mask, scale, softcap), sink, out)
+    return out

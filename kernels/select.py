@@ -1,4 +1,4 @@
-"""`select_attention` in Triton: the dense scan, which also writes its scores, between the launches of `topk`.
+"""`select_attention` in Triton: the dense scan, which also writes its scores, then `topk`.
 
 Reference: `reference.select_attention`.
 """
@@ -6,7 +6,7 @@ Reference: `reference.select_attention`.
 from torch import Tensor
 
 from .dense import scan
-from .topk import choose_tokens, prepare
+from .topk import choose_tokens, merge_and_prepare
 
 
 def select_attention(
@@ -15,7 +15,7 @@ def select_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `reference.select_attention`."""
     sets = {"query_head": q.shape[1], "kv_head": k.shape[1], "layer": 1}[share]
-    slots = k.shape[2]
-    prepared = prepare(q.shape[0], sets, slots, length, mask)
-    out, lse, scores = scan(q, k, v, length, mask, scale, sink, softcap, write_scores=True)
-    return out, choose_tokens(scores, lse, length, slots, prepared, budget, ratio, sinks, recent)
+    out = q.new_empty(q.shape)
+    splits = scan(q, k, v, length, mask, scale, softcap, write_scores=True)
+    prepared = merge_and_prepare(splits, sink, out, sets, k.shape[2], length, mask)
+    return out, choose_tokens(splits.scores, prepared, length, k.shape[2], budget, ratio, sinks, recent)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .split import (
+    Splits,
     after_previous,
     check_rows,
     load_group,
@@ -92,5 +93,5 @@ def sparse_attention(
         **mask_kind, CAP=softcap, num_warps=4, num_stages=stages, **overlap(q.device),
     )  # fmt: skip
     out = q.new_empty(q.shape)
-    merge(acc, stats, sink, out)
+    merge(Splits(acc, stats), sink, out)
     return out

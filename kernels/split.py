@@ -4,6 +4,8 @@ A split keeps a running softmax in base 2: the largest score m, the sum l of 2^(
 by it. `merge` joins the splits by their log-sum-exp. An empty split has m = -inf, l = 0 and acc = 0.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -131,13 +133,12 @@ def store_split(
 
 
 @triton.jit
-def _merge(
-    acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits, BLOCK_SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+def merge_part(
+    head, part, acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits, BLOCK_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_D values of one head."""
-    after_previous(PDL)
-    head = tl.program_id(0).to(tl.int64)
+    """Join the splits of one head (counted over the batch): the BLOCK_D values of one part, and the log-sum-exp."""
+    head = head.to(tl.int64)
     stats = stat_ptr + head * splits * 2
     split = tl.arange(0, BLOCK_SPLITS)
     m = tl.load(stats + split * 2, mask=split < splits, other=float("-inf"))
@@ -151,37 +152,66 @@ def _merge(
     if HAS_SINK:
         total += tl.exp2(sink - shift)
 
-    dim = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    dim = part * BLOCK_D + tl.arange(0, BLOCK_D)
     out = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, splits, CHUNK):
-        part = first + tl.arange(0, CHUNK)
-        part_m = tl.load(stats + part * 2, mask=part < splits, other=float("-inf"))
+        some = first + tl.arange(0, CHUNK)
+        some_m = tl.load(stats + some * 2, mask=some < splits, other=float("-inf"))
         acc = tl.load(
-            acc_ptr + (head * splits + part[:, None]) * D + dim[None, :],
-            mask=(part[:, None] < splits) & (dim[None, :] < D),
+            acc_ptr + (head * splits + some[:, None]) * D + dim[None, :],
+            mask=(some[:, None] < splits) & (dim[None, :] < D),
             other=0.0,
         )
-        out += tl.sum(acc * tl.exp2(part_m - shift)[:, None], 0)
+        out += tl.sum(acc * tl.exp2(some_m - shift)[:, None], 0)
     out = tl.where(total > 0.0, out / total, 0.0)  # no token to attend to: zeros
     tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty), mask=dim < D)
-    if tl.program_id(1) == 0:
+    if part == 0:
         tl.store(lse_ptr + head, shift + tl.log2(total))
 
 
-def merge(acc: Tensor, stats: Tensor, sink: Tensor | None, out: Tensor) -> Tensor:
-    """Join splits `acc [B, Hq, P, D]`, `stats [B, Hq, P, 2]` into `out [B, Hq, 1, D]`; -> log2-sum-exp `[B, Hq]`.
-
-    The logit `sink [Hq]` takes part in the softmax, and so in the log-sum-exp.
-    """
-    batch, num_heads, splits, head_dim = acc.shape
-    lse = acc.new_empty(batch, num_heads)
-    block = min(32, padded_dim(head_dim))
-    _merge[(batch * num_heads, triton.cdiv(head_dim, block))](
-        acc, stats, None if sink is None else sink.contiguous(), out, lse, num_heads, splits,
-        BLOCK_SPLITS=triton.next_power_of_2(splits), CHUNK=min(64, triton.next_power_of_2(splits)),
-        HAS_SINK=sink is not None, D=head_dim, BLOCK_D=block, **overlap(acc.device),
+@triton.jit
+def _merge(
+    acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits, BLOCK_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_D values of one head."""
+    after_previous(PDL)
+    merge_part(
+        tl.program_id(0), tl.program_id(1), acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits,
+        BLOCK_SPLITS, CHUNK, HAS_SINK, D, BLOCK_D,
     )  # fmt: skip
-    return lse
+
+
+class Splits(NamedTuple):
+    """What a scan leaves behind: its splits P, to be merged, and on request its scores."""
+
+    acc: Tensor  # [B, Hq, P, D]
+    stats: Tensor  # [B, Hq, P, 2]: m and l
+    scores: Tensor | None = None  # [B, Hq, >= S] in base 2, -inf where hidden, unwritten beyond the live length
+
+
+def merge(splits: Splits, sink: Tensor | None, out: Tensor) -> Tensor:
+    """Join splits into `out [B, Hq, 1, D]`; -> log2-sum-exp `[B, Hq]`. The logit `sink [Hq]` takes part in both."""
+    arguments, sizes = merge_args(splits, sink, out)
+    _merge[(out.shape[0] * out.shape[1], parts(sizes))](*arguments, **sizes, **overlap(out.device))
+    return arguments[4]
+
+
+def merge_args(splits: Splits, sink: Tensor | None, out: Tensor) -> tuple[list, dict[str, int]]:
+    """The arguments of `merge_part` from `acc` on; the fifth is an empty log2-sum-exp `[B, Hq]`."""
+    batch, num_heads, count, head_dim = splits.acc.shape
+    lse = splits.acc.new_empty(batch, num_heads)
+    sizes = {
+        "BLOCK_SPLITS": triton.next_power_of_2(count), "CHUNK": min(64, triton.next_power_of_2(count)),
+        "HAS_SINK": sink is not None, "D": head_dim, "BLOCK_D": min(32, padded_dim(head_dim)),
+    }  # fmt: skip
+    sink = None if sink is None else sink.contiguous()
+    return [splits.acc, splits.stats, sink, out, lse, num_heads, count], sizes
+
+
+def parts(sizes: dict[str, int]) -> int:
+    """Programs of `merge_part` a head."""
+    return triton.cdiv(sizes["D"], sizes["BLOCK_D"])
 
 
 def padded_dim(head_dim: int) -> int:

@@ -1,6 +1,6 @@
-"""Choosing tokens in Triton: the positions of the K most important of n, ascending, in small launches around the scan.
+"""Choosing tokens in Triton: the positions of the K most important of n, ascending, in four launches after a scan.
 
-    prepare   (ahead of the scan) counts the valid tokens of every tile, and empties the histograms
+    merge     joins the scan's splits; beside it, counts the valid tokens of every tile, and empties the histograms
     rank      scores -> importance, and a histogram of the largest importance of every run of tokens
     sift      the K-th run bounds the K-th token from below: what reaches that bound becomes a candidate
     emit      finds the K-th among the candidates, and writes the positions from that one up
@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import index_width, parts_per_million
-from .split import after_previous, mask_args, mask_tile, overlap
+from .split import Splits, after_previous, mask_args, mask_tile, merge_args, merge_part, overlap, parts
 
 NEVER = tl.constexpr(-(2**31))  # a key below all
 BEYOND = tl.constexpr(2**31 - 1)  # and one above all
 BINS = tl.constexpr(128)
 RUN = tl.constexpr(8)
-CHUNK = tl.constexpr(128)
+RUN_BLOCK = tl.constexpr(128)  # candidates of a tile, mostly fewer
 INF = tl.constexpr(float("inf"))  # the importance of what is always chosen; -INF of what doesn't count
 
 
@@ -72,22 +72,32 @@ def _floor(bin, most, MEMBERS: tl.constexpr):
 
 
 @triton.jit
-def _prepare(
+def _merge_and_prepare(
+    acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits,
     mask_ptr, length_ptr, count_ptr, histogram_ptr, total_ptr, slots, tiles, stride_mb, stride_mn,
-    SETS: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, SETS: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the valid tokens of one tile, and an empty histogram for one token set."""
+    """One program: a part of one head's output; or one tile's valid tokens, and one token set's empty histogram."""
     after_previous(PDL)
-    tile = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    if tile < tiles:
+    job = tl.program_id(0)
+    if job < num_heads * PARTS:
+        merge_part(
+            batch * num_heads + job // PARTS, job % PARTS, acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads,
+            splits, BLOCK_SPLITS, CHUNK, HAS_SINK, D, BLOCK_D,
+        )  # fmt: skip
+        return
+    job -= num_heads * PARTS
+    if job < tiles:
         length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
-        token = tile * TILE + tl.arange(0, TILE)
+        token = job * TILE + tl.arange(0, TILE)
         valid, _ = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token < length, MASK, HIDES)
-        tl.store(count_ptr + batch * tiles + tile, tl.sum(valid.to(tl.int32), 0))
-    if tile < SETS:
-        tl.store(histogram_ptr + (batch * SETS + tile) * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
-        tl.store(total_ptr + batch * SETS + tile, 0)
+        tl.store(count_ptr + batch * tiles + job, tl.sum(valid.to(tl.int32), 0))
+    if job < SETS:
+        tl.store(histogram_ptr + (batch * SETS + job) * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(total_ptr + batch * SETS + job, 0)
 
 
 @triton.jit
@@ -96,7 +106,7 @@ def _rank(
     budget, ratio_ppm, sinks, recent,
     SETS: tl.constexpr, MEMBERS: tl.constexpr, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile for one token set of MEMBERS query heads. Importance takes the place of the first's scores."""
+    """One program: one tile for one token set of MEMBERS query heads. Importance replaces the first one's scores."""
     after_previous(PDL)
     tile = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
@@ -145,7 +155,7 @@ def _sift(
     score_ptr, lse_ptr, length_ptr, live_ptr, histogram_ptr, total_ptr, run_ptr, bound_ptr, candidate_ptr, place_ptr,
     slots, stride_s, tiles, SETS: tl.constexpr, MEMBERS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the candidates of one tile for one token set, ascending; first slot and number are the tile's run."""
+    """One program: the candidates of one tile for one token set, ascending: a run, of which slot and size are noted."""
     after_previous(PDL)
     tile = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64) * SETS + tl.program_id(1)
@@ -176,10 +186,10 @@ def _sift(
 def _bisect(
     values, candidates, places, total, tied, wanted, low, high, step, BLOCK: tl.constexpr, PLACES: tl.constexpr
 ):  # fmt: skip
-    """A threshold from `low` to `high` that exactly `wanted` of `total` values reach; the largest of ties, if there are.
+    """A threshold from `low` to `high` that `wanted` of `total` values reach; where they tie, the last that enough do.
 
     The values are keys or, with PLACES, negated positions of those whose key is `tied`. The first BLOCK of them, nearly
-    always all, are `values`; the rest are read again for every threshold. `step` is a guess at how far it is from `low`.
+    always all, are `values`; the rest are read again for every threshold. `step` guesses how far it is from `low`.
     -> the threshold, how many reach it, how many are above it.
     """
     low = low.to(tl.int64)
@@ -209,14 +219,14 @@ def _bisect(
 @triton.jit
 def _emit(
     length_ptr, live_ptr, total_ptr, run_ptr, bound_ptr, candidate_ptr, place_ptr, index_ptr, slots, tiles, width,
-    SETS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SETS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the positions chosen from one tile for one token set, written where they belong.
+    """One program: the positions chosen from SPAN tiles for one token set, written where they belong.
 
     Each program finds the threshold by itself: one more launch would take longer.
     """
     after_previous(PDL)
-    tile = tl.program_id(0)
+    tile = tl.program_id(0) * SPAN
     row = tl.program_id(2).to(tl.int64) * SETS + tl.program_id(1)
     candidates = candidate_ptr + row * slots
     places = place_ptr + row * slots
@@ -227,13 +237,13 @@ def _emit(
     live = tl.load(live_ptr + tl.program_id(2))
     total = tl.load(total_ptr + row)
     bound = tl.load(bound_ptr + row)
-    begin = tl.load(run_ptr + (row * tiles + tile) * 2)
-    here = tl.load(run_ptr + (row * tiles + tile) * 2 + 1)
-    unused = tile * TILE + tl.arange(0, TILE)
-    tl.store(index_ptr + row * width + unused, -1, mask=(unused >= live) & (unused < width))
-    if tile * TILE >= length:
-        return
-    if here == 0:
+    own_tile = tile + tl.arange(0, SPAN)
+    runs = run_ptr + row * tiles * 2
+    here = tl.load(runs + own_tile * 2 + 1, mask=(own_tile < tiles) & (own_tile * TILE < length), other=0)
+    for start in range(tile * TILE, tl.minimum((tile + SPAN) * TILE, width), TILE):
+        unused = start + tl.arange(0, TILE)
+        tl.store(index_ptr + row * width + unused, -1, mask=(unused >= live) & (unused < width))
+    if tl.sum(here, 0) == 0:
         return
     key = tl.where(slot < total, key, NEVER)
     threshold, reach, above = _bisect(
@@ -255,51 +265,59 @@ def _emit(
         place = tl.load(places + first + slot, mask=first + slot < total, other=0)
         chosen = (key > threshold) | ((key == threshold) & (place <= last))
         offset += tl.sum((chosen & (place < tile * TILE)).to(tl.int32), 0)
-    for first in range(begin, begin + here, CHUNK):
-        own = first + tl.arange(0, CHUNK)
-        own_key = tl.load(candidates + own, mask=own < begin + here, other=NEVER)
-        own_place = tl.load(places + own, mask=own < begin + here, other=0)
-        kept = (own_key > threshold) | ((own_key == threshold) & (own_place <= last))
-        rank = tl.cumsum(kept.to(tl.int32), 0)
-        tl.store(index_ptr + row * width + offset + rank - 1, own_place, mask=kept)
-        offset += tl.max(rank, 0)
+    for each in range(tile, tl.minimum(tile + SPAN, tl.cdiv(length, TILE))):
+        begin = tl.load(runs + each * 2)
+        end = begin + tl.load(runs + each * 2 + 1)
+        for first in range(begin, end, RUN_BLOCK):
+            own = first + tl.arange(0, RUN_BLOCK)
+            own_key = tl.load(candidates + own, mask=own < end, other=NEVER)
+            own_place = tl.load(places + own, mask=own < end, other=0)
+            kept = (own_key > threshold) | ((own_key == threshold) & (own_place <= last))
+            rank = tl.cumsum(kept.to(tl.int32), 0)
+            tl.store(index_ptr + row * width + offset + rank - 1, own_place, mask=kept)
+            offset += tl.max(rank, 0)
 
 
 class Prepared(NamedTuple):
-    """What a selection needs before its scores: sizes, and what `prepare` counted or emptied."""
+    """What a selection of G token sets needs beside its scores."""
 
-    sets: int
-    tile: int
+    lse: Tensor  # [B, Hq] log2-sum-exp of the scores
     count: Tensor  # [B, tiles] valid tokens
-    histogram: Tensor  # [B, G, BINS]
-    total: Tensor  # [B, G] candidates
+    histogram: Tensor  # [B, G, BINS], empty
+    total: Tensor  # [B, G] candidates: none yet
 
 
-def prepare(batch: int, sets: int, slots: int, length: Tensor, mask: Tensor | None) -> Prepared:
-    """The first launch of a selection of `sets` token sets a sequence, from a cache of `slots`."""
-    tile = 1024 if batch * sets * slots < 2**19 else 2048
+def _tile(sequences: int, sets: int, slots: int) -> int:
+    return 1024 if sequences * sets * slots < 2**19 else 2048
+
+
+def merge_and_prepare(
+    splits: Splits, sink: Tensor | None, out: Tensor, sets: int, slots: int, length: Tensor, mask: Tensor | None
+) -> Prepared:
+    """Merge the splits of a scan of `slots` into `out [B, Hq, 1, D]`, and prepare a selection of `sets` token sets."""
+    batch, num_heads = out.shape[:2]
+    tile = _tile(batch, sets, slots)
     tiles = triton.cdiv(slots, tile)
-
-    def empty(*shape: int) -> Tensor:
-        return length.new_empty(batch, *shape, dtype=torch.int32)
-
-    prepared = Prepared(sets, tile, empty(tiles), empty(sets, BINS.value), empty(sets))
+    count, histogram, total = (
+        out.new_empty(batch, *shape, dtype=torch.int32) for shape in ((tiles,), (sets, BINS.value), (sets,))
+    )
+    arguments, sizes = merge_args(splits, sink, out)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
-    _prepare[(max(tiles, sets), batch)](
-        mask_data, length, *prepared[2:], slots, tiles, *stride_m, SETS=sets, TILE=tile, num_warps=4, **mask_kind,
-        **overlap(length.device),
+    _merge_and_prepare[(num_heads * parts(sizes) + max(tiles, sets), batch)](
+        *arguments, mask_data, length, count, histogram, total, slots, tiles, *stride_m, **sizes, PARTS=parts(sizes),
+        SETS=sets, TILE=tile, **mask_kind, **overlap(out.device),
     )  # fmt: skip
-    return prepared
+    return Prepared(arguments[4], count, histogram, total)
 
 
 def choose_tokens(
-    scores: Tensor, lse: Tensor, length: Tensor, slots: int, prepared: Prepared,
-    budget: int, ratio: float, sinks: int, recent: int,
-) -> Tensor:  # fmt: skip
-    """Base-2 scores `[B, Hq, >= S]`, overwritten, and log2-sum-exp `[B, Hq]` of a scan -> `index [B, G, K]` int32."""
-    sets, tile, count, histogram, total = prepared
+    scores: Tensor, prepared: Prepared, length: Tensor, slots: int, budget: int, ratio: float, sinks: int, recent: int
+) -> Tensor:
+    """Base-2 scores `[B, Hq, >= S]` of a scan, which are overwritten -> `index [B, G, K]` int32."""
+    lse, count, histogram, total = prepared
     batch, num_heads, stride = scores.shape
-    width, tiles = index_width(budget, ratio, slots), count.shape[1]
+    sets = total.shape[1]
+    width, tile, tiles = index_width(budget, ratio, slots), _tile(batch, sets, slots), count.shape[1]
 
     def empty(*shape: int) -> Tensor:
         return scores.new_empty(batch, *shape, dtype=torch.int32)
@@ -308,15 +326,31 @@ def choose_tokens(
     candidate, place = empty(sets, slots), empty(sets, slots)
     common = {"SETS": sets, "TILE": tile, **overlap(scores.device)}
     size = {"MEMBERS": num_heads // sets, "num_warps": tile // 256}
-    grid = (tiles, sets, batch)
-    _rank[grid](
-        scores, lse, count, length, histogram, live, slots, stride, tiles, budget, parts_per_million(ratio), sinks, recent,
-        BLOCK_TILES=max(32, triton.next_power_of_2(tiles)), **common, **size,
+    _rank[(tiles, sets, batch)](
+        scores, lse, count, length, histogram, live, slots, stride, tiles, budget, parts_per_million(ratio), sinks,
+        recent, BLOCK_TILES=max(32, triton.next_power_of_2(tiles)), **common, **size,
     )  # fmt: skip
-    _sift[grid](
-        scores, lse, length, live, histogram, total, run, bound, candidate, place, slots, stride, tiles, **common, **size
+    _sift[(tiles, sets, batch)](
+        scores,
+        lse,
+        length,
+        live,
+        histogram,
+        total,
+        run,
+        bound,
+        candidate,
+        place,
+        slots,
+        stride,
+        tiles,
+        **common,
+        **size,
     )
-    _emit[grid](
-        length, live, total, run, bound, candidate, place, index, slots, tiles, width, BLOCK=2048, num_warps=4, **common
-    )
+    programs = batch * sets * tiles
+    span = 1 if programs <= 256 else 2 if programs <= 1024 else 4
+    _emit[(triton.cdiv(tiles, span), sets, batch)](
+        length, live, total, run, bound, candidate, place, index, slots, tiles, width, SPAN=span, BLOCK=2048,
+        num_warps=4, **common,
+    )  # fmt: skip
     return index

@@ -198,12 +198,22 @@ def test_a_selection_is_exact_wherever_its_threshold_lies(share, spread, padding
     scores, valid = oracle.scores_of(q, k, int(length), mask, scale)
     importance = oracle.importance_of(scores, 2, share)
     args = on_device((q, k, v, length, mask, scale))
-    for budget, sinks, recent in ((1, 0, 0), (700, 4, 64), (2400, 4, 1048)):
+    for budget, sinks, recent in ((1, 0, 0), (90, 4, 8), (700, 4, 64), (2400, 4, 1048)):
         index = IMPLEMENTATIONS["triton"].select_attention(*args, budget, 0.0, sinks, recent, share)[1]
         check_index(index, importance, valid, budget, 0.0, sinks, recent, slack=1e-5)
         if spread == 0.0:
             expected = reference.select_attention(*args, budget, 0.0, sinks, recent, share)[1]
             assert torch.equal(index, expected)
+
+
+# Two tiles a program that writes positions, and four: the interpreter would take minutes
+@pytest.mark.parametrize("batch", [8] if DEVICE == "cpu" else [8, 28])
+def test_a_selection_of_many_sets(batch):
+    (q, k, v, length, mask, scale), _ = make_case(batch=batch, heads=(8, 8), head_dim=16, slots=5000, length=4900)
+    scores, valid = oracle.scores_of(q, k, int(length), mask, scale)
+    args = on_device((q, k, v, length, mask, scale))
+    index = IMPLEMENTATIONS["triton"].select_attention(*args, 300, 0.0, 4, 64, "kv_head")[1]
+    check_index(index, oracle.importance_of(scores, 8, "kv_head"), valid, 300, 0.0, 4, 64, slack=1e-5)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

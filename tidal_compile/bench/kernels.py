@@ -146,9 +146,12 @@ def variants(size: Size, device: torch.device) -> dict[str, Callable[[Inputs], o
 def _dense_and_topk(x: Inputs, size: Size) -> tuple[Tensor, Tensor]:
     """The dense scan with its scores, summed in groups, and PyTorch's top-k of them."""
     from ..kernels.dense import scan
+    from ..kernels.split import merge
 
-    out, lse, scores = scan(x.q, x.k, x.v, x.length, x.mask, x.scale, None, 0.0, write_scores=True)
-    scores = scores[..., : size.context]
+    out = torch.empty_like(x.q)
+    splits = scan(*x.attention, 0.0, write_scores=True)
+    lse = merge(splits, None, out)
+    scores = splits.scores[..., : size.context]
     if size.sets < size.heads:
         scores = (scores - lse[..., None]).exp2().view(size.batch, size.sets, -1, size.context).sum(2)
     return out, scores.topk(min(size.budget, size.context)).indices
