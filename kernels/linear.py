@@ -1,14 +1,15 @@
-"""`linear` in Triton: matrix-vector products at the speed of memory. Reference: `reference.linear`.
+"""`linear` in Triton: products of a weight and a few tokens at the speed of memory. Reference: `reference.linear`.
 
-For one token a linear layer is bound by reading its weight once. One program an output row: its loads are independent
-and all in flight at once; on Hopper the first ones start while the kernel before still runs, as that writes no weight.
+For a few tokens a linear layer is bound by reading its weight once. One token: one program an output row; its loads are
+independent and all in flight at once. Several: a tile of rows a program, for the tensor cores. On Hopper, first loads
+start while the kernel before still runs, as that writes no weight.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .split import may_launch_next, overlap, wait_for_previous
+from .split import dot, may_launch_next, overlap, wait_for_previous
 
 
 @triton.jit
@@ -40,16 +41,61 @@ def _row(
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty))
 
 
+@triton.jit
+def _rows(
+    x_ptr, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_ptr, tokens, rows_0, rows_1, rows_2, columns,
+    TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N rows of one of three weights, times up to TOKENS rows of x."""
+    tile = tl.program_id(0)
+    tiles_0 = tl.cdiv(rows_0, BLOCK_N)
+    tiles_1 = tl.cdiv(rows_1, BLOCK_N)
+    weight, bias, rows, begin = weight_0, bias_0, rows_0, 0
+    if tile >= tiles_0 + tiles_1:
+        weight, bias, rows, begin = weight_2, bias_2, rows_2, rows_0 + rows_1
+        tile -= tiles_0 + tiles_1
+    elif tile >= tiles_0:
+        weight, bias, rows, begin = weight_1, bias_1, rows_1, rows_0
+        tile -= tiles_0
+    row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.arange(0, TOKENS)
+    column = tl.arange(0, BLOCK)
+    weights = weight + row.to(tl.int64)[:, None] * columns + column[None, :]
+    xs = x_ptr + token[:, None] * columns + column[None, :]
+    w = tl.load(weights, mask=(row[:, None] < rows) & (column[None, :] < columns), other=0.0)
+    wait_for_previous(PDL)
+    x = tl.load(xs, mask=(token[:, None] < tokens) & (column[None, :] < columns), other=0.0)
+    out = dot(x, tl.trans(w))  # [TOKENS, BLOCK_N]
+    for first in range(BLOCK, columns, BLOCK):
+        inside = (first + column < columns)[None, :]
+        w = tl.load(weights + first, mask=(row[:, None] < rows) & inside, other=0.0)
+        x = tl.load(xs + first, mask=(token[:, None] < tokens) & inside, other=0.0)
+        out += dot(x, tl.trans(w))
+    may_launch_next(PDL)
+    if HAS_BIAS:
+        out += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
+    outs = out_ptr + token[:, None] * (rows_0 + rows_1 + rows_2) + begin + row[None, :]
+    tl.store(outs, out.to(out_ptr.dtype.element_ty), mask=(token[:, None] < tokens) & (row[None, :] < rows))
+
+
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     """See `reference.linear`."""
-    rows = [weight.shape[0] for weight in weights]
     columns = x.shape[-1]
+    tokens = x.numel() // columns
+    rows = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
     out = x.new_empty(*x.shape[:-1], sum(rows))
-    block, warps = (max(128, triton.next_power_of_2(columns)), 4) if columns <= 4096 else (2048, 8)
     spare = 3 - len(weights)
-    _row[(sum(rows),)](
-        x, *weights, *weights[:1] * spare, *(biases or [None] * len(weights)), *(biases[:1] or [None]) * spare, out,
-        rows[0], sum(rows[:2]), columns, BLOCK=block, HAS_BIAS=bool(biases),
-        num_warps=warps if block > 1024 else 1, **overlap(x.device),
+    tensors = x.contiguous(), *weights, *weights[:1] * spare, *(biases or [None] * 3), *biases[:1] * spare
+    if tokens == 1:
+        block, warps = (max(128, triton.next_power_of_2(columns)), 4) if columns <= 4096 else (2048, 8)
+        _row[(sum(rows),)](
+            *tensors, out, rows[0], sum(rows[:2]), columns, BLOCK=block, HAS_BIAS=bool(biases),
+            num_warps=warps if block > 1024 else 1, **overlap(x.device),
+        )  # fmt: skip
+        return out
+    block_n, block, stages = 32, 512 // x.element_size(), 5
+    _rows[(sum(triton.cdiv(n, block_n) for n in rows),)](
+        *tensors, out, tokens, *rows, columns, TOKENS=16, BLOCK_N=block_n, BLOCK=block, HAS_BIAS=bool(biases),
+        num_warps=4, num_stages=stages, **overlap(x.device),
     )  # fmt: skip
     return out

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 SHARES = ("query_head", "kv_head", "layer")
+MOST_TOKENS = 16  # of a linear layer
 
 
 def full_attention(
@@ -99,7 +100,10 @@ def sparse_attention(
 
 
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """Up to three linear layers of one token `x [..., K]` side by side: `[..., N1 + N2 + N3]` for weights `[Ni, K]`."""
+    """Up to three linear layers of 1 to MOST_TOKENS tokens `x [..., K]` side by side: `[..., N1 + N2 + N3]`.
+
+    The weights are `[Ni, K]`.
+    """
     outs = [torch.nn.functional.linear(x, *layer) for layer in zip(weights, biases or [None] * 3, strict=False)]
     return torch.cat(outs, -1)
 

@@ -38,7 +38,7 @@ def after_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b):
+def dot(a, b):
     """Matrix product in float32 without tf32. The interpreter would multiply bfloat16 as the integers it stores."""
     if INTERPRETED:
         a = a.to(tl.float32)
@@ -96,7 +96,7 @@ def load_values(v_ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def score_tile(q, k, valid, bias, scale, CAP: tl.constexpr):
     """Base-2 scores `[ROWS, N]` of keys `[BLOCK_D, N]`; -inf for tokens that don't count, whatever their keys are."""
-    score = (_cap(_dot(q, k) * scale, CAP) + bias[None, :]) * LOG2E
+    score = (_cap(dot(q, k) * scale, CAP) + bias[None, :]) * LOG2E
     return tl.where(valid[None, :], score, float("-inf"))
 
 
@@ -114,7 +114,7 @@ def weigh_tile(score, v, valid, m, l, acc, MASK: tl.constexpr):
     weight = tl.exp2(score - shift[:, None])
     decay = tl.exp2(m - shift)
     l = l * decay + tl.sum(weight, 1)
-    acc = acc * decay[:, None] + _dot(weight.to(v.dtype), v)
+    acc = acc * decay[:, None] + dot(weight.to(v.dtype), v)
     return new_m, l, acc
 
 

@@ -56,7 +56,8 @@ def main():
         length = torch.tensor(300)
         for columns, weights in ((512, 1), (5000, 3)):
             weight, bias = torch.zeros(64, columns, dtype=dtype), [] if masking else [torch.zeros(64, dtype=dtype)]
-            linear.linear(torch.zeros(1, columns, dtype=dtype), [weight] * weights, bias * weights)
+            for tokens in (1, 3):
+                linear.linear(torch.zeros(tokens, columns, dtype=dtype), [weight] * weights, bias * weights)
         dense.full_attention(q, k, k, length, mask, 0.1, **extra)
         for share in ("query_head", "kv_head", "layer"):
             index = select.select_attention(q, k, k, length, mask, 0.1, 64, 0.0, 4, 8, share, **extra)[1]

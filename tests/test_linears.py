@@ -1,4 +1,4 @@
-"""The pass that puts linear layers of a one-token step through `tidal::linear`: what it takes, and what it leaves."""
+"""The pass that puts linear layers of a decode step through `tidal::linear`: what it takes, and what it leaves."""
 
 import pytest
 import torch
@@ -44,8 +44,13 @@ def test_biases(joined):
     assert joined == [[3, 1, 2, 1] * 6 + [1]]
 
 
-def test_several_sequences_are_left_alone(joined):
+def test_several_sequences(joined):
     compiled(tiny_model(), batch=2)
+    assert joined == [[3, 1, 2, 1] * 6 + [1]]
+
+
+def test_many_sequences_are_left_alone(joined):
+    compiled(tiny_model(), batch=17)
     assert joined == [[]]
 
 

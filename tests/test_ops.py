@@ -307,13 +307,14 @@ LINEAR = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", LINEAR)
+@pytest.mark.parametrize("tokens", [1, 3, 16])
 @pytest.mark.parametrize("name", ["reference", "triton"])
-def test_linear_layers_side_by_side(name, case, dtype):
+def test_linear_layers_side_by_side(name, tokens, case, dtype):
     from tidal_compile.kernels import linear
 
     rows, columns, biased = LINEAR[case]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 1, columns, generator=generator).to(dtype)
+    x = torch.randn(tokens, 1, columns, generator=generator).to(dtype)
     weights = [(torch.randn(n, columns, generator=generator) / columns**0.5).to(dtype) for n in rows]
     biases = [torch.randn(n, generator=generator).to(dtype) for n in rows] if biased else []
     impl = reference.linear if name == "reference" else linear.linear
@@ -364,7 +365,7 @@ def test_bad_arguments_are_named():
     ]
     x, weight = torch.zeros(1, 8, device=DEVICE), torch.zeros(4, 8, device=DEVICE)
     bad += [
-        (ops.linear, (x.repeat(2, 1), [weight], []), "x must be one contiguous token"),
+        (ops.linear, (x.repeat(17, 1), [weight], []), "x must be 1 to 16 tokens"),
         (ops.linear, (x, [weight] * 4, []), "1 to 3 weights"),
         (ops.linear, (x, [weight, weight.T], []), "a weight must be contiguous"),
         (ops.linear, (x, [weight], [x[0]]), "a bias must be contiguous"),

@@ -45,7 +45,7 @@ class Options:
     policy: Any
     strict: bool = True
     cuda_graphs: bool | None = None  # None: on a CUDA device
-    linears: bool | None = None  # through our own kernel, in a step of one token; None: on a CUDA device
+    linears: bool | None = None  # through our own kernel, for up to 16 sequences; None: on a CUDA device
     inductor: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)  # of the policy's defaults
 
