@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import MOST_TOKENS
 from .split import dot, may_launch_next, overlap, wait_for_previous
 
 
@@ -93,9 +94,10 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
             num_warps=warps if block > 1024 else 1, **overlap(x.device),
         )  # fmt: skip
         return out
-    block_n, block, stages = 32, 512 // x.element_size(), 5
+    block_n, stages = (64, 5) if sum(rows) >= 6144 else (32, 8)  # fewer, longer rows: a program a processor
     _rows[(sum(triton.cdiv(n, block_n) for n in rows),)](
-        *tensors, out, tokens, *rows, columns, TOKENS=16, BLOCK_N=block_n, BLOCK=block, HAS_BIAS=bool(biases),
+        *tensors, out, tokens, *rows, columns, TOKENS=MOST_TOKENS, BLOCK_N=block_n,
+        BLOCK=256 // x.element_size(), HAS_BIAS=bool(biases),
         num_warps=4, num_stages=stages, **overlap(x.device),
     )  # fmt: skip
     return out
