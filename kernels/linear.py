@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import MOST_TOKENS
+from .reference import most_tokens
 from .split import dot, may_launch_next, overlap, wait_for_previous
 
 
@@ -96,8 +96,7 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
         return out
     block_n, stages = (64, 5) if sum(rows) >= 6144 else (32, 8)  # fewer, longer rows: a program a processor
     _rows[(sum(triton.cdiv(n, block_n) for n in rows),)](
-        *tensors, out, tokens, *rows, columns, TOKENS=MOST_TOKENS, BLOCK_N=block_n,
-        BLOCK=256 // x.element_size(), HAS_BIAS=bool(biases),
-        num_warps=4, num_stages=stages, **overlap(x.device),
+        *tensors, out, tokens, *rows, columns, TOKENS=most_tokens(x.dtype), BLOCK_N=block_n, BLOCK=128,
+        HAS_BIAS=bool(biases), num_warps=4, num_stages=stages, **overlap(x.device),
     )  # fmt: skip
     return out

@@ -127,7 +127,7 @@ def _(q, k, v, index, length, mask, scale, sink=None, softcap=0.0):
 
 @torch.library.custom_op("tidal::linear", mutates_args=(), device_types="cuda")
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """Linear layers of up to 16 tokens that share their input, side by side; no biases, or one each."""
+    """Linear layers of a few tokens that share their input, side by side; no biases, or one each."""
     from . import linear
 
     _check_linear(x, weights, biases)
@@ -147,8 +147,9 @@ def _(x, weights, biases):
 
 
 def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
-    if not 1 <= x.numel() // max(1, x.shape[-1]) <= reference.MOST_TOKENS:
-        raise ValueError(f"tidal: x must be 1 to {reference.MOST_TOKENS} tokens [..., K], found {tuple(x.shape)}")
+    most = reference.most_tokens(x.dtype)
+    if not 1 <= x.numel() // max(1, x.shape[-1]) <= most:
+        raise ValueError(f"tidal: x must be 1 to {most} tokens [..., K] in {x.dtype}, found {tuple(x.shape)}")
     if not 1 <= len(weights) <= 3 or len(biases) not in (0, len(weights)):
         raise ValueError(f"tidal: 1 to 3 weights, and as many biases or none, found {len(weights)} and {len(biases)}")
     for weight in weights:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 SHARES = ("query_head", "kv_head", "layer")
-MOST_TOKENS = 16  # of a linear layer
 
 
 def full_attention(
@@ -100,12 +99,14 @@ def sparse_attention(
 
 
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """Up to three linear layers of 1 to MOST_TOKENS tokens `x [..., K]` side by side: `[..., N1 + N2 + N3]`.
-
-    The weights are `[Ni, K]`.
-    """
+    """Up to 3 linear layers of a few tokens side by side: `x [..., K]`, weights `[Ni, K]` -> `[..., N1 + N2 + N3]`."""
     outs = [torch.nn.functional.linear(x, *layer) for layer in zip(weights, biases or [None] * 3, strict=False)]
     return torch.cat(outs, -1)
+
+
+def most_tokens(dtype: torch.dtype) -> int:
+    """Tokens that `linear` takes: a tile of the tensor cores, which have no float32."""
+    return 16 if dtype.itemsize == 2 else 1
 
 
 def index_width(budget: int, ratio: float, slots: int) -> int:

@@ -2,14 +2,14 @@
 
 Graph in: Dynamo's decode graph, in which every layer calls
 
-    linear(x, weight, bias)            x [B, 1, K] for up to 16 sequences, the weight [N, K] a graph input
+    linear(x, weight, bias)            x [B, 1, K], the weight [N, K] a graph input
 
 Graph out: the same graph object, edited in place, where up to three of them that read the same x are
 
     joined = tidal::linear(x, [weights], [biases]);  joined[..., :N1], joined[..., N1:N1 + N2], ...
 
 A product with few tokens is bound by reading the weight, which the libraries' kernels do well only for large weights.
-Left alone: more tokens, weights that are quantized, computed or of another dtype than x.
+Left alone: more than 16 sequences (one in float32), weights that are quantized, computed or of another dtype than x.
 """
 
 import itertools
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..kernels.reference import MOST_TOKENS
+from ..kernels.reference import most_tokens
 from .forms import target_name
 from .rewrite import insert_call
 
@@ -48,7 +48,7 @@ def _streams_a_weight(node: fx.Node) -> bool:
     return (
         all(one.op in ("placeholder", "get_attr") for one in (weight, bias) if one is not None)
         and all(_is_plain(value) and value.dtype == values[0].dtype and value.is_contiguous() for value in values)
-        and values[0].numel() <= MOST_TOKENS * values[0].shape[-1]
+        and values[0].numel() <= most_tokens(values[0].dtype) * values[0].shape[-1]
         and not any(user.op == "call_method" and user.target.endswith("_") for user in x.users)
     )
 

@@ -27,11 +27,13 @@ def joined(monkeypatch):
     return seen
 
 
-def compiled(model, batch=1, **options):
+def compiled(model, batch=1, tolerance=1e-4, **options):
     step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "full", "linears": True, **options})
     prompt, tokens = random_tokens(batch, PROMPT), random_tokens(batch, TOKENS, seed=2)
     got = decode_logits(step, prefilled(model, prompt, 64), tokens)
-    torch.testing.assert_close(got, decode_logits(model, prefilled(model, prompt, 64), tokens), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        got, decode_logits(model, prefilled(model, prompt, 64), tokens), atol=tolerance, rtol=tolerance
+    )
 
 
 def test_layers_of_one_input_share_a_launch(joined):
@@ -45,12 +47,13 @@ def test_biases(joined):
 
 
 def test_several_sequences(joined):
-    compiled(tiny_model(), batch=2)
+    compiled(tiny_model().half(), batch=2, tolerance=2e-2)
     assert joined == [[3, 1, 2, 1] * 6 + [1]]
 
 
-def test_many_sequences_are_left_alone(joined):
-    compiled(tiny_model(), batch=17)
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float16, 17), (torch.float32, 2)])
+def test_more_sequences_are_left_alone(joined, dtype, batch):
+    compiled(tiny_model().to(dtype), batch=batch, tolerance=2e-2)
     assert joined == [[]]
 
 

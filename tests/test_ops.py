@@ -305,9 +305,11 @@ LINEAR = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [(1, torch.float32), *((n, dtype) for n in (1, 3, 16) for dtype in (torch.bfloat16, torch.float16))],
+)
 @pytest.mark.parametrize("case", LINEAR)
-@pytest.mark.parametrize("tokens", [1, 3, 16])
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_linear_layers_side_by_side(name, tokens, case, dtype):
     from tidal_compile.kernels import linear
@@ -365,7 +367,8 @@ def test_bad_arguments_are_named():
     ]
     x, weight = torch.zeros(1, 8, device=DEVICE), torch.zeros(4, 8, device=DEVICE)
     bad += [
-        (ops.linear, (x.repeat(17, 1), [weight], []), "x must be 1 to 16 tokens"),
+        (ops.linear, (x.repeat(17, 1), [weight], []), "x must be 1 to 1 tokens"),
+        (ops.linear, (x.half().repeat(17, 1), [weight.half()], []), "x must be 1 to 16 tokens"),
         (ops.linear, (x, [weight] * 4, []), "1 to 3 weights"),
         (ops.linear, (x, [weight, weight.T], []), "a weight must be contiguous"),
         (ops.linear, (x, [weight], [x[0]]), "a bias must be contiguous"),
