@@ -7,8 +7,9 @@ print(tidal_compile.explain(model, policy))
 """
 
 from .backend import compile_config
+from .calibrate import calibrate
 from .errors import PolicyError, TidalError, UnsupportedModelError
 from .explain import explain
 from .policy import Policy
 
-__all__ = ["Policy", "PolicyError", "TidalError", "UnsupportedModelError", "compile_config", "explain"]
+__all__ = ["Policy", "PolicyError", "TidalError", "UnsupportedModelError", "calibrate", "compile_config", "explain"]

