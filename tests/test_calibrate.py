@@ -6,18 +6,17 @@ import json
 import pytest
 import torch
 from models import decode_logits, family_model, prefilled, random_tokens, tiny_model
-from oracle import OracleModel, attend, choose, importance_of, sets_as_mask
+from oracle import OracleModel, attend, choose, importance_of, scores_of, sets_as_mask
 from test_exactness import oracle_roles, tidal_step
 from typer.testing import CliRunner
 
 import tidal_compile as tc
 from tidal_compile import cli
-from tidal_compile.calibrate.replay import Block, Call, Context, replay
+from tidal_compile.calibrate.replay import Block, Call, Tokens, make_context, replay
 from tidal_compile.calibrate.search import Score, dense_predictions, measure, search
 from tidal_compile.calibrate.statistics import best_selections, layer_losses, total_loss
 from tidal_compile.calibrate.tasks import default_text, make_contexts
 from tidal_compile.policy import LayerRole
-from tidal_compile.run import windows
 
 PROMPT, STEPS = 90, 12
 LAYERS = {"0-1": "full", "2": "select", "3": "reuse", "4": "select", "5": "reuse"}
@@ -45,7 +44,7 @@ TEXT = "".join(f"Line {n} says that {n * 7919 % 1000} comes before {n * 104729 %
 
 def context_of(model, prompt, tokens, dense=0):
     cache = prefilled(model, prompt, prompt.shape[1] + tokens.shape[1] + 7)  # and room for garbage
-    return Context(cache, prompt.shape[1], (Block("text", tokens, dense),), windows(cache))
+    return make_context(model, cache, prompt.shape[1], [Block("text", tokens, dense)])
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -73,8 +72,8 @@ def test_leading_tokens_of_a_block_belong_to_the_prompt():
 def test_blocks_of_one_pass_are_blind_to_each_other():
     policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES["kv_head"]})
     model, prompt = tiny_model(), random_tokens(1, PROMPT)
-    blocks = tuple(Block("text", random_tokens(1, size, seed=size), dense) for size, dense in ((12, 5), (3, 0), (9, 8)))
-    context = Context(prefilled(model, prompt, PROMPT + 40), PROMPT, blocks)
+    blocks = [Block("text", random_tokens(1, size, seed=size), dense) for size, dense in ((12, 5), (3, 0), (9, 8))]
+    context = make_context(model, prefilled(model, prompt, PROMPT + 40), PROMPT, blocks)
     for block, got in zip(blocks, replay(model, context, policy.roles), strict=True):
         whole = torch.cat([prompt, block.tokens[:, : block.dense]], 1)
         expected = OracleModel(model, oracle_roles(policy)).logits(whole, block.tokens[:, block.dense :])
@@ -96,17 +95,18 @@ def test_a_block_equals_compiled_steps(family):
 @pytest.mark.parametrize("share", ["query_head", "kv_head", "layer"])
 def test_a_call_chooses_and_attends_as_defined(share):
     generator = torch.Generator().manual_seed(0)
-    m, num_kv_heads, group, n = 5, 2, 3, 40
-    scores = torch.randn(m, num_kv_heads, group, n, generator=generator) * 3
-    values = torch.randn(num_kv_heads, n, 8, generator=generator)
-    valid = torch.arange(n) <= torch.arange(30, 30 + m)[:, None]
-    nobody = torch.zeros(m, dtype=torch.bool)
-    call = Call(0, scores.masked_fill(~valid[:, None, None], -torch.inf), values, None, nobody.long(), nobody)
+    m, num_kv_heads, group, n, head_dim = 5, 2, 3, 40, 8
+    q = torch.randn(m, num_kv_heads, group, head_dim, generator=generator) * 3
+    k, v = torch.randn(2, num_kv_heads, n, head_dim, generator=generator)
+    sees = torch.arange(n) <= torch.arange(30, 30 + m)[:, None]
+    dense = torch.tensor([True, False, False, False, False])
+    call = Call(0, q, k, v, sees, 0.3, 0.0, None, Tokens(dense.long(), dense.long(), dense.long(), dense))
     chosen = call.choose(LayerRole(0, "select", None, 9, 0.0, 2, 3, share))
-    flat = call.scores.flatten(1, 2).double()
-    sets = choose(importance_of(flat, num_kv_heads, share), valid, 9, 0.0, 2, 3)
-    expected = attend(flat, values.expand(m, -1, -1, -1), sets_as_mask(sets, num_kv_heads * group, n))
-    torch.testing.assert_close(call.attend(chosen).double(), expected[:, :, 0], atol=1e-5, rtol=1e-5)
+    flat, _ = scores_of(q.flatten(1, 2)[:, :, None], k.expand(m, -1, -1, -1), n, sees[:, None, None], 0.3)
+    sets = sets_as_mask(choose(importance_of(flat, num_kv_heads, share), sees, 9, 0.0, 2, 3), num_kv_heads * group, n)
+    sets[0] = True
+    expected = attend(flat, v.expand(m, -1, -1, -1), sets)[:, :, 0].view(m, num_kv_heads, group, head_dim)
+    torch.testing.assert_close(call.attend(chosen).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_layer_losses_are_what_a_layer_loses():
@@ -118,14 +118,13 @@ def test_layer_losses_are_what_a_layer_loses():
     assert (losses.tril(-1) == 0).all() and (losses.triu() > 0).sum() == 21
     seen = {}
     full = [LayerRole(layer, "full") for layer in range(6)]
-    replay(model, context, full, lambda _, call: seen.setdefault(call.layer, call))
+    replay(model, context, full, lambda call: seen.setdefault(call.layer, call))
     for i, j in ((0, 0), (1, 4), (3, 5)):
-        flat = seen[i].scores.flatten(1, 2).double()
+        flat, other = (seen[layer].scores().flatten(1, 2).double() for layer in (i, j))
         valid = flat[:, 0] > -torch.inf
         sets = sets_as_mask(choose(importance_of(flat, 2, "kv_head"), valid, 12, 0.0, 2, 4), 4, flat.shape[2])
         exact, sparse = (
-            attend(seen[j].scores.flatten(1, 2).double(), seen[j].values.expand(STEPS, -1, -1, -1), allowed)[4:]
-            for allowed in (None, sets)
+            attend(other, seen[j].values.expand(STEPS - 4, -1, -1, -1), allowed) for allowed in (None, sets)
         )
         expected = ((sparse - exact).square().sum((1, 2, 3)) / exact.square().sum((1, 2, 3))).mean()
         assert losses[i, j].item() == pytest.approx(expected.item(), rel=1e-3)
@@ -295,7 +294,7 @@ def test_the_command_line(monkeypatch, tmp_path, capsys):
     assert code == 0 and json.loads(shown)["calibration"]["trace"] == policy.calibration["trace"]
     for wrong, message in (
         ([*command, "--weight", "answer"], "kind=number"),
-        (["calibrate", "--model", "tiny", "--text", tmp_path / "none.txt"], "none.txt: can't read"),
+        ([*command, "--text", tmp_path / "none.txt"], "none.txt: can't read"),
         (["calibrate", "--model", "random:llama-3.1-8b"], "random weights"),
     ):
         _, _, problem = run(*wrong)

@@ -2,17 +2,19 @@
 
 A block of tokens follows a prefilled context. At layer l, the query of its i-th token sees the context and the
 block's tokens up to i, whose keys all come from that layer under the same policy: so one pass over the layers gives
-what decoding one by one gives. Each query of a selection layer chooses its own tokens; leading tokens of a block may
-be dense, as those of a prompt are. All blocks of a context share a pass, each blind to the others, unless a layer
-forgets tokens (a sliding window).
+what decoding one by one gives. Each query of a selection layer chooses its own tokens. Leading tokens of a block may
+be dense, as those of a prompt are.
 
-Plain PyTorch over Hugging Face's attention interface, with the definitions of `kernels/reference.py`: a layer that
-reuses tokens costs as much as a dense one here, which is what lets any policy be tried without compiling it.
+All blocks of a context share a pass, each blind to the others, and what a prompt leaves in the cache is computed once;
+unless a layer forgets tokens (a sliding window), where every block is a pass of its own.
+
+Plain PyTorch over Hugging Face's attention interface, with the definitions of `kernels/reference.py`, so that any
+policy can be tried without compiling it.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from ..kernels import reference
 from ..policy import LayerRole
-from ..run import rewind
+from ..run import rewind, windows
 
 NAME = "tidal_replay"
 
@@ -42,117 +44,181 @@ class Block:
 
 @dataclass(frozen=True)
 class Context:
-    """A prefilled static cache of `length` tokens with room for all blocks, each of which starts from there."""
+    """A prefilled static cache of `length` tokens with room for all blocks, each of which starts from there.
+
+    Make one with `make_context`. `windows` are copies of the layers that forget tokens.
+    """
 
     cache: Any
     length: int
     blocks: tuple[Block, ...]
-    windows: dict[int, Any] = field(default_factory=dict)
+    windows: dict[int, Any]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a pass: `ids [m]`, their block and their place in it `[m]`, and whether they are dense `[m]`."""
+
+    ids: Tensor
+    block: Tensor
+    place: Tensor
+    dense: Tensor
+
+
+@torch.no_grad()
+def make_context(model: nn.Module, cache: Any, length: int, blocks: Sequence[Block]) -> Context:
+    """A context from a cache that holds `length` tokens: the blocks' prompts are added to it."""
+    context = Context(cache, length, tuple(blocks), windows(cache))
+    prompts, _ = _tokens(context.blocks)
+    if not context.windows and len(prompts.ids):
+        _one_pass(model, context, prompts, prompts, None, None)
+    return context
 
 
 @torch.no_grad()
 def replay(
-    model: nn.Module, context: Context, roles: Sequence[LayerRole],
-    observe: Callable[[Sequence[Block], "Call"], None] | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """Logits `[m - dense, vocab]` in float32 of each block's sparse steps; `observe(blocks, call)` sees every call."""
-    logits: list[Tensor] = []
-    for blocks in [[block] for block in context.blocks] if context.windows else [context.blocks]:
+    model: nn.Module, context: Context, roles: Sequence[LayerRole], observe: Callable[["Call"], None] | None = None
+) -> list[Tensor]:
+    """Logits `[m - dense, vocab]` in float32 of each block's sparse steps; `observe` sees every attention call."""
+    prompts, steps = _tokens(context.blocks)
+    if not context.windows:
+        rewind(context.cache, context.length + len(prompts.ids))
+        logits = _one_pass(model, context, steps, _joined(prompts, steps), roles, observe)
+        return list(logits.split([block.steps for block in context.blocks]))
+    rows = []
+    for number in range(len(context.blocks)):
         rewind(context.cache, context.length, context.windows)
-        logits += _one_pass(model, context, blocks, roles, observe)
-    return logits
+        both = _joined(*(_only(tokens, number) for tokens in (prompts, steps)))
+        rows.append(_one_pass(model, context, both, None, roles, observe)[~both.dense])
+    return rows
 
 
 def _one_pass(
-    model: nn.Module, context: Context, blocks: Sequence[Block], roles: Sequence[LayerRole],
-    observe: Callable[[Sequence[Block], "Call"], None] | None,
-) -> list[Tensor]:  # fmt: skip
-    sizes = [block.tokens.shape[1] for block in blocks]
-    place = torch.cat([torch.arange(size) for size in sizes]).to(model.device)  # in its block
-    number = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(model.device)
-    dense = place < torch.tensor([block.dense for block in blocks], device=model.device)[number]
-    apart = (number[:, None] == number) & (place[:, None] >= place)  # which of the pass's tokens a query sees
+    model: nn.Module, context: Context, tokens: Tokens, cached: Tokens | None, roles: Sequence[LayerRole] | None,
+    observe: Callable[["Call"], None] | None,
+) -> Tensor:  # fmt: skip
+    """Logits `[m, vocab]` of the tokens, which `cached`, the last ones included, stand behind the context.
+
+    None: the model's own mask says what they see. Without roles every layer is full.
+    """
+    sees = None if cached is None else (tokens.block[:, None] == cached.block) & (tokens.place[:, None] >= cached.place)
     sets: dict[int, Tensor] = {}
 
     def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        mask = attention_mask if len(blocks) == 1 else _sees(context.length, apart, key.shape[2])
-        scores = _scores(query, key, mask, scale, softcap)
-        call = Call(module.layer_idx, scores, value[0], s_aux, number, dense)
-        role = roles[call.layer]
-        if role.role == "select":
+        num_heads, m, head_dim = query.shape[1:]
+        num_kv_heads, n = key.shape[1:3]
+        mask = attention_mask[..., :n].reshape(m, n) if sees is None else _behind(context.length, sees, n)
+        call = Call(
+            module.layer_idx, query[0].float().view(num_kv_heads, -1, m, head_dim).permute(2, 0, 1, 3), key[0].float(),
+            value[0].float(), mask, head_dim**-0.5 if scaling is None else scaling, softcap or 0.0, s_aux, tokens,
+        )  # fmt: skip
+        role = None if roles is None else roles[call.layer]
+        if role is not None and role.role == "select":
             sets[call.layer] = call.choose(role)
         if observe is not None:
-            observe(blocks, call)
-        out = call.attend(sets[role.source] if role.role == "reuse" else None)
-        return out[None].to(query.dtype), None
+            observe(call)
+        out = call.attend(sets[role.source] if role is not None and role.role == "reuse" else None)
+        return out.reshape(1, m, num_heads, head_dim).to(query.dtype), None
 
     with _attention(model, attend):
         out = model(
-            input_ids=torch.cat([block.tokens for block in blocks], 1), position_ids=(context.length + place)[None],
-            past_key_values=context.cache, use_cache=True, logits_to_keep=(~dense).nonzero()[:, 0],
+            input_ids=tokens.ids[None], position_ids=(context.length + tokens.place)[None],
+            past_key_values=context.cache, use_cache=True,
         )  # fmt: skip
-    return list(out.logits[0].float().split([block.steps for block in blocks]))
+    return out.logits[0].float()
 
 
-def _sees(length: int, apart: Tensor, slots: int) -> Tensor:
-    """Which slots of the cache each query sees, `[m, slots]`: the context, and its own block as far as it has come."""
-    m = apart.shape[0]
-    sees = apart.new_zeros(m, slots)
-    sees[:, :length] = True
-    sees[:, length : length + m] = apart
-    return sees
+def _behind(length: int, sees: Tensor, slots: int) -> Tensor:
+    """Which slots of the cache each query sees `[m, slots]`: the context, and what `sees [m, c]` says of the next c."""
+    mask = sees.new_zeros(sees.shape[0], slots)
+    mask[:, :length] = True
+    mask[:, length : length + sees.shape[1]] = sees
+    return mask
+
+
+def _tokens(blocks: Sequence[Block]) -> tuple[Tokens, Tokens]:
+    """All prompts, and all steps."""
+    ids = torch.cat([block.tokens[0] for block in blocks])
+    sizes = torch.tensor([block.tokens.shape[1] for block in blocks])
+    number = torch.repeat_interleave(torch.arange(len(blocks)), sizes)
+    place = torch.arange(len(ids)) - (sizes.cumsum(0) - sizes)[number]
+    dense = place < torch.tensor([block.dense for block in blocks])[number]
+    number, place, dense = number.to(ids.device), place.to(ids.device), dense.to(ids.device)
+    every = Tokens(ids, number, place, dense)
+    return _where(every, dense), _where(every, ~dense)
+
+
+def _where(tokens: Tokens, which: Tensor) -> Tokens:
+    return Tokens(tokens.ids[which], tokens.block[which], tokens.place[which], tokens.dense[which])
+
+
+def _only(tokens: Tokens, number: int) -> Tokens:
+    return _where(tokens, tokens.block == number)
+
+
+def _joined(first: Tokens, second: Tokens) -> Tokens:
+    return Tokens(*(torch.cat(pair) for pair in zip(vars(first).values(), vars(second).values(), strict=True)))
 
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call: scores `[m, Hkv, g, n]`, -inf where a query may not look, and values `[Hkv, n, D]`.
-
-    `number [m]` is the block of each query among those of the pass, and `dense [m]` whether it belongs to the prompt.
-    """
+    """One attention call in float32: queries `[m, Hkv, g, D]`, keys and values `[Hkv, n, D]`, what each sees `[m, n]`."""
 
     layer: int
-    scores: Tensor
+    queries: Tensor
+    keys: Tensor
     values: Tensor
+    sees: Tensor
+    scale: float
+    softcap: float
     sink: Tensor | None
-    number: Tensor
-    dense: Tensor
+    tokens: Tokens
 
     def choose(self, role: LayerRole) -> Tensor:
-        """The tokens that each query chooses as a selection of this role: bool `[m, G, n]`, all for the dense ones."""
-        valid = self.scores[:, 0, 0] > -torch.inf
-        width = reference.index_width(role.budget, role.ratio, valid.shape[1])
-        wish = reference.importance(self.scores, role.share, self.sink)
-        index = reference.choose_tokens(wish, valid, width, role.budget, role.ratio, role.sinks, role.recent).long()
-        chosen = torch.zeros(*index.shape[:2], valid.shape[1] + 1, dtype=torch.bool, device=index.device)
-        chosen.scatter_(2, torch.where(index < 0, valid.shape[1], index), True)  # what is unused goes into a spare slot
-        chosen = chosen[..., :-1].clone()
-        chosen[self.dense] = True
-        return chosen
+        """The positions that each query chooses as a selection of this role: `[m, G, K]`, ascending, -1 beyond."""
+        width = reference.index_width(role.budget, role.ratio, self.sees.shape[1])
+        wish = reference.importance(self.scores(), role.share, self.sink)
+        return reference.choose_tokens(wish, self.sees, width, role.budget, role.ratio, role.sinks, role.recent)
 
     def attend(self, chosen: Tensor | None) -> Tensor:
-        """Attention to the chosen tokens `[m, G, n]` only, or to all: `[m, Hq, D]` in float32."""
-        m, num_kv_heads, group, n = self.scores.shape
-        scores = self.scores
-        if chosen is not None:
-            sets = chosen.view(m, num_kv_heads, -1, n) if chosen.shape[1] > 1 else chosen[:, None]
-            scores = scores.masked_fill(~sets, -torch.inf)
-        weights = reference.probabilities(scores, self.sink)
-        out = weights.permute(1, 0, 2, 3).reshape(num_kv_heads, m * group, n) @ self.values.float()
-        return out.view(num_kv_heads, m, group, -1).transpose(0, 1).reshape(m, num_kv_heads * group, -1)
+        """Attention to everything `[m, Hkv, g, D]`, or to the chosen tokens `[m, G, K]` only; dense tokens see all."""
+        if chosen is None:
+            return self._attend_all()
+        out = self._attend_chosen(chosen)
+        if self.tokens.dense.any():
+            out = torch.where(self.tokens.dense[:, None, None, None], self._attend_all(), out)
+        return out
 
+    def scores(self) -> Tensor:
+        """Scores `[m, Hkv, g, n]`, -inf where a query may not look."""
+        m, num_kv_heads, group, head_dim = self.queries.shape
+        rows = self.queries.transpose(0, 1).reshape(num_kv_heads, m * group, head_dim)
+        scores = self._capped(rows @ self.keys.mT).view(num_kv_heads, m, group, -1)
+        return scores.masked_fill_(~self.sees[:, None], -torch.inf).transpose(0, 1)
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """q `[1, Hq, m, D]`, k `[1, Hkv, n, D]` -> scores `[m, Hkv, g, n]` in float32."""
-    num_heads, m, head_dim = query.shape[1:]
-    num_kv_heads, n = key.shape[1:3]
-    q = query[0].float().reshape(num_kv_heads, -1, head_dim)  # [Hkv, g * m, D]
-    scores = (q @ key[0].float().mT * scale).view(num_kv_heads, num_heads // num_kv_heads, m, n)
-    if softcap:
-        scores = softcap * (scores / softcap).tanh()
-    if mask is None:
-        mask = torch.ones(m, n, dtype=torch.bool, device=query.device).tril(n - m)
-    return scores.masked_fill(~mask[..., :n].reshape(m, n), -torch.inf).permute(2, 0, 1, 3)
+    def _attend_all(self) -> Tensor:
+        m, num_kv_heads, group, _ = self.queries.shape
+        weights = reference.probabilities(self.scores(), self.sink)
+        out = weights.transpose(0, 1).reshape(num_kv_heads, m * group, -1) @ self.values
+        return out.view(num_kv_heads, m, group, -1).transpose(0, 1)
+
+    def _attend_chosen(self, chosen: Tensor) -> Tensor:
+        m, num_kv_heads, group, head_dim = self.queries.shape
+        heads = max(num_kv_heads, chosen.shape[1])  # one gather a head of this many
+        token = chosen.clamp(min=0).long().expand(m, heads, -1)
+        kv_head = torch.arange(heads, device=token.device)[:, None] // (heads // num_kv_heads)
+        queries = self.queries.reshape(m, heads, -1, head_dim)
+        scores = self._capped(queries @ self.keys[kv_head, token].mT)
+        scores = scores.masked_fill_((chosen < 0)[:, :, None], -torch.inf)
+        weights = scores.softmax(-1)
+        if self.sink is not None:
+            sink = self.sink.float().view(1, heads, -1, 1).expand(*scores.shape[:3], 1)
+            weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+        return (weights @ self.values[kv_head, token]).view(m, num_kv_heads, group, -1)
+
+    def _capped(self, products: Tensor) -> Tensor:
+        scores = products * self.scale
+        return self.softcap * (scores / self.softcap).tanh() if self.softcap else scores
 
 
 @contextlib.contextmanager

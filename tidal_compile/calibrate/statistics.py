@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..policy import LayerRole
-from .replay import Block, Call, Context, replay
+from .replay import Call, Context, replay
 
 
 def layer_losses(
@@ -30,15 +30,16 @@ def layer_losses(
     for context in contexts:
         sets: dict[int, Tensor] = {}
 
-        def observe(blocks: Sequence[Block], call: Call, sets: dict[int, Tensor] = sets) -> None:
+        shares = [weights[block.kind] / count[block.kind] / block.steps for block in context.blocks]
+
+        def observe(call: Call, sets: dict[int, Tensor] = sets, shares: list[float] = shares) -> None:
             if call.layer not in layers:
                 return
-            each = torch.tensor([weights[block.kind] / count[block.kind] / block.steps for block in blocks])
-            weight = each.to(call.scores.device)[call.number] * ~call.dense
+            weight = torch.tensor(shares, device=call.queries.device)[call.tokens.block] * ~call.tokens.dense
             sets[call.layer] = call.choose(role)
             exact = call.attend(None)
             for source, chosen in sets.items():
-                error = (call.attend(chosen) - exact).square().sum((1, 2)) / exact.square().sum((1, 2))
+                error = (call.attend(chosen) - exact).square().sum((1, 2, 3)) / exact.square().sum((1, 2, 3))
                 total[source, call.layer] += (weight * error).sum().item()
 
         replay(model, context, full, observe)

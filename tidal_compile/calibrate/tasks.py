@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import TidalError
 from ..evaluate.passkey import FILLER, NEEDLE, QUESTION
-from ..run import prefill, windows
-from .replay import Block, Context
+from ..run import prefill
+from .replay import Block, Context, make_context
 
 NAMES = (
     "Amber",
@@ -112,7 +112,7 @@ def _prefilled(model: nn.Module, ids: list[int], blocks: list[Block]) -> Context
         Block(block.kind, block.tokens.to(model.device), block.dense, _to(block.labels, model.device))
         for block in blocks
     )
-    return Context(cache, len(ids), moved, windows(cache))
+    return make_context(model, cache, len(ids), moved)
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
