@@ -162,7 +162,7 @@ def _joined(first: Tokens, second: Tokens) -> Tokens:
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call in float32: queries `[m, Hkv, g, D]`, keys and values `[Hkv, n, D]`, what each sees `[m, n]`."""
+    """In float32: queries `[m, Hkv, g, D]`, keys and values `[Hkv, n, D]`, who sees what `[m, n]`."""
 
     layer: int
     queries: Tensor
