@@ -1,7 +1,7 @@
 """The search for selection layers: from what the statistics say to what the model's answers say.
 
-Candidates are tuples of selection layers. The first come from the dynamic programme; then, round by round, each
-selection is moved to where the statistics put it best, and the real loss decides: the KL divergence of the sparse
+Candidates are tuples of selection layers. The first come from the dynamic programme; then, round by round, one
+selection is moved, what the statistics think best first, and the real loss decides: the KL divergence of the sparse
 model's predictions from the dense model's. The search keeps the best, and ends when no move helps or the tries are
 used up.
 """
@@ -17,7 +17,7 @@ from ..policy import LayerRole
 from .replay import Context, replay
 from .statistics import best_selections, total_loss
 
-BREADTH = 12  # moves tried a round, before it ends with the best of them
+BREADTH = 12  # moves of a round that are tried at least; then the first better one ends it
 
 
 @dataclass(frozen=True)
@@ -103,17 +103,19 @@ def search(
         yield found
         best = found if best is None or found.score.loss < best.score.loss else best
     improved = True
-    while improved and len(tried) < tries:
-        improved, round_best = False, best
+    while improved:
         moves = [move for move in _moves(best.selections, layers, dense) if move not in tried]
-        for move in sorted(moves, key=lambda move: total_loss(losses, layers, move))[:BREADTH]:
-            if len(tried) >= tries:
-                return
+        moves.sort(key=lambda move: (total_loss(losses, layers, move), move))
+        improved, round_best = False, best
+        for number, move in enumerate(moves):
+            if len(tried) >= tries or (improved and number >= BREADTH):
+                break
             found = attempt(move)
             yield found
             if found.score.loss < round_best.score.loss:
                 round_best, improved = found, True
         best = round_best
+        improved = improved and len(tried) < tries
 
 
 def _moves(selections: tuple[int, ...], layers: Sequence[int], dense: int) -> set[tuple[int, ...]]:
