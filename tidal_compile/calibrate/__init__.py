@@ -75,11 +75,12 @@ def calibrate(
         )
     settings = {"budget": budget, "sinks": sinks, "recent": recent, "share": share}
 
+    role = _policy(num_layers, layers, layers[:1], settings).roles[layers[0]]
+
     made = []
     for one in make_contexts(model, tokenizer, text, context, contexts, seed=seed):
         made.append(one)
         report(Progress("prefill", len(made), contexts))
-    role = _policy(num_layers, layers, layers[:1], settings).roles[layers[0]]
     done = 0
 
     def advance() -> None:
@@ -107,11 +108,10 @@ def calibrate(
     interrupted = False
     try:
         for number in [selections] if selections is not None else range(1, len(layers) + 1):
-            best = None
-            for found in search(score, losses, layers, number, dense, tries, known):
+            for count, found in enumerate(search(score, losses, layers, number, dense, tries, known), 1):
                 trace.append({"selections": list(found.selections), "loss": round(found.score.loss, 6)})
                 best = found if best is None or found.score.loss < best.score.loss else best
-                report(Progress(f"search, {number} selections", len(trace), tries, best))
+                report(Progress(f"search, {number} selections", count, tries, best))
                 if selections is None and _reached(best.score, max_kl, min_agreement):
                     break
             if selections is not None or _reached(best.score, max_kl, min_agreement):

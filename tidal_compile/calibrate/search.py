@@ -1,9 +1,8 @@
 """The search for selection layers: from what the statistics say to what the model's answers say.
 
-Candidates are tuples of selection layers. The first come from the dynamic programme; then, round by round, one
-selection is moved, what the statistics think best first, and the real loss decides: the KL divergence of the sparse
-model's predictions from the dense model's. The search keeps the best, and ends when no move helps or the tries are
-used up.
+Candidates are tuples of selection layers. The first come from the dynamic programme. Then, turn by turn, the best
+candidate that had no turn yet has one of its selections moved, to where the statistics like it best, in a few ways. The
+real loss decides: the KL divergence of the sparse model's predictions from the dense model's.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ from ..policy import LayerRole
 from .replay import Context, replay
 from .statistics import best_selections, total_loss
 
-BREADTH = 12  # moves of a round that are tried at least; then the first better one ends it
+BREADTH = 12  # moves of a candidate in one turn
 
 
 @dataclass(frozen=True)
@@ -97,25 +96,19 @@ def search(
             scores[candidate] = score(candidate)
         return Found(candidate, scores[candidate], new)
 
-    best: Found | None = None
     for _, candidate in best_selections(losses, layers, selections, dense):
-        found = attempt(candidate)
-        yield found
-        best = found if best is None or found.score.loss < best.score.loss else best
-    improved = True
-    while improved:
-        moves = [move for move in _moves(best.selections, layers, dense) if move not in tried]
-        moves.sort(key=lambda move: (total_loss(losses, layers, move), move))
-        improved, round_best = False, best
-        for number, move in enumerate(moves):
-            if len(tried) >= tries or (improved and number >= BREADTH):
-                break
-            found = attempt(move)
-            yield found
-            if found.score.loss < round_best.score.loss:
-                round_best, improved = found, True
-        best = round_best
-        improved = improved and len(tried) < tries
+        yield attempt(candidate)
+    turns: dict[tuple[int, ...], int] = {}
+    while len(tried) < tries:
+        moves = {one: [move for move in _moves(one, layers, dense) if move not in tried] for one in tried}
+        open_ones = [one for one in tried if moves[one]]
+        if not open_ones:
+            return
+        origin = min(open_ones, key=lambda one: (turns.get(one, 0), scores[one].loss, one))
+        turns[origin] = turns.get(origin, 0) + 1
+        likely = sorted(moves[origin], key=lambda move: (total_loss(losses, layers, move), move))
+        for move in likely[: min(BREADTH, tries - len(tried))]:
+            yield attempt(move)
 
 
 def _moves(selections: tuple[int, ...], layers: Sequence[int], dense: int) -> set[tuple[int, ...]]:

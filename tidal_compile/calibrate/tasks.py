@@ -42,7 +42,7 @@ FACTS = 3  # by name, of a context
 
 
 def make_contexts(
-    model: nn.Module, tokenizer: Any, text: str, length: int, contexts: int, text_tokens: int = 48, seed: int = 0
+    model: nn.Module, tokenizer: Any, text: str, length: int, contexts: int, text_tokens: int = 96, seed: int = 0
 ) -> Iterator[Context]:
     """`contexts` of about `length` tokens from places spread over the text, prefilled one by one.
 
