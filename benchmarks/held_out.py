@@ -92,7 +92,8 @@ def main():
          **{f"kl_{kind}": sum(row[kind]) / len(row[kind]) for kind in ("text", "answer")}}
         for (name, budget), row in rows.items()
     ]  # fmt: skip
-    record = {"kind": "held-out", **vars(options), "held_out": results, **_provenance(device)}
+    about = vars(options) | {"policy": [Path(name).name for name in options.policy]}
+    record = {"kind": "held-out", **about, "held_out": results, **_provenance(device)}
     record["command"] = f"python benchmarks/held_out.py --name {options.name} " + " ".join(
         [f"--policy {Path(name).name}" for name in options.policy] + [f"--budget {one}" for one in options.budget or []]
     )

@@ -91,9 +91,10 @@ def calibrate(
     losses = layer_losses(model, made, role, layers, num_layers, weighed, advance)
     expected = dense_predictions(model, made, num_layers)
 
+    model_name = getattr(model.config, "name_or_path", "") or type(model).__name__
     about = {
-        "model": getattr(model.config, "name_or_path", "") or type(model).__name__, "text": _digest(text), **settings,
-        "context": context, "contexts": contexts, "seed": seed, "weights": weighed,
+        "model": Path(model_name).name, "text": _digest(text), **settings, "contexts": contexts, "seed": seed,
+        "weights": weighed,
     }  # fmt: skip
     known = _read(memory, about)
 
