@@ -220,8 +220,9 @@ def test_calibrate_as_a_user_runs_it(tmp_path):
 
     again = tc.calibrate(model, Letters(), TEXT, selections=2, memory=memory, **OPTIONS)
     assert again.calibration["trace"] == found["trace"]
-    with pytest.raises(tc.TidalError, match="another calibration"):
-        tc.calibrate(model, Letters(), TEXT, selections=2, memory=memory, **{**OPTIONS, "budget": 30})
+    for change in ({"budget": 30}, {"context": 410}):
+        with pytest.raises(tc.TidalError, match="another calibration"):
+            tc.calibrate(model, Letters(), TEXT, selections=2, memory=memory, **{**OPTIONS, **change})
     memory.write_text("{")
     with pytest.raises(tc.TidalError, match="can't read"):
         tc.calibrate(model, Letters(), TEXT, selections=2, memory=memory, **OPTIONS)

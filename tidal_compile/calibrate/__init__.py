@@ -93,8 +93,8 @@ def calibrate(
 
     model_name = getattr(model.config, "name_or_path", "") or type(model).__name__
     about = {
-        "model": Path(model_name).name, "text": _digest(text), **settings, "contexts": contexts, "seed": seed,
-        "weights": weighed,
+        "model": Path(model_name).name, "text": _digest(text), **settings, "context": context,
+        "contexts": contexts, "seed": seed, "weights": weighed,
     }  # fmt: skip
     known = _read(memory, about)
 
