@@ -83,9 +83,9 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     """See `reference.linear`."""
     columns = x.shape[-1]
     tokens = x.numel() // columns
-    rows = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
-    out = x.new_empty(*x.shape[:-1], sum(rows))
     spare = 3 - len(weights)
+    rows = [weight.shape[0] for weight in weights] + [0] * spare
+    out = x.new_empty(*x.shape[:-1], sum(rows))
     tensors = x.contiguous(), *weights, *weights[:1] * spare, *(biases or [None] * 3), *biases[:1] * spare
     if tokens == 1:
         block, warps = (max(128, triton.next_power_of_2(columns)), 4) if columns <= 4096 else (2048, 8)

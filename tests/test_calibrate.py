@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import decode_logits, family_model, prefilled, random_tokens, tiny_model
 from oracle import OracleModel, attend, choose, importance_of, scores_of, sets_as_mask
-from test_exactness import oracle_roles, tidal_step
+from test_exactness import POLICIES, oracle_roles, tidal_step
 from typer.testing import CliRunner
 
 import tidal_compile as tc
@@ -20,16 +20,6 @@ from tidal_compile.policy import LayerRole
 
 PROMPT, STEPS = 90, 12
 LAYERS = {"0-1": "full", "2": "select", "3": "reuse", "4": "select", "5": "reuse"}
-POLICIES = {
-    "kv_head": {"defaults": {"budget": 20, "sinks": 2, "recent": 4}},
-    "query_head": {"defaults": {"budget": 20, "sinks": 0, "recent": 0, "share": "query_head"}},
-    "layer": {"defaults": {"budget": 20, "sinks": 2, "recent": 4, "share": "layer"}},
-    "ratio": {"defaults": {"budget": {"ratio": 0.2, "min": 8}, "sinks": 2, "recent": 4}},
-    "from": {
-        "defaults": {"budget": 16, "sinks": 2, "recent": 4},
-        "layers": {**LAYERS, "5": {"role": "reuse", "from": 2}, "4": {"role": "select", "budget": 30}},
-    },
-}
 
 
 class Letters:
@@ -60,7 +50,7 @@ def test_a_block_equals_the_oracle_step_by_step(name):
 
 
 def test_leading_tokens_of_a_block_belong_to_the_prompt():
-    policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES["kv_head"]})
+    policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES["tidal-kv_head"]})
     model, prompt, tokens = tiny_model(), random_tokens(1, PROMPT), random_tokens(1, STEPS, seed=2)
     whole = torch.cat([prompt, tokens[:, :5]], 1)
     expected = OracleModel(model, oracle_roles(policy)).logits(whole, tokens[:, 5:])
@@ -70,7 +60,7 @@ def test_leading_tokens_of_a_block_belong_to_the_prompt():
 
 
 def test_blocks_of_one_pass_are_blind_to_each_other():
-    policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES["kv_head"]})
+    policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES["tidal-kv_head"]})
     model, prompt = tiny_model(), random_tokens(1, PROMPT)
     blocks = [Block("text", random_tokens(1, size, seed=size), dense) for size, dense in ((12, 5), (3, 0), (9, 8))]
     context = make_context(model, prefilled(model, prompt, PROMPT + 40), PROMPT, blocks)

@@ -237,13 +237,14 @@ def calibrate(
     from .calibrate import Progress as Step
     from .calibrate import calibrate as run_calibration
     from .calibrate import default_text
+    from .calibrate.tasks import TEXT_TOKENS
     from .models import is_random, load_config, load_model, load_tokenizer
 
     hf_logging.disable_progress_bar()
     device, number = _where(device, dtype)
     if is_random(model):
         raise TidalError(f"calibrate: {model} has random weights, which have nothing to find")
-    _check_positions(load_config(model), model, context, "blocks of", 64)
+    _check_positions(load_config(model), model, context, "blocks of", TEXT_TOKENS)
     weights = _weights(weight or [])
     goal = {"selections": selections, "max_kl": max_kl, "min_agreement": min_agreement}
     if not any(value is not None for value in goal.values()):

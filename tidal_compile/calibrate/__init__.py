@@ -4,6 +4,7 @@ The way through: text -> `tasks` (contexts and blocks) -> `statistics` (a dynami
 `search` (the real loss, on `replay`, which decodes a block at once) -> a policy that says how it was found.
 """
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -18,8 +19,9 @@ from torch import nn
 from ..errors import TidalError
 from ..explain import decode_calls
 from ..passes.match import policy_layers
-from ..policy import LayerRole, Policy
-from .search import Found, Score, as_dict, dense_predictions, measure, search
+from ..passes.plan import kv_share, make_plan
+from ..policy import Policy
+from .search import Found, Score, dense_predictions, measure, search
 from .statistics import layer_losses
 from .tasks import default_text, make_contexts
 
@@ -128,11 +130,11 @@ def calibrate(
     published = Policy.preset("tidal", num_layers, attention_layers=layers, **settings).roles
     provenance = {
         **about, "date": datetime.date.today().isoformat(), "versions": _versions(), "interrupted": interrupted,
-        **as_dict(best.score), "kv_share": _kv_share(policy.roles, layers, context),
+        **dataclasses.asdict(best.score), "kv_share": kv_share(make_plan(calls, policy.roles), context),
         "published": {
             "selections": [role.layer for role in published if role.role == "select"],
-            **as_dict(measure(model, made, expected, published, weighed)),
-            "kv_share": _kv_share(published, layers, context),
+            **dataclasses.asdict(measure(model, made, expected, published, weighed)),
+            "kv_share": kv_share(make_plan(calls, published), context),
         },
         "trace": trace,
     }  # fmt: skip
@@ -156,12 +158,6 @@ def _reached(score: Score, max_kl: float | None, min_agreement: float | None) ->
     return score.loss <= max_kl if max_kl is not None else agreement >= min_agreement
 
 
-def _kv_share(roles: Sequence[LayerRole], layers: Sequence[int], length: int) -> float:
-    """The share of the cached tokens of the attention layers that a step reads at `length` tokens."""
-    read = [min(length, roles[layer].budget) if roles[layer].role == "reuse" else length for layer in layers]
-    return sum(read) / (len(layers) * length)
-
-
 def _digest(text: str) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -182,13 +178,15 @@ def _read(memory: Path | None, about: dict[str, Any]) -> dict[tuple[int, ...], S
         raise TidalError(f"{memory}: can't read the scores of an earlier run: {error}") from None
     if data.get("about") != about:
         raise TidalError(f"{memory}: holds the scores of another calibration; remove it, or name another file")
-    return {tuple(one["selections"]): Score.from_dict(one["score"]) for one in data["scores"]}
+    return {tuple(one["selections"]): Score(**one["score"]) for one in data["scores"]}
 
 
 def _write(memory: Path | None, about: dict[str, Any], known: dict[tuple[int, ...], Score]) -> None:
     if memory is None:
         return
-    scores = [{"selections": list(selections), "score": as_dict(score)} for selections, score in known.items()]
+    scores = [
+        {"selections": list(selections), "score": dataclasses.asdict(score)} for selections, score in known.items()
+    ]
     part = memory.with_suffix(".part")
     part.write_text(json.dumps({"about": about, "scores": scores}))
     part.replace(memory)  # whole or not at all

@@ -5,7 +5,6 @@ candidate that had no turn yet has one of its selections moved, to where the sta
 real loss decides: the KL divergence of the sparse model's predictions from the dense model's.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,11 +30,6 @@ class Score:
     kl: dict[str, float]
     agreement: dict[str, float]
     answered: float
-
-    @classmethod
-    def from_dict(cls, data: dict) -> "Score":
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**data)
 
 
 @dataclass(frozen=True)
@@ -120,8 +114,3 @@ def _moves(selections: tuple[int, ...], layers: Sequence[int], dense: int) -> se
             if layer not in selections and layers.index(min([*rest, layer])) <= dense:
                 moved.add(tuple(sorted([*rest, layer])))
     return moved
-
-
-def as_dict(score: Score) -> dict:
-    """Plain data, for files."""
-    return dataclasses.asdict(score)

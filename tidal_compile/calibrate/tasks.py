@@ -39,10 +39,17 @@ FACT = " The number of {name} is {key}."
 ASK = "\nWhat is the number of {name}? The number of {name} is"
 COPY_FROM, COPY_TO = 8, 24  # tokens of a passage: begun, in all
 FACTS = 3  # by name, of a context
+TEXT_TOKENS = 96  # of a block in which the text goes on: the longest
 
 
 def make_contexts(
-    model: nn.Module, tokenizer: Any, text: str, length: int, contexts: int, text_tokens: int = 96, seed: int = 0
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    length: int,
+    contexts: int,
+    text_tokens: int = TEXT_TOKENS,
+    seed: int = 0,
 ) -> Iterator[Context]:
     """`contexts` of about `length` tokens from places spread over the text, prefilled one by one.
 
