@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 
 import tidal_compile as tc
 from tidal_compile import cli
-from tidal_compile.calibrate.replay import Block, Call, Tokens, make_context, replay
 from tidal_compile.calibrate.search import Score, dense_predictions, measure, search
 from tidal_compile.calibrate.statistics import best_selections, layer_losses, total_loss
-from tidal_compile.calibrate.tasks import default_text, make_contexts
+from tidal_compile.calibrate.tasks import make_contexts
 from tidal_compile.policy import LayerRole
+from tidal_compile.replay import Block, Call, Tokens, make_context, replay
+from tidal_compile.text import default_text
 
 PROMPT, STEPS = 90, 12
 LAYERS = {"0-1": "full", "2": "select", "3": "reuse", "4": "select", "5": "reuse"}

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import tidal_compile as tc
 from tidal_compile.cli import app, main
-from tidal_compile.evaluate import passkey
+from tidal_compile.evaluate import tasks
 
 
 def cli(*arguments):
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     """A tiny model with a word tokenizer that knows the pass-key prompt, saved as Hugging Face does."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_model(num_hidden_layers=4).save_pretrained(folder)
-    text = passkey.HEAD + passkey.FILLER + passkey.NEEDLE + passkey.QUESTION
+    text = tasks.HEAD + tasks.FILLER + tasks.NEEDLE + tasks.QUESTION
     words = pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text)
     vocab = {word: number for number, word in enumerate(dict.fromkeys(["?", *(word for word, _ in words)]))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
@@ -175,13 +175,3 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, folder, fails):
     assert fails("run", "--context", "x")[0] == 2
     code, out, err = cli(*cases[0][0])
     assert (code, out) == (2, "") and cases[0][1] in err and "Traceback" not in err
-
-
-def test_passkey_prompts(folder):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for depth in (0.0, 0.5, 1.0):
-        prompt = passkey.passkey_prompt(tokenizer, 300, depth, seed=3)
-        assert 250 < prompt.input_ids.shape[1] <= 300 and len(prompt.key) == 5
-    assert passkey.passkey_prompt(tokenizer, 300, seed=4).key != prompt.key

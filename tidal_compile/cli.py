@@ -112,7 +112,7 @@ def run(
     from transformers.utils import logging as hf_logging
 
     from .backend import Options
-    from .evaluate.passkey import passkey_prompt
+    from .evaluate.tasks import make_sample
     from .models import is_random, load_config, load_model, load_tokenizer
     from .policy import shipped
     from .run import Variant, measure, prefill, random_cache, rewind, windows
@@ -139,15 +139,15 @@ def run(
         if is_random(model):
             key, ids = None, torch.randint(net.config.vocab_size, (1, context), generator=torch.manual_seed(seed))
         else:
-            prompt = passkey_prompt(tokenizer, context, depth, seed)
-            key, ids = prompt.key, prompt.input_ids
+            sample = make_sample("passkey", tokenizer, "", context, depth, seed)
+            key, ids = sample.answers[0], torch.tensor([sample.context + sample.question])
         ids = ids.to(device)
         length = ids.shape[1] - 1
         if is_random(model):
             cache = random_cache(net, length, length + new_tokens)
         else:
             advance = stage("prefill", -(-length // 1024))
-            for cache in prefill(net, ids, length + new_tokens):  # noqa: B007  the last one is complete
+            for cache in prefill(net, ids[:, :-1], length + new_tokens):  # noqa: B007  the last one is complete
                 advance()
         measured, saved = [], windows(cache)
         for variant in variants:
@@ -236,9 +236,9 @@ def calibrate(
 
     from .calibrate import Progress as Step
     from .calibrate import calibrate as run_calibration
-    from .calibrate import default_text
     from .calibrate.tasks import TEXT_TOKENS
     from .models import is_random, load_config, load_model, load_tokenizer
+    from .text import default_text
 
     hf_logging.disable_progress_bar()
     device, number = _where(device, dtype)

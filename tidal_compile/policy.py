@@ -186,6 +186,21 @@ class Policy(_Strict):
             {**data, "defaults": {**data["defaults"], **changes}}, where=f"policy {self.name!r}"
         )
 
+    def with_budget(self, budget: int) -> Self:
+        """The same policy at another budget of every selection; sinks and recent tokens get fewer to fit a small one.
+
+        Raises `PolicyError`.
+        """
+        data = self.to_dict()
+        fewer = {"sinks": min(self.defaults.sinks, budget // 8), "recent": min(self.defaults.recent, budget // 2)}
+        layers = {
+            key: {name: value for name, value in entry.model_dump(by_alias=True, exclude_none=True).items()
+                  if name not in ("budget", "sinks", "recent")}
+            for key, entry in self.layers.items()
+        }  # fmt: skip
+        data |= {"defaults": {**data["defaults"], "budget": budget, **fewer}, "layers": layers}
+        return type(self).from_dict(data, where=f"policy {self.name!r}")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as a policy file holds it."""
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)

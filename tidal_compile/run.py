@@ -50,17 +50,26 @@ class Result:
 
 
 @torch.no_grad()
-def prefill(model: nn.Module, input_ids: Tensor, slots: int, chunk: int = 1024) -> Iterator[Any]:
-    """Fill a StaticCache of `slots` with all of input_ids `[1, n]` but the last token, which decoding starts with.
+def prefill(
+    model: nn.Module, input_ids: Tensor, slots: int, mask: Tensor | None = None, chunk: int = 1024
+) -> Iterator[Any]:
+    """Fill a StaticCache of `slots` with input_ids `[B, n]`; `mask [B, slots]` bool leaves out padding on the left.
 
     Yields the cache after every chunk; the last one is complete.
     """
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=slots)
-    for part in input_ids[:, :-1].split(chunk, dim=1):
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for start in range(0, input_ids.shape[1], chunk):
+        part = slice(start, min(start + chunk, input_ids.shape[1]))
+        padded = {} if mask is None else {"attention_mask": mask, "position_ids": positions(mask)[:, part]}
+        model(input_ids=input_ids[:, part], past_key_values=cache, use_cache=True, logits_to_keep=1, **padded)
         yield cache
+
+
+def positions(mask: Tensor) -> Tensor:
+    """The position of each slot in its sequence `[B, slots]`, where `mask [B, slots]` leaves out the padding."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def random_cache(model: nn.Module, length: int, slots: int, batch: int = 1) -> Any:
@@ -120,6 +129,17 @@ def decode(model: nn.Module, variant: Variant, cache: Any, token: Tensor, steps:
         token = logits[:, -1].argmax(-1, keepdim=True)
         _synchronize(model.device)
         yield token.item(), (time.perf_counter() - start) * 1e3
+
+
+@torch.no_grad()
+def decode_given(model: nn.Module, variant: Variant, cache: Any, tokens: Tensor) -> Iterator[Tensor]:
+    """The logits `[1, vocab]` after each of tokens `[1, n]`, fed one by one after what the cache holds."""
+    torch._dynamo.reset()
+    step = make_step(model, variant)
+    for token in tokens.split(1, dim=1):
+        torch.compiler.cudagraph_mark_step_begin()
+        token = token.clone(memory_format=torch.contiguous_format)
+        yield step(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].clone()
 
 
 def measure(

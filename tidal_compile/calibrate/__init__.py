@@ -21,11 +21,10 @@ from ..explain import decode_calls
 from ..passes.match import policy_layers
 from ..passes.plan import kv_share, make_plan
 from ..policy import Policy
+from ..text import default_text
 from .search import Found, Score, dense_predictions, measure, search
 from .statistics import layer_losses
-from .tasks import default_text, make_contexts
-
-__all__ = ["Progress", "calibrate", "default_text"]
+from .tasks import make_contexts
 
 KINDS = ("text", "answer", "copy")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..policy import LayerRole
-from .replay import Context, replay
+from ..replay import Context, replay
 from .statistics import best_selections, total_loss
 
 BREADTH = 12  # moves of a candidate in one turn

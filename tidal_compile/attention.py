@@ -1,0 +1,63 @@
+"""A model with another attention function, and one that calls the ops of a policy without compiling anything."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import ops as _ops  # noqa: F401  registers the ops
+from .policy import LayerRole
+
+NAME = "tidal_function"
+
+
+@contextlib.contextmanager
+def attention_function(model: nn.Module, function: Callable) -> Iterator[None]:
+    """`function` in place of the model's attention, through transformers' attention interface; masks are bool.
+
+    Raises what transformers raises if the model takes none.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, function)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+@contextlib.contextmanager
+def attention_ops(model: nn.Module, cache: Any, roles: Sequence[LayerRole]) -> Iterator[None]:
+    """The model's decode steps on a static cache under these roles, by the ops that `backend="tidal"` compiles in.
+
+    A layer that forgets tokens, such as a sliding window, attends to all that it still has.
+    """
+    from transformers.cache_utils import StaticLayer
+
+    ops = torch.ops.tidal
+    sets: dict[int, Tensor] = {}
+
+    def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_):
+        layer, role = cache.layers[module.layer_idx], roles[module.layer_idx]
+        keeps_all = type(layer) is StaticLayer
+        length = layer.cumulative_length if keeps_all else torch.full((), key.shape[2], device=key.device)
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+        rest, last = (length, mask, scale), (s_aux, softcap or 0.0)
+        if role.role == "select" and keeps_all:
+            settings = (role.budget, role.ratio, role.sinks, role.recent, role.share)
+            out, sets[role.layer] = ops.select_attention(query, key, value, *rest, *settings, *last)
+        elif role.role == "reuse" and keeps_all:
+            out = ops.sparse_attention(query, key, value, sets[role.source], length, None, scale, *last)
+        else:
+            out = ops.full_attention(query, key, value, *rest, *last)
+        return out.transpose(1, 2), None
+
+    with attention_function(model, attend):
+        yield
