@@ -22,6 +22,7 @@ class Role(Protocol):
     sinks: int
     recent: int
     share: str
+    heads: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ def _cannot_reuse(call: AttentionSite, role: Role, selected: dict[int, Attention
         here, there = (site.key.meta["example_value"].shape[dim] for site in (call, source))
         if here != there and not (name == "kv heads" and role.share == "layer"):
             return f"{here} {name}, but its selection, layer {role.source}, has {there}"
+    kv_heads = call.key.meta["example_value"].shape[1]
+    if role.heads is not None and (len(role.heads) != kv_heads or max(role.heads) >= kv_heads):
+        return f"heads {list(role.heads)} must name, for each of its {kv_heads} kv heads, one from 0 to {kv_heads - 1}"
     heads = [site.query.meta["example_value"].shape[1] for site in (call, source)]
     if role.share == "query_head" and heads[0] != heads[1]:
         return f"{heads[0]} query heads, but its selection, layer {role.source}, has {heads[1]}"

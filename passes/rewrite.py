@@ -4,7 +4,8 @@ Graph in: Dynamo's decode graph and the plan for its calls. Graph out: the same 
 
     full    attention(...) -> tidal::full_attention(q, keys, values, length, mask, scale, sink, softcap)
     select                 -> tidal::select_attention(...)[0], and its [1] is the token set
-    reuse                  -> tidal::sparse_attention(q, keys, values, token set, ...), less a mask that chose the set
+    reuse                  -> tidal::sparse_attention(q, keys, values, token set, ...), less a mask that chose the set,
+                              and with the set's rows in the order of the layer's head map
 
 read the cache inputs directly; the nodes that nothing uses any more (`repeat_kv`, and what eager attention consists of)
 are erased. In place, because a copy of the graph module loses what marks the cache as static, and CUDA graphs are
@@ -29,13 +30,16 @@ PURE = (*VIEWS, *EAGER, *CASTS)
 
 def apply_plan(gm: fx.GraphModule, plan: Plan) -> int:
     """Rewrite every call that has a role; returns how many."""
-    token_sets: dict[int, TokenSet] = {}
+    token_sets: dict[Source, TokenSet] = {}
     for decision in plan.decisions:
         if decision.role is not None:
             _replace(gm, decision.call, decision.role, token_sets)
     gm.graph.lint()
     gm.recompile()
     return plan.rewritten
+
+
+Source = tuple[int, tuple[int, ...] | None]  # a selection, and the head map under which its tokens are used
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,11 @@ class TokenSet:
     mask: fx.Node | None
 
 
-def _replace(gm: fx.GraphModule, site: AttentionSite, role, token_sets: dict[int, TokenSet]) -> None:
+def _replace(gm: fx.GraphModule, site: AttentionSite, role, token_sets: dict[Source, TokenSet]) -> None:
     ops = torch.ops.tidal
     cache = (site.query, site.key, site.value)
     mask = _unexpanded(site.mask)
-    if role.role == "reuse" and mask is token_sets[role.source].mask and _is_bool(mask):
+    if role.role == "reuse" and mask is token_sets[role.source, None].mask and _is_bool(mask):
         mask = None  # it hides none of the tokens that were chosen under it
     rest, last = (site.length, mask, site.scale), (site.sink, site.softcap)
     with gm.graph.inserting_before(site.node):
@@ -60,13 +64,20 @@ def _replace(gm: fx.GraphModule, site: AttentionSite, role, token_sets: dict[int
             settings = (role.budget, role.ratio, role.sinks, role.recent, role.share)
             both = insert_call(gm, site.node, ops.select_attention.default, (*cache, *rest, *settings, *last))
             out = insert_call(gm, site.node, operator.getitem, (both, 0))
-            token_sets[site.layer] = TokenSet(insert_call(gm, site.node, operator.getitem, (both, 1)), mask)
+            token_sets[site.layer, None] = TokenSet(insert_call(gm, site.node, operator.getitem, (both, 1)), mask)
         else:
-            out = insert_call(
-                gm, site.node, ops.sparse_attention.default, (*cache, token_sets[role.source].index, *rest, *last)
-            )
+            if (role.source, role.heads) not in token_sets:
+                token_sets[role.source, role.heads] = _mapped(gm, site.node, token_sets[role.source, None], role.heads)
+            index = token_sets[role.source, role.heads].index
+            out = insert_call(gm, site.node, ops.sparse_attention.default, (*cache, index, *rest, *last))
     site.node.replace_all_uses_with(out)
     _erase_unused(gm, site.node)
+
+
+def _mapped(gm: fx.GraphModule, replaced: fx.Node, tokens: TokenSet, heads: tuple[int, ...]) -> TokenSet:
+    """The same set with row heads[h] in row h. Slices, not an index: that would be a constant on the CPU."""
+    rows = [insert_call(gm, replaced, torch.select, (tokens.index, 1, head)) for head in heads]
+    return TokenSet(insert_call(gm, replaced, torch.stack, (rows, 1)), tokens.mask)
 
 
 def _unexpanded(mask: fx.Node | None) -> fx.Node | None:

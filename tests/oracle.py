@@ -149,6 +149,9 @@ class OracleModel:
             self.sets[module.layer_idx] = sets_as_mask(chosen, query.shape[1], n)
         if role == "reuse":
             allowed = self.sets[source]
+            if settings.get("heads"):  # kv head h of this layer takes the tokens of kv head heads[h] of the source
+                group = query.shape[1] // key.shape[1]
+                allowed = torch.cat([allowed[:, group * head : group * (head + 1)] for head in settings["heads"]], 1)
         return attend(scores, value, allowed, s_aux).to(query.dtype).transpose(1, 2), None
 
     @torch.no_grad()

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import tidal_compile as tc
 from tidal_compile import cli
-from tidal_compile.calibrate.search import Score, dense_predictions, measure, search
-from tidal_compile.calibrate.statistics import best_selections, layer_losses, total_loss
+from tidal_compile.calibrate.search import Candidate, Found, Score, dense_predictions, explore, measure, search, sources
+from tidal_compile.calibrate.statistics import Statistics, best_selections, layer_losses, total_loss
 from tidal_compile.calibrate.tasks import make_contexts
 from tidal_compile.policy import LayerRole
 from tidal_compile.replay import Block, Call, Tokens, make_context, replay
@@ -136,31 +136,47 @@ def test_the_programme_finds_what_brute_force_finds(seed, selections):
 
 
 def scores_for(best):
-    def score(candidate):
-        distance = float(sum(abs(a - b) for a, b in zip(candidate, best, strict=True)))
-        return Score(distance, {"text": distance}, {"text": 1.0}, 1.0)
+    """An attempt whose loss is the distance from the best selections."""
 
-    return score
+    def attempt(candidate):
+        distance = float(sum(abs(a - b) for a, b in zip(candidate, best, strict=True)))
+        return Found(Candidate(candidate, "layer"), Score(distance, {"text": distance}, {"text": 1.0}, 1.0))
+
+    return attempt
 
 
 def test_the_search_moves_to_the_real_best():
     """The statistics know nothing here, so that only the real loss leads."""
     losses = torch.ones(16, 16, dtype=torch.float64)
     tried = list(search(scores_for((2, 7, 11)), losses, range(16), 3, dense=2, tries=400))
-    assert min(tried, key=lambda one: one.score.loss).selections == (2, 7, 11)
-    names = [one.selections for one in tried]
+    assert min(tried, key=lambda one: one.score.loss).candidate.selections == (2, 7, 11)
+    names = [one.candidate.selections for one in tried]
     assert len(names) == len(set(names)), "a candidate was tried twice"
     assert all(one[0] <= 2 for one in names)
     assert len(list(search(scores_for((2, 7, 11)), losses, range(16), 3, dense=2, tries=9))) == 9
 
 
-def test_known_scores_are_not_computed_again():
+def test_the_better_way_to_share_goes_on_and_is_refined():
     losses = torch.ones(16, 16, dtype=torch.float64)
-    score = scores_for((2, 7, 11))
-    first = list(search(score, losses, range(16), 3, 2, 40))
-    known = {one.selections: one.score for one in first}
-    again = list(search(lambda _: pytest.fail("computed again"), losses, range(16), 3, 2, 40, known))
-    assert [one.selections for one in again] == [one.selections for one in first] and not any(one.new for one in again)
+    losses[2, 9] = 0.0  # layer 9 is served best by layer 2
+    budgets = set()
+
+    def score(candidate):
+        loss = scores_for((2, 7, 11))(candidate.selections).score.loss + (candidate.share == "kv_head")
+        loss += 0.5 * candidate.nearest - 0.1 * (candidate.budgets == (96, 68, 64))
+        budgets.add(candidate.budgets)
+        return Score(loss, {"text": loss}, {"text": 1.0}, 1.0)
+
+    statistics = {"kv_head": Statistics(losses / 2, {}), "layer": Statistics(losses, {})}
+    tried = list(explore(score, statistics, range(16), 3, 2, 64, 400, vary_budgets=True))
+    best = min(tried, key=lambda one: one.score.loss).candidate
+    assert (best.selections, best.share, best.nearest) == ((2, 7, 11), "layer", False)
+    assert sum(one.candidate.share == "kv_head" for one in tried) == 1
+    assert sources(best, losses, range(16))[9] == 2 and sources(best, losses, range(16))[15] in (2, 7, 11)
+    users = [list(sources(best, losses, range(16)).values()).count(one) for one in (2, 7, 11)]
+    for shifted in budgets - {()}:
+        read = sum(count * budget for count, budget in zip(users, shifted, strict=True))
+        assert abs(read - 64 * sum(users)) <= max(users), "another number of tokens is read"
 
 
 def test_contexts_hide_facts_and_ask_for_them():
@@ -202,7 +218,12 @@ def test_calibrate_as_a_user_runs_it(tmp_path):
         min(one["loss"] for one in found["trace"]), abs=1e-5
     )
     assert 0 < found["kv_share"] < 1 and found["published"]["loss"] >= 0
-    assert {one.stage for one in reports} == {"prefill", "statistics", "search, 2 selections"}
+    stages = {"prefill", "statistics, kv_head", "statistics, layer", "search, 2 selections"}
+    assert {one.stage for one in reports} == stages
+    assert all(one.done <= one.total for one in reports if not one.stage.startswith("search"))
+    assert found["estimated_speedup"] > 1 and found["bytes_per_step"] > 4 * sum(
+        one.numel() for one in model.parameters()
+    )
     file = tmp_path / "policy.yaml"
     file.write_text(policy.to_yaml())
     assert tc.Policy.load(file) == policy

@@ -70,6 +70,13 @@ POLICIES = {
     "tidal-kv_head": {"defaults": {"budget": 24, "sinks": 2, "recent": 4}},
     "tidal-query_head": {"defaults": {"budget": 24, "sinks": 0, "recent": 1, "share": "query_head"}},
     "tidal-layer": {"defaults": {"budget": 24, "sinks": 2, "recent": 4, "share": "layer"}},
+    "heads": {
+        "defaults": {"budget": 24, "sinks": 2, "recent": 4},
+        "layers": {
+            "0": "full", "1": "select", "2": {"role": "reuse", "heads": [1, 0]}, "3": {"role": "reuse", "heads": [1, 1]},
+            "4": {"role": "reuse", "heads": [0, 1]}, "5": {"role": "reuse", "from": 1, "heads": [1, 0]},
+        },
+    },
     "ratio": {"defaults": {"budget": {"ratio": 0.25, "min": 8}, "sinks": 2, "recent": 4}},
     "mixed": {
         "defaults": {"budget": 16, "sinks": 1, "recent": 2},

@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 import tidal_compile as tc
 from tidal_compile.bench.decode import reference_backend
+from tidal_compile.evaluate.decode import answer, prepare
 from tidal_compile.models import load_model
 from tidal_compile.run import rewind
 
@@ -41,10 +42,16 @@ def test_captured_in_cuda_graphs_and_equal_to_eager(policy, cudagraph_or_error):
     torch.testing.assert_close(got, eager, atol=0.05, rtol=0.05)
 
 
-def test_float32_sparse_equals_the_reference_ops(cudagraph_or_error):
+HEADS = {"2-3": {"role": "reuse", "heads": [1, 0]}, "4-5": {"role": "reuse", "heads": [1, 1]}}
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_float32_sparse_equals_the_reference_ops(heads, cudagraph_or_error):
     """The same rewritten model with the plain-torch ops in place of the kernels, run eagerly."""
     model = tiny_model(device="cuda")
     policy = tc.Policy.preset("tidal", 6, budget=24, sinks=2, recent=4)
+    if heads:
+        policy = tc.Policy.from_dict({**policy.to_dict(), "layers": {"0": "full", "1": "select", **HEADS}})
     prompt, tokens = on_gpu(random_tokens(2, 90)), on_gpu(random_tokens(2, 16, seed=2))
     with torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True):
         cache = prefilled(model, prompt, 128)
@@ -178,3 +185,19 @@ def test_an_8b_shape_is_as_accurate_as_the_reference(policy, cudagraph_or_error)
     errors = [((logits - exact).norm() / exact.norm()).item() for logits in (ours, reference_bf16)]
     print(f"relative error of {policy}: ours {errors[0]:.4f}, reference ops in bfloat16 {errors[1]:.4f}")
     assert errors[0] <= 1.25 * errors[1] and errors[0] < 0.1
+
+
+def test_uncompiled_ops_answer_as_the_compiled_step(cudagraph_or_error):
+    """A batch padded on the left, which evaluation decodes, against each prompt compiled by itself."""
+    model = tiny_model(device="cuda")
+    policy = tc.Policy.preset("tidal", 6, budget=24, sinks=2, recent=4)
+    contexts = [random_tokens(1, length, seed=length)[0].tolist() for length in (50, 70, 61)]
+    questions = [random_tokens(1, 5, seed=seed)[0].tolist() for seed in (1, 2, 3)]
+    prompts = prepare(model, contexts, questions, 8)
+    answers = answer(model, prompts, policy.roles, sparse_question=True, stop=[])
+    for context, question, got in zip(contexts, questions, answers, strict=True):
+        torch._dynamo.reset()
+        step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
+        cache = prefilled(model, on_gpu(torch.tensor([context])), 90)
+        given = on_gpu(torch.tensor([[*question, *got[:-1]]]))
+        assert decode_logits(step, cache, given)[0, 4:].argmax(-1).tolist() == got

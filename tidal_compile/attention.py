@@ -54,7 +54,8 @@ def attention_ops(model: nn.Module, cache: Any, roles: Sequence[LayerRole]) -> I
             settings = (role.budget, role.ratio, role.sinks, role.recent, role.share)
             out, sets[role.layer] = ops.select_attention(query, key, value, *rest, *settings, *last)
         elif role.role == "reuse" and keeps_all:
-            out = ops.sparse_attention(query, key, value, sets[role.source], length, None, scale, *last)
+            index = sets[role.source] if role.heads is None else sets[role.source][:, role.heads]
+            out = ops.sparse_attention(query, key, value, index, length, None, scale, *last)
         else:
             out = ops.full_attention(query, key, value, *rest, *last)
         return out.transpose(1, 2), None

@@ -19,7 +19,7 @@ CACHE_SLOTS = 64  # of the cache that the graph is traced with: small, as nothin
 
 @dataclass(frozen=True)
 class Row:
-    """One attention call. `role` is None where the call is left alone, and `reason` says why."""
+    """One attention call. `role` is None where the call is left alone, and `reason` says why; `heads`: its head map."""
 
     layer: int | None
     role: str | None
@@ -28,6 +28,7 @@ class Row:
     share: str
     kv_heads: int | None
     reason: str
+    heads: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _row(decision: Decision) -> Row:
     if role.role == "full":
         return Row(decision.layer, "full", None, "all", "", kv_heads, "")
     budget = f"max({role.budget}, {role.ratio:g} x live)" if role.ratio else str(role.budget)
-    return Row(decision.layer, role.role, role.source, budget, role.share, kv_heads, "")
+    return Row(decision.layer, role.role, role.source, budget, role.share, kv_heads, "", role.heads)
 
 
 def decode_calls(model: nn.Module) -> tuple[list[AttentionSite | Unmatched], int]:

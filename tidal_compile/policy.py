@@ -62,7 +62,11 @@ class Defaults(_Strict):
 
 
 class Layer(_Strict):
-    """One entry of `layers`: a role, and what differs from the defaults. `from` names a reuse layer's selection."""
+    """One entry of `layers`: a role, and what differs from the defaults.
+
+    `from` names a reuse layer's selection, and `heads`, for each of the layer's kv heads, the kv head of the selection
+    whose tokens it takes (default: its own number), as Kascade maps them (https://arxiv.org/abs/2512.16391).
+    """
 
     role: Literal["full", "select", "reuse"]
     budget: Budget | None = None
@@ -70,14 +74,15 @@ class Layer(_Strict):
     recent: Count | None = None
     share: Share | None = None
     source: Count | None = Field(default=None, alias="from")
+    heads: Annotated[list[Count], Field(min_length=1)] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerRole:
     """What one layer does, everything resolved.
 
-    `source` is the selection whose tokens a reuse layer attends to; the budget of a reuse layer is its source's. A
-    selection keeps max(budget, ratio x live tokens) tokens.
+    `source` is the selection whose tokens a reuse layer attends to; the budget of a reuse layer is its source's.
+    `heads` are None for the identity. A selection keeps max(budget, ratio x live tokens) tokens.
     """
 
     layer: int
@@ -88,6 +93,7 @@ class LayerRole:
     sinks: int = 0
     recent: int = 0
     share: str = "kv_head"
+    heads: tuple[int, ...] | None = None
 
 
 class Policy(_Strict):
@@ -267,6 +273,8 @@ def _role(layer: int, key: str, entry: Layer, defaults: Defaults, earlier: dict[
         raise ValueError(f"layers.{key}: {', '.join(settings)} can only be set on a select layer, not on {entry.role}")
     if entry.role != "reuse" and entry.source is not None:
         raise ValueError(f"layers.{key}.from: only a reuse layer takes its tokens from another, not {entry.role}")
+    if entry.role != "reuse" and entry.heads is not None:
+        raise ValueError(f"layers.{key}.heads: only a reuse layer maps its heads to another's, not {entry.role}")
     if entry.role == "full":
         return LayerRole(layer, "full")
     if entry.role == "select":
@@ -289,7 +297,12 @@ def _role(layer: int, key: str, entry: Layer, defaults: Defaults, earlier: dict[
             f"selections are: {', '.join(map(str, selections))}"
         )
     source = earlier[selections[-1] if entry.source is None else entry.source]
-    return dataclasses.replace(source, layer=layer, role="reuse", source=source.layer)
+    if entry.heads is not None and source.share != "kv_head":
+        raise ValueError(
+            f"layers.{key}.heads: layer {source.layer} shares its tokens by {source.share}; a head map needs kv_head"
+        )
+    heads = None if entry.heads in (None, list(range(len(entry.heads or ())))) else tuple(entry.heads)
+    return dataclasses.replace(source, layer=layer, role="reuse", source=source.layer, heads=heads)
 
 
 def _layer_range(key: str, num_layers: int) -> range:

@@ -132,7 +132,8 @@ def _one_pass(
             sets[call.layer] = call.choose(role)
         if observe is not None:
             observe(call)
-        out = call.attend(sets[role.source] if role is not None and role.role == "reuse" else None)
+        chosen = sets[role.source] if role is not None and role.role == "reuse" else None
+        out = call.attend(chosen if chosen is None or role.heads is None else chosen[:, role.heads])
         return out.reshape(1, m, num_heads, head_dim).to(query.dtype), None
 
     with attention_function(model, attend):
@@ -211,9 +212,13 @@ class Call:
         scores = self._capped(rows @ self.keys.mT).view(num_kv_heads, m, group, -1)
         return scores.masked_fill_(~self.sees[:, None], -torch.inf).transpose(0, 1)
 
+    def probabilities(self) -> Tensor:
+        """How much each token counts `[m, Hkv, g, n]`."""
+        return reference.probabilities(self.scores(), self.sink)
+
     def _attend_all(self) -> Tensor:
         m, num_kv_heads, group, _ = self.queries.shape
-        weights = reference.probabilities(self.scores(), self.sink)
+        weights = self.probabilities()
         out = weights.transpose(0, 1).reshape(num_kv_heads, m * group, -1) @ self.values
         return out.view(num_kv_heads, m, group, -1).transpose(0, 1)
 

@@ -30,6 +30,7 @@ def explanation_table(explanation: "Explanation") -> Table:
     for row in explanation.rows:
         layer = "?" if row.layer is None else str(row.layer)
         source = f"layer {row.source}" if row.role == "reuse" else "whole cache" if row.role else ""
+        source += f", heads {' '.join(map(str, row.heads))}" if row.heads else ""
         rows.append((layer, row.role or "-", source, row.budget, row.share, row.reason))
     columns = ("layer", "role", "tokens from", "budget", "shared by", "left alone because")
     shown = len(columns) if any(row.reason for row in explanation.rows) else len(columns) - 1
@@ -70,6 +71,47 @@ def calibration_table(policy: Policy) -> Table:
         rows.append((name, f"{score['loss']:.4f}", *kinds, f"{score['answered']:.0%}", f"{score['kv_share']:.0%}"))
     kinds = [f"{kind}: KL (agreement)" for kind in found["kl"]]
     return table(("policy", "loss", *kinds, "answers kept", "KV cache read"), rows)
+
+
+def pareto_points(policies: Sequence[Policy]) -> list[dict[str, Any]]:
+    """Each calibrated policy: bytes of a step, KL, and whether no other one is better in both."""
+    points = []
+    for policy in policies:
+        found = policy.calibration
+        chosen = {
+            key: found[key] for key in ("budget", "bytes_per_step", "kv_share", "loss", "kl", "estimated_speedup")
+        }
+        selections = [role.layer for role in policy.roles if role.role == "select"]
+        points.append({"policy": policy.name, "selections": selections, "share": policy.defaults.share, **chosen})
+    for one in points:
+        one["front"] = not any(
+            (other["bytes_per_step"], other["loss"]) != (one["bytes_per_step"], one["loss"])
+            and other["bytes_per_step"] <= one["bytes_per_step"]
+            and other["loss"] <= one["loss"]
+            for other in points
+        )
+    return points
+
+
+def pareto_chart(points: Sequence[dict[str, Any]], file: Path) -> None:
+    """KL against what a step reads, into a PNG; the front is joined."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    front = sorted((one["bytes_per_step"] / 1e6, one["loss"]) for one in points if one["front"])
+    axes.plot(*zip(*front, strict=True), color="#3b7ea1", linewidth=1)
+    for one in points:
+        where = (one["bytes_per_step"] / 1e6, one["loss"])
+        axes.plot(*where, "o", color="#3b7ea1" if one["front"] else "#bbbbbb")
+        label = f"{one['budget']}: {', '.join(map(str, one['selections']))}"
+        axes.annotate(label, where, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.set_yscale("log")
+    axes.set_xlabel("MB read a step, weights and KV cache")
+    axes.set_ylabel("mean KL to dense, nats")
+    axes.set_title("calibrated policies (budget: selections)", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
 
 
 def run_record(measured: Sequence["Result"], **about: Any) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """The search for selection layers: from what the statistics say to what the model's answers say.
 
-Candidates are tuples of selection layers. The first come from the dynamic programme. Then, turn by turn, the best
-candidate that had no turn yet has one of its selections moved, to where the statistics like it best, in a few ways. The
-real loss decides: the KL divergence of the sparse model's predictions from the dense model's.
+The first candidates come from the dynamic programme, one for each way to share token sets; the best way goes on. Then,
+turn by turn, the best candidate that had no turn yet has one of its selections moved, to where the statistics like it
+best, in a few ways. At last the best one is refined: where each layer takes its tokens from, and how many. The real
+loss decides: the KL divergence of the sparse model's predictions from the dense model's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +16,23 @@ from torch import Tensor, nn
 
 from ..policy import LayerRole
 from ..replay import Context, replay
-from .statistics import best_selections, total_loss
+from .statistics import Statistics, best_selections, total_loss
 
 BREADTH = 12  # moves of a candidate in one turn
+SHIFTS = (0.5, 0.75, 1.25, 1.5)  # what becomes of the budget of a selection, when another one's pays for it
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Selection layers; who shares a token set; and, if they are varied, the `budgets` of the selections.
+
+    `nearest`: a layer reuses the tokens of the selection before it; otherwise of the one that serves it best.
+    """
+
+    selections: tuple[int, ...]
+    share: str
+    nearest: bool = True
+    budgets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,9 +53,8 @@ class Score:
 class Found:
     """One tried candidate."""
 
-    selections: tuple[int, ...]
+    candidate: Candidate
     score: Score
-    new: bool = True  # not from an earlier run
 
 
 def dense_predictions(model: nn.Module, contexts: Sequence[Context], num_layers: int) -> list[list[Tensor]]:
@@ -72,37 +88,59 @@ def measure(
     )
 
 
-def search(
-    score: Callable[[tuple[int, ...]], Score], losses: Tensor, layers: Sequence[int], selections: int, dense: int,
-    tries: int, known: dict[tuple[int, ...], Score] | None = None,
+def explore(
+    score: Callable[[Candidate], Score], statistics: Mapping[str, Statistics], layers: Sequence[int], selections: int,
+    dense: int, budget: int, tries: int, vary_budgets: bool,
 ) -> Iterator[Found]:  # fmt: skip
-    """Yields every candidate with its score as it is tried; `known` scores are not computed again.
+    """Yields every candidate with its score as it is tried, about `tries` of them.
 
-    `layers` may select, at most `dense` of them before the first selection stay dense.
+    `statistics` by who shares a token set. `layers` may select; at most `dense` of them before the first selection stay
+    dense.
     """
-    scores = dict(known or {})
-    tried: set[tuple[int, ...]] = set()
+    best: Found | None = None
 
-    def attempt(candidate: tuple[int, ...]) -> Found:
-        tried.add(candidate)
-        new = candidate not in scores
-        if new:
-            scores[candidate] = score(candidate)
-        return Found(candidate, scores[candidate], new)
+    def attempt(candidate: Candidate) -> Found:
+        nonlocal best
+        found = Found(candidate, score(candidate))
+        best = found if best is None or found.score.loss < best.score.loss else best
+        return found
+
+    for share, found in statistics.items():
+        yield attempt(Candidate(best_selections(found.losses, layers, selections, dense)[0][1], share))
+    share = best.candidate.share
+    losses = statistics[share].losses
+    yield from search(lambda one: attempt(Candidate(one, share)), losses, layers, selections, dense, tries)
+    yield attempt(dataclasses.replace(best.candidate, nearest=False))
+    if vary_budgets and selections > 1:
+        for budgets in _shifts(best.candidate, losses, layers, budget):
+            yield attempt(dataclasses.replace(best.candidate, budgets=budgets))
+
+
+def search(
+    attempt: Callable[[tuple[int, ...]], Found], losses: Tensor, layers: Sequence[int], selections: int, dense: int,
+    tries: int,
+) -> Iterator[Found]:  # fmt: skip
+    """Best first: tries the candidates of the programme, then moves of the best ones, `tries` in all."""
+    tried: dict[tuple[int, ...], float] = {}
+
+    def once(candidate: tuple[int, ...]) -> Found:
+        found = attempt(candidate)
+        tried[candidate] = found.score.loss
+        return found
 
     for _, candidate in best_selections(losses, layers, selections, dense):
-        yield attempt(candidate)
+        yield once(candidate)
     turns: dict[tuple[int, ...], int] = {}
     while len(tried) < tries:
         moves = {one: [move for move in _moves(one, layers, dense) if move not in tried] for one in tried}
         open_ones = [one for one in tried if moves[one]]
         if not open_ones:
             return
-        origin = min(open_ones, key=lambda one: (turns.get(one, 0), scores[one].loss, one))
+        origin = min(open_ones, key=lambda one: (turns.get(one, 0), tried[one], one))
         turns[origin] = turns.get(origin, 0) + 1
         likely = sorted(moves[origin], key=lambda move: (total_loss(losses, layers, move), move))
         for move in likely[: min(BREADTH, tries - len(tried))]:
-            yield attempt(move)
+            yield once(move)
 
 
 def _moves(selections: tuple[int, ...], layers: Sequence[int], dense: int) -> set[tuple[int, ...]]:
@@ -114,3 +152,27 @@ def _moves(selections: tuple[int, ...], layers: Sequence[int], dense: int) -> se
             if layer not in selections and layers.index(min([*rest, layer])) <= dense:
                 moved.add(tuple(sorted([*rest, layer])))
     return moved
+
+
+def sources(candidate: Candidate, losses: Tensor, layers: Sequence[int]) -> dict[int, int]:
+    """The selection that each reuse layer takes its tokens from."""
+    found = {}
+    for layer in layers:
+        before = [one for one in candidate.selections if one < layer]
+        if before and layer not in candidate.selections:
+            found[layer] = before[-1] if candidate.nearest else min(before, key=lambda one: losses[one, layer].item())
+    return found
+
+
+def _shifts(candidate: Candidate, losses: Tensor, layers: Sequence[int], budget: int) -> Iterator[tuple[int, ...]]:
+    """Budgets of the selections that read as many tokens in all: one gets more or less, another one pays for it."""
+    from_ = list(sources(candidate, losses, layers).values())
+    users = [from_.count(selection) for selection in candidate.selections]
+    for one, other in itertools.permutations(range(len(users)), 2):
+        for factor in SHIFTS:
+            budgets = [budget] * len(users)
+            budgets[one] = round(budget * factor)
+            if users[one] and users[other]:
+                budgets[other] -= round(users[one] * (budgets[one] - budget) / users[other])
+                if budgets[other] >= budget // 4:
+                    yield tuple(budgets)

@@ -1,6 +1,7 @@
 """What an evaluation found, a line of JSON each: written as it comes, so that a run that stopped goes on from there."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             nll, kl, agreement = (
                 sum(one["tokens"] * one[name] for one in group) / tokens for name in ("nll", "kl", "agreement")
             )
-            row |= {"tokens": tokens, "nll": nll, "kl": kl, "agreement": agreement}
+            row |= {"tokens": tokens, "perplexity": math.exp(nll), "kl": kl, "agreement": agreement}
         rows.append(row)
     return rows
 

@@ -1,0 +1,5 @@
+"""`python -m tidal_compile.cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,241 @@
+"""`tidal-compile bench`: latency beside the baselines."""
+
+import itertools
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import report
+from ..models import FORMS
+from ..provenance import provenance
+from .common import (
+    DeviceOption,
+    DType,
+    DTypeOption,
+    JsonOption,
+    ResultsOption,
+    Share,
+    add_stage,
+    budget_override,
+    check_positions,
+    file_name,
+    make_folder,
+    out,
+    show_progress,
+    where,
+)  # fmt: skip
+
+app = typer.Typer(help="Measure latency beside the baselines; every output is checked first.", no_args_is_help=True)
+
+
+class StepBaseline(StrEnum):
+    """What `bench decode` compares with: `inductor` is its default mode, `flash` dense at its best (see its help)."""
+
+    eager = "eager"
+    inductor = "inductor"
+    reduce_overhead = "reduce-overhead"
+    flash = "flash"
+    none = "none"
+
+
+ContextsOption = Annotated[list[int], typer.Option("--context", min=2, help="Live tokens; repeat for several.")]
+BatchesOption = Annotated[list[int], typer.Option("--batch", min=1, help="Sequences; repeat for several.")]
+NameOption = Annotated[str, typer.Option(help="Part of the result's file name.")]
+LayersOption = Annotated[int | None, typer.Option(min=1, help="Another depth, for random weights.")]
+
+
+@app.command("decode")
+def bench_decode(
+    model: Annotated[str, typer.Option(help=f"Weights don't matter: {FORMS}.")] = "random:llama-3.1-8b",
+    policy: Annotated[list[str], typer.Option(help="Preset, shipped name or file; repeat.")] = ("full", "tidal"),
+    baseline: Annotated[
+        list[StepBaseline],
+        typer.Option(
+            help="Repeat; `none` for none. `flash`: reduce-overhead, SDPA flash on the live cache without a mask."
+        ),
+    ] = (StepBaseline.reduce_overhead, StepBaseline.flash),
+    context: ContextsOption = (100_000,),
+    batch: BatchesOption = (1,),
+    budget: Annotated[list[int] | None, typer.Option(min=1, help="Budgets of each sparse policy; repeat.")] = None,
+    steps: Annotated[int, typer.Option(min=4, help="Steps to time.")] = 50,
+    generate: Annotated[int, typer.Option(help="Tokens through model.generate, too, at batch 1; 0: none.")] = 0,
+    layers: LayersOption = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto,
+    name: NameOption = "",
+    results: ResultsOption = Path("out"),
+    as_json: JsonOption = False,
+) -> None:
+    """Time decode steps under policies beside their baselines: ms, GB/s and the fraction of the policy's byte floor.
+
+    The floor is what a step must read, weights and the policy's share of the KV cache, at the rate of a device copy.
+    """
+    device, number = where(device, dtype)
+    baselines = [kind.value for kind in baseline if kind != StepBaseline.none]
+    result = {"model": model, "layers": layers} | _measure_decode(
+        model, _options(policy, budget), baselines, context, batch, steps, generate, layers, device, number
+    )
+    _finish("decode", result, results, f"{Path(model).name}-{name}", device, as_json)
+
+
+@app.command("kernels")
+def bench_kernels(
+    context: ContextsOption = (10_000, 32_000, 100_000),
+    batch: BatchesOption = (1,),
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
+    kv_heads: Annotated[list[int], typer.Option(min=1, help="Key/value heads; repeat.")] = (8, 32),
+    head_dim: Annotated[int, typer.Option(min=8)] = 128,
+    budget: Annotated[list[int], typer.Option(min=1, help="Tokens of a selection; repeat.")] = (1024,),
+    share: Annotated[list[Share], typer.Option(help="Who shares a token set; repeat.")] = (Share.kv_head,),
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto,
+    name: NameOption = "",
+    results: ResultsOption = Path("out"),
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Time the attention ops beside SDPA, torch.topk and, if installed, FlashInfer: us, GB/s, share of the copy rate.
+
+    Contexts, batches and kv heads are combined at the first budget and share; the others run at the last context.
+    """
+    from ..bench.kernels import sizes
+
+    device, number = where(device, dtype)
+    cases = sizes(context, batch, heads, kv_heads, head_dim, budget, [one.value for one in share])
+    _finish("kernels", _measure_kernels(cases, device, number), results, name, device, as_json)
+
+
+@app.command("figures")
+def bench_figures(
+    model: Annotated[str, typer.Option(help="The shape to decode with.")] = "random:llama-2-7b",
+    context: ContextsOption = (10_000, 32_000, 100_000),
+    budget: Annotated[list[int], typer.Option(min=1, help="Repeat.")] = (32, 128, 512, 1024, 4096),
+    steps: Annotated[int, typer.Option(min=4, help="Steps to time.")] = 30,
+    layers: LayersOption = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto,
+    results: ResultsOption = Path("out"),
+    as_json: JsonOption = False,
+) -> None:
+    """Draw the TidalDecode paper's Figures 1 (latency of a step) and 2 (of attention) as measured: JSON and PNG."""
+    from ..bench import figures
+    from ..bench.kernels import sizes
+    from ..models import load_config
+
+    device, number = where(device, dtype)
+    report.need_matplotlib()
+    config = load_config(model).get_text_config(decoder=True)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    asked = [*_options(["full"], None), *_options(["tidal"], budget)]
+    result = {"model": model} | _measure_decode(model, asked, [], context, [1], steps, 0, layers, device, number)
+    cases = [size for one in budget for size in sizes(context, [1], heads, [kv_heads], head_dim, [one], ["kv_head"])]
+    result |= _measure_kernels(cases, device, number)
+    path, result = _finish("figures", result, results, Path(model).name, device, as_json)
+    for number, draw in enumerate((figures.draw_latency, figures.draw_attention), 1):
+        draw(result, path.with_name(f"{path.stem}-{number}.png"))
+
+
+def _options(names: list[str], budgets: list[int] | None) -> list:
+    """The backend's options for each policy, and for each budget if it is one that chooses tokens."""
+    from ..backend import Options
+
+    asked = []
+    for policy in names:
+        for budget in [None] if policy == "full" or not budgets else budgets:
+            # What is always kept must fit into a small budget
+            kept = {"sinks": budget // 8, "recent": budget // 2} if budget and budget < 128 else {}
+            asked.append(Options.parse({"policy": policy, **budget_override(budget), **kept}))
+    return asked
+
+
+def _measure_decode(
+    model: str, asked: list, baselines: list[str], contexts: list[int], batches: list[int], steps: int, generate: int,
+    layers: int | None, device: str, number: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The records of `bench decode`, with progress."""
+    import torch
+    from transformers.utils import logging as hf_logging
+
+    from ..bench import decode
+    from ..bench.timing import copy_rate
+    from ..models import load_config, load_model
+
+    hf_logging.disable_progress_bar()
+    place = torch.device(device)
+    extra = decode.WARM_UP + max(steps, generate + 1)
+    shape = decode.read_shape(load_model(model, "meta", number, layers), number)
+    cases = decode.cases_of(shape, baselines, asked)
+    config = load_config(model)
+    for context in contexts:
+        check_positions(config, model, context, "warm-up and --steps", extra)
+        for batch in batches:
+            decode.need_memory(shape, cases, batch, context + extra, decode.free_memory(place))
+    records = []
+    with show_progress() as progress:
+        done = add_stage(progress, f"load {model}", 1)
+        net, rate = load_model(model, device, number, layers), copy_rate(place)
+        done()
+        # What we compile reads the live part of any cache; what others do reads all of it, and needs one that fits
+        shared = not baselines and decode.keeps_everything(net)
+        for batch, group in itertools.product(batches, [contexts] if shared else [[context] for context in contexts]):
+            advance = add_stage(progress, f"batch {batch}, {', '.join(map(str, group))} tokens", len(cases))
+            cache, saved = decode.make_cache(net, batch, max(group) - 1, max(group) + extra)
+            token = torch.randint(net.config.vocab_size, (batch, 1), device=place)
+            lengths = [context - 1 for context in group]
+            for case in cases:
+                found = list(decode.run_case(net, shape, case, cache, lengths, token, steps, rate, saved))[::-1]
+                for record in found:
+                    record["slots"] = max(group) + extra
+                    if generate and batch == 1 and case.name not in ("inductor", "flash"):
+                        length = record["context"] - 1
+                        record["generate_ms"] = decode.generate_ms(net, case, cache, length, token, generate, saved)
+                records += found
+                advance()
+            del cache, saved
+    return {"copy_bytes_per_s": rate, "dtype": str(number).removeprefix("torch."), "decode": records}
+
+
+def _measure_kernels(cases: list, device: str, number: Any) -> dict[str, Any]:
+    """The records of `bench kernels`, with progress."""
+    import torch
+
+    from ..bench import decode, kernels
+    from ..bench.timing import copy_rate
+
+    place = torch.device(device)
+    for size in cases:
+        kernels.need_memory(size, place, decode.free_memory(place))
+    rate, records = copy_rate(place), []
+    with show_progress() as progress:
+        advance = add_stage(progress, "kernels", len(cases))
+        for size in cases:
+            records += kernels.run_size(size, place, number, rate)
+            advance()
+    return {"copy_bytes_per_s": rate, "dtype": str(number).removeprefix("torch."), "kernels": records}
+
+
+def _finish(
+    kind: str, result: dict[str, Any], folder: Path, name: str, device: str, as_json: bool
+) -> tuple[Path, dict[str, Any]]:
+    """Write a result with its provenance, and print it; the file, and what is in it."""
+    from ..bench import tables
+
+    make_folder(folder)
+    result = {"kind": kind, **result, **provenance(device)}
+    path = folder / f"{file_name(kind, name, result['device'])}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(result))
+        return path, result
+    for key, columns, rows in (
+        ("decode", tables.DECODE_COLUMNS, tables.decode_rows),
+        ("kernels", tables.KERNEL_COLUMNS, tables.kernel_rows),
+    ):
+        if key in result:
+            print(tables.markdown(columns, rows(result)))
+    out.print(tables.about(result), markup=False, highlight=False, soft_wrap=True)
+    out.print(f"wrote {path}", markup=False, highlight=False)
+    return path, result

@@ -1,0 +1,206 @@
+"""`tidal-compile eval`: what policies cost in quality."""
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import report
+from ..errors import TidalError
+from ..policy import shipped
+from ..provenance import provenance
+from .common import (
+    DeviceOption,
+    DType,
+    DTypeOption,
+    JsonOption,
+    ModelOption,
+    add_stage,
+    check_positions,
+    err,
+    make_folder,
+    out,
+    read_text,
+    show_progress,
+    where,
+)  # fmt: skip
+
+app = typer.Typer(help="Measure what policies cost in quality, beside the dense model.", no_args_is_help=True)
+
+
+class Question(StrEnum):
+    """How the question at the end of a prompt is read."""
+
+    dense = "dense"
+    sparse = "sparse"
+
+
+PolicyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Preset, shipped name or file; repeat. Dense is always there.",
+        show_default="tidal and, if one is shipped for the model, its file",
+    ),
+]
+BudgetsOption = Annotated[
+    list[int] | None, typer.Option("--budget", min=1, help="Budgets of each; repeat.", show_default="its own")
+]
+TextOption = Annotated[
+    list[Path] | None, typer.Option(help="Text files; repeat.", show_default="the King James text, extra `eval`")
+]
+LengthsOption = Annotated[list[int], typer.Option("--length", min=64, help="Tokens of a prompt; repeat.")]
+DepthsOption = Annotated[int, typer.Option(min=1, help="Places of the fact, from start to end.")]
+SeedsOption = Annotated[int, typer.Option(min=1, help="Prompts at each place.")]
+FirstSeedOption = Annotated[int, typer.Option(help="The first seed: others give other keys and passages.")]
+QuestionsOption = Annotated[
+    list[Question], typer.Option("--question", help="Read densely with the prompt, or decoded; repeat for both.")
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Prompts that share a prefill.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of a passage that are decoded, its last ones.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder for the results; a rerun goes on from what is there.")]
+LENGTHS, BOTH = (1024, 2048, 4096), (Question.dense, Question.sparse)
+
+
+@app.command("needle")
+def needle(
+    model: ModelOption = "smollm2", policy: PolicyOption = None, budget: BudgetsOption = None, text: TextOption = None,
+    length: LengthsOption = LENGTHS, depths: DepthsOption = 10, seeds: SeedsOption = 1,
+    first_seed: FirstSeedOption = 0, question: QuestionsOption = BOTH, batch: BatchOption = 10,
+    device: DeviceOption = "auto", dtype: DTypeOption = DType.auto, results: OutOption = Path("out/needle"),
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Find a pass key in filler, and a city's magic number in a text: by depth, length and budget."""
+    from ..evaluate.tasks import NEEDLES
+
+    _evaluate(
+        NEEDLES, model, policy, budget, text, length, depths, seeds, first_seed, question, batch, 1, device, dtype,
+        results, as_json,
+    )  # fmt: skip
+
+
+@app.command("synthetic")
+def synthetic(
+    model: ModelOption = "smollm2", policy: PolicyOption = None, budget: BudgetsOption = None, text: TextOption = None,
+    task: Annotated[list[str] | None, typer.Option(help="Of them; repeat.", show_default="all")] = None,
+    length: LengthsOption = LENGTHS, depths: DepthsOption = 3, seeds: SeedsOption = 5, first_seed: FirstSeedOption = 0,
+    question: QuestionsOption = BOTH, batch: BatchOption = 10, device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.auto, results: OutOption = Path("out/synthetic"), as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Tasks in the manner of RULER: several keys, values, queries; chains of variables; common and frequent words."""
+    from ..evaluate.tasks import SYNTHETIC
+
+    _evaluate(
+        task or SYNTHETIC, model, policy, budget, text, length, depths, seeds, first_seed, question, batch, 1, device,
+        dtype, results, as_json,
+    )  # fmt: skip
+
+
+@app.command("perplexity")
+def perplexity(
+    model: ModelOption = "smollm2", policy: PolicyOption = None, budget: BudgetsOption = None, text: TextOption = None,
+    length: LengthsOption = (4096,), tokens: TokensOption = 256, seeds: SeedsOption = 4, depths: DepthsOption = 5,
+    first_seed: FirstSeedOption = 0,
+    steps: Annotated[bool, typer.Option(help="Token by token with the compiled step as well.")] = False,
+    device: DeviceOption = "auto", dtype: DTypeOption = DType.auto, results: OutOption = Path("out/perplexity"),
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Perplexity, KL to dense and agreement: on passages of the text, and on the answers of pass-key prompts.
+
+    --tokens near --length decodes a passage from its start, as the papers do.
+    """
+    tasks = ("text", *(("text_steps",) if steps else ()), "answers")
+    _evaluate(
+        tasks, model, policy, budget, text, length, depths, seeds, first_seed, (), 1, tokens, device, dtype, results,
+        as_json,
+    )  # fmt: skip
+
+
+@app.command("all")
+def everything(
+    model: ModelOption = "smollm2", policy: PolicyOption = None, budget: BudgetsOption = None, text: TextOption = None,
+    length: LengthsOption = LENGTHS, tokens: TokensOption = 128, depths: DepthsOption = 5, seeds: SeedsOption = 2,
+    first_seed: FirstSeedOption = 0, question: QuestionsOption = BOTH, batch: BatchOption = 10,
+    device: DeviceOption = "auto", dtype: DTypeOption = DType.auto, results: OutOption = Path("out/eval"),
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Needles, synthetic tasks and predictions in one run, and a page with all tables and pictures: report.md."""
+    from ..evaluate.tasks import NEEDLES, SYNTHETIC
+
+    _evaluate(
+        (*NEEDLES, *SYNTHETIC, "text", "answers"), model, policy, budget, text, length, depths, seeds, first_seed,
+        question, batch, tokens, device, dtype, results, as_json,
+    )  # fmt: skip
+
+
+def _evaluate(
+    tasks: Sequence[str], model: str, policies: list[str] | None, budgets: list[int] | None, text: list[Path] | None,
+    lengths: Sequence[int], depths: int, seeds: int, first_seed: int, questions: Sequence[Question], batch: int,
+    tokens: int, device: str, dtype: DType, folder: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Run, with progress; write records.jsonl, results.json, report.md and the pictures into the folder."""
+    from transformers.utils import logging as hf_logging
+
+    from ..evaluate import Progress, evaluate
+    from ..evaluate import report as pages
+    from ..evaluate.records import summarize
+    from ..models import is_random, load_config, load_model, load_tokenizer
+    from ..text import default_text
+
+    hf_logging.disable_progress_bar()
+    device, number = where(device, dtype)
+    if is_random(model):
+        raise TidalError(f"eval: {model} has random weights, whose answers mean nothing")
+    report.need_matplotlib()
+    make_folder(folder)
+    for length in lengths:
+        check_positions(load_config(model), model, length, "answers of", 64)
+    corpus = default_text() if not text else "\n".join(read_text(path) for path in text)
+    names = policies or ["tidal", *({model} & set(shipped()))]
+    with show_progress() as progress:
+        done = add_stage(progress, f"load {model}", 1)
+        net, tokenizer = load_model(model, device, number), load_tokenizer(model)
+        done()
+        task = progress.add_task("evaluate", total=None)
+        last = ""
+
+        def show(step: Progress) -> None:
+            nonlocal last
+            if not err.is_terminal and step.stage != last:
+                err.print(f"{step.stage} ({step.done} of {step.total}) ...", markup=False, highlight=False)
+            last = step.stage
+            progress.update(task, completed=step.done, total=step.total, description=step.stage)
+
+        records = evaluate(
+            net, tokenizer, names, tasks=tasks, text=corpus, lengths=lengths, budgets=budgets or (), depths=depths,
+            seeds=seeds, questions=[one.value for one in questions], text_tokens=tokens, batch=batch,
+            first_seed=first_seed, model_name=model, folder=folder, report=show,
+        )  # fmt: skip
+    rows = summarize(records)
+    result = {
+        "kind": "evaluation",
+        "model": Path(model).name,
+        "dtype": str(number).removeprefix("torch."),
+        "rows": rows,
+    }
+    finish(result, pages.draw(records, rows, folder), device, folder, as_json)
+
+
+def finish(result: dict[str, Any], pictures: Sequence[Path], device: str, folder: Path, as_json: bool) -> None:
+    """Write results.json and report.md, and print."""
+    from ..evaluate import report as pages
+
+    result |= provenance(device)
+    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    about = f"{result['device']}; {result['dtype']}; {versions}; commit {result['commit']}; {result['date']}."
+    title = f"{result['model']}: what policies cost in quality"
+    (folder / "report.md").write_text(pages.page(title, about, result["rows"], pictures))
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(pages.tables(result["rows"]))
+    for file in (folder / "results.json", folder / "report.md", *pictures):
+        out.print(f"wrote {file}", markup=False, highlight=False)

@@ -1,0 +1,111 @@
+"""`tidal-compile policy`: policy files."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import presets, report
+from ..errors import TidalError
+from ..models import FORMS
+from ..policy import Policy, is_preset, load_any, resolve, shipped
+from .common import (
+    BudgetOption,
+    JsonOption,
+    budget_override,
+    out,
+)  # fmt: skip
+
+app = typer.Typer(help="List, show, check and start policy files.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_policies(as_json: JsonOption = False) -> None:
+    """List presets, which fit any model, and shipped policy files, each made for one."""
+    rows = [(name, "preset", (make.__doc__ or "").partition("\n")[0]) for name, make in presets.PRESETS.items()]
+    rows += [(name, "file", Policy.load(path).description) for name, path in shipped().items()]
+    if as_json:
+        print(json.dumps([dict(zip(("name", "kind", "description"), row, strict=True)) for row in rows]))
+        return
+    out.print(report.table(("name", "kind", "description"), rows))
+
+
+NumLayersOption = Annotated[int | None, typer.Option(min=1, help="Layers of the model that a preset is made for.")]
+ForModelOption = Annotated[str | None, typer.Option("--model", help=f"The model that it is for: {FORMS}.")]
+
+
+@app.command("show")
+def show(
+    policy: str, num_layers: NumLayersOption = None, model: ForModelOption = None, budget: BudgetOption = None,
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Print a policy as a file, with the role of each layer as a comment."""
+    found = _find(policy, num_layers, model, budget)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    print(f"# {report.roles_line(found)}\n{found.to_yaml()}", end="")  # rich would wrap lines
+
+
+@app.command("validate")
+def validate(policy: str, model: ForModelOption = None, as_json: JsonOption = False) -> None:
+    """Check a policy file: its form and, with --model, whether it fits. Exit code 2 and the reason if not."""
+    from ..explain import explain as explain_model
+    from ..models import load_model
+
+    if model is None and is_preset(policy):
+        raise TidalError(f"preset {policy!r} fits any model, or say which with --model")
+    if model is None:
+        found = load_any(policy)
+    else:
+        explanation = explain_model(load_model(model, device="meta"), policy)
+        if explanation.problems:
+            raise TidalError(f"{policy} does not fit {model}: {'; '.join(explanation.problems)}")
+        found = explanation.policy
+    if as_json:
+        print(json.dumps({"valid": True, "name": found.name, "num_layers": found.num_layers}))
+        return
+    out.print(f"{policy}: valid. {report.roles_line(found)}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("init")
+def init(
+    file: Path,
+    preset: Annotated[str, typer.Option(help="The preset to start from.")] = "tidal",
+    num_layers: NumLayersOption = None,
+    model: ForModelOption = None,
+    budget: BudgetOption = None,
+    force: Annotated[bool, typer.Option(help="Overwrite the file.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a policy file to edit, from a preset, for --model or --num-layers."""
+    found = _find(preset, num_layers, model, budget)
+    if file.exists() and not force:
+        raise TidalError(f"{file} exists; --force overwrites it")
+    try:
+        file.write_text(found.to_yaml())
+    except OSError as error:
+        raise TidalError(f"{file}: can't write: {error.strerror}") from None
+    if as_json:
+        print(json.dumps({"file": str(file), "policy": found.to_dict()}))
+        return
+    out.print(f"wrote {file}: {report.roles_line(found)}", markup=False, highlight=False)
+
+
+def _find(policy: str, num_layers: int | None, model: str | None, budget: int | None) -> Policy:
+    """A policy by name or file, for a model if one is named."""
+    from ..explain import decode_calls
+    from ..models import load_model
+    from ..passes.match import policy_layers
+
+    overrides = budget_override(budget)
+    if model is not None:
+        calls, num_layers = decode_calls(load_model(model, device="meta"))
+        return resolve(policy, num_layers, attention_layers=policy_layers(calls), model=model, **overrides)
+    if num_layers is not None:
+        return resolve(policy, num_layers, **overrides)
+    if is_preset(policy):
+        raise TidalError(f"preset {policy!r} fits any model: say which with --model or --num-layers")
+    found = load_any(policy)
+    return found.with_defaults(**overrides) if overrides else found
