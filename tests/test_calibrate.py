@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import tidal_compile as tc
 from tidal_compile import cli
-from tidal_compile.calibrate.search import Candidate, Found, Score, dense_predictions, explore, measure, search, sources
+from tidal_compile.calibrate.search import Found, Score, dense_predictions, explore, measure, search, sources
 from tidal_compile.calibrate.statistics import Statistics, best_selections, layer_losses, total_loss
 from tidal_compile.calibrate.tasks import make_contexts
 from tidal_compile.policy import LayerRole
@@ -135,34 +135,39 @@ def test_the_programme_finds_what_brute_force_finds(seed, selections):
     assert [one[0] for _, one in found].count(best[0]) == 1 and len(found) == 3
 
 
-def scores_for(best):
-    """An attempt whose loss is the distance from the best selections."""
+def distance_to(best):
+    """A score whose loss is the distance from the best selections."""
 
-    def attempt(candidate):
-        distance = float(sum(abs(a - b) for a, b in zip(candidate, best, strict=True)))
-        return Found(Candidate(candidate, "layer"), Score(distance, {"text": distance}, {"text": 1.0}, 1.0))
+    def score(candidate):
+        distance = float(sum(abs(a - b) for a, b in zip(candidate.selections, best, strict=True)))
+        return Score(distance, {"text": distance}, {"text": 1.0}, 1.0)
 
-    return attempt
+    return score
 
 
 def test_the_search_moves_to_the_real_best():
     """The statistics know nothing here, so that only the real loss leads."""
-    losses = torch.ones(16, 16, dtype=torch.float64)
-    tried = list(search(scores_for((2, 7, 11)), losses, range(16), 3, dense=2, tries=400))
+    same = {"layer": Statistics(torch.ones(16, 16, dtype=torch.float64), {})}
+    score = distance_to((2, 7, 11))
+
+    def run(tries):
+        return list(search(lambda one: Found(one, score(one)), same, range(16), 3, dense=2, tries=tries))
+
+    tried = run(400)
     assert min(tried, key=lambda one: one.score.loss).candidate.selections == (2, 7, 11)
-    names = [one.candidate.selections for one in tried]
+    names = [one.candidate for one in tried]
     assert len(names) == len(set(names)), "a candidate was tried twice"
-    assert all(one[0] <= 2 for one in names)
-    assert len(list(search(scores_for((2, 7, 11)), losses, range(16), 3, dense=2, tries=9))) == 9
+    assert all(one.selections[0] <= 2 for one in names)
+    assert len(run(9)) == 9 and len(run(2)) == 2
 
 
-def test_the_better_way_to_share_goes_on_and_is_refined():
+def test_the_better_way_to_share_is_found_and_refined():
     losses = torch.ones(16, 16, dtype=torch.float64)
     losses[2, 9] = 0.0  # layer 9 is served best by layer 2
     budgets = set()
 
     def score(candidate):
-        loss = scores_for((2, 7, 11))(candidate.selections).score.loss + (candidate.share == "kv_head")
+        loss = distance_to((2, 7, 11))(candidate).loss + (candidate.share == "kv_head")
         loss += 0.5 * candidate.nearest - 0.1 * (candidate.budgets == (96, 68, 64))
         budgets.add(candidate.budgets)
         return Score(loss, {"text": loss}, {"text": 1.0}, 1.0)
@@ -171,7 +176,7 @@ def test_the_better_way_to_share_goes_on_and_is_refined():
     tried = list(explore(score, statistics, range(16), 3, 2, 64, 400, vary_budgets=True))
     best = min(tried, key=lambda one: one.score.loss).candidate
     assert (best.selections, best.share, best.nearest) == ((2, 7, 11), "layer", False)
-    assert sum(one.candidate.share == "kv_head" for one in tried) == 1
+    assert 3 <= sum(one.candidate.share == "kv_head" for one in tried) < len(tried)
     assert sources(best, losses, range(16))[9] == 2 and sources(best, losses, range(16))[15] in (2, 7, 11)
     users = [list(sources(best, losses, range(16)).values()).count(one) for one in (2, 7, 11)]
     for shifted in budgets - {()}:

@@ -1,9 +1,9 @@
 """The search for selection layers: from what the statistics say to what the model's answers say.
 
-The first candidates come from the dynamic programme, one for each way to share token sets; the best way goes on. Then,
-turn by turn, the best candidate that had no turn yet has one of its selections moved, to where the statistics like it
-best, in a few ways. At last the best one is refined: where each layer takes its tokens from, and how many. The real
-loss decides: the KL divergence of the sparse model's predictions from the dense model's.
+The first candidates come from the dynamic programme, for each way to share token sets. Then, turn by turn, the best
+candidate that had no turn yet is changed in a few ways: its tokens shared another way, or one of its selections moved
+to where the statistics like it best. At last the best one is refined: where each layer takes its tokens from, and how
+many. The real loss decides: the KL divergence of the sparse model's predictions from the dense model's.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ def explore(
     score: Callable[[Candidate], Score], statistics: Mapping[str, Statistics], layers: Sequence[int], selections: int,
     dense: int, budget: int, tries: int, vary_budgets: bool,
 ) -> Iterator[Found]:  # fmt: skip
-    """Yields every candidate with its score as it is tried, about `tries` of them.
+    """Yields every candidate with its score as it is tried: `tries` by `search`, and refinements of the best.
 
     `statistics` by who shares a token set. `layers` may select; at most `dense` of them before the first selection stay
     dense.
@@ -105,53 +105,59 @@ def explore(
         best = found if best is None or found.score.loss < best.score.loss else best
         return found
 
-    for share, found in statistics.items():
-        yield attempt(Candidate(best_selections(found.losses, layers, selections, dense)[0][1], share))
-    share = best.candidate.share
-    losses = statistics[share].losses
-    yield from search(lambda one: attempt(Candidate(one, share)), losses, layers, selections, dense, tries)
+    yield from search(attempt, statistics, layers, selections, dense, tries)
     yield attempt(dataclasses.replace(best.candidate, nearest=False))
     if vary_budgets and selections > 1:
+        losses = statistics[best.candidate.share].losses
         for budgets in _shifts(best.candidate, losses, layers, budget):
             yield attempt(dataclasses.replace(best.candidate, budgets=budgets))
 
 
 def search(
-    attempt: Callable[[tuple[int, ...]], Found], losses: Tensor, layers: Sequence[int], selections: int, dense: int,
-    tries: int,
+    attempt: Callable[[Candidate], Found], statistics: Mapping[str, Statistics], layers: Sequence[int],
+    selections: int, dense: int, tries: int,
 ) -> Iterator[Found]:  # fmt: skip
-    """Best first: tries the candidates of the programme, then moves of the best ones, `tries` in all."""
-    tried: dict[tuple[int, ...], float] = {}
+    """Best first: tries the candidates of the programme, then changes of the best ones, `tries` in all."""
+    tried: dict[Candidate, float] = {}
+    turns: dict[Candidate, int] = {}
 
-    def once(candidate: tuple[int, ...]) -> Found:
+    def once(candidate: Candidate) -> Found:
         found = attempt(candidate)
         tried[candidate] = found.score.loss
         return found
 
-    for _, candidate in best_selections(losses, layers, selections, dense):
-        yield once(candidate)
-    turns: dict[tuple[int, ...], int] = {}
+    for share, found in statistics.items():
+        for _, chosen in best_selections(found.losses, layers, selections, dense):
+            if len(tried) < tries:
+                yield once(Candidate(chosen, share))
     while len(tried) < tries:
-        moves = {one: [move for move in _moves(one, layers, dense) if move not in tried] for one in tried}
-        open_ones = [one for one in tried if moves[one]]
+        changes = {one: _changes(one, statistics, layers, dense) - tried.keys() for one in tried}
+        open_ones = [one for one in tried if changes[one]]
         if not open_ones:
             return
-        origin = min(open_ones, key=lambda one: (turns.get(one, 0), tried[one], one))
+        origin = min(open_ones, key=lambda one: (turns.get(one, 0), tried[one]))
         turns[origin] = turns.get(origin, 0) + 1
-        likely = sorted(moves[origin], key=lambda move: (total_loss(losses, layers, move), move))
-        for move in likely[: min(BREADTH, tries - len(tried))]:
-            yield once(move)
+
+        def promise(one: Candidate, origin: Candidate = origin) -> tuple:
+            loss = total_loss(statistics[one.share].losses, layers, one.selections)
+            return one.share == origin.share, loss, one.selections
+
+        for change in sorted(changes[origin], key=promise)[: min(BREADTH, tries - len(tried))]:
+            yield once(change)
 
 
-def _moves(selections: tuple[int, ...], layers: Sequence[int], dense: int) -> set[tuple[int, ...]]:
-    """Every candidate that differs in one selection."""
-    moved = set()
+def _changes(
+    candidate: Candidate, statistics: Mapping[str, Statistics], layers: Sequence[int], dense: int
+) -> set[Candidate]:
+    """Every candidate that shares its tokens another way, or differs in one selection."""
+    selections, share = candidate.selections, candidate.share
+    changed = {Candidate(selections, other) for other in statistics if other != share}
     for each in selections:
         rest = [layer for layer in selections if layer != each]
         for layer in layers:
             if layer not in selections and layers.index(min([*rest, layer])) <= dense:
-                moved.add(tuple(sorted([*rest, layer])))
-    return moved
+                changed.add(Candidate(tuple(sorted([*rest, layer])), share))
+    return changed
 
 
 def sources(candidate: Candidate, losses: Tensor, layers: Sequence[int]) -> dict[int, int]:
