@@ -10,7 +10,7 @@ import typer
 
 from .. import report
 from ..errors import TidalError
-from ..policy import shipped
+from ..policy import is_preset, load_any, shipped
 from ..provenance import provenance
 from .common import (
     DeviceOption,
@@ -159,6 +159,9 @@ def _evaluate(
         check_positions(load_config(model), model, length, "answers of", 64)
     corpus = default_text() if not text else "\n".join(read_text(path) for path in text)
     names = policies or ["tidal", *({model} & set(shipped()))]
+    for name in names:
+        if not is_preset(name):
+            load_any(name)  # a bad file is an error before the model is loaded
     with show_progress() as progress:
         done = add_stage(progress, f"load {model}", 1)
         net, tokenizer = load_model(model, device, number), load_tokenizer(model)

@@ -220,7 +220,8 @@ def _predictions(
         trial = text_trial(model, ids, max(1, place.length - text_tokens), place.task == "text_steps")
     dense = log_probabilities(trial, full)
     for subject, question in asked:
-        yield [_record(place, subject, question) | dataclasses.asdict(quality(trial, dense, subject.policy))]
+        parts = [dense] if subject.policy == full else trial.logits(subject.policy)
+        yield [_record(place, subject, question) | dataclasses.asdict(quality(parts, dense, trial.labels))]
 
 
 def _passage(tokenizer: Any, text: str, length: int, seed: int) -> list[int]:

@@ -78,21 +78,14 @@ def log_probabilities(trial: Trial, policy: Policy) -> Tensor:
 
 
 @torch.no_grad()
-def quality(trial: Trial, dense: Tensor, policy: Policy) -> Quality:
-    """Compare with the dense model's log-probabilities `[n, vocab]`."""
+def quality(parts: Iterable[Tensor], dense: Tensor, labels: Tensor) -> Quality:
+    """Compare logits, in parts `[m, vocab]`, with the dense model's log-probabilities and the right tokens `[n]`."""
     nll, kl, same, at = 0.0, 0.0, 0.0, 0
-    for logits in trial.logits(policy):
+    for logits in parts:
         found = logits.float().log_softmax(-1)
         part = slice(at, at + len(found))
-        nll -= found.gather(1, trial.labels[part, None]).sum().item()
+        nll -= found.gather(1, labels[part, None]).sum().item()
         kl += (dense[part].exp() * (dense[part] - found)).sum().item()
         same += (dense[part].argmax(-1) == found.argmax(-1)).sum().item()
         at += len(found)
     return Quality(at, nll / at, kl / at, same / at)
-
-
-def mean(parts: Sequence[Quality]) -> Quality:
-    """Over all positions of the parts."""
-    total = sum(part.tokens for part in parts)
-    names = ("nll", "kl", "agreement")
-    return Quality(total, *(sum(part.tokens * getattr(part, name) for part in parts) / total for name in names))
