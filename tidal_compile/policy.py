@@ -44,6 +44,9 @@ class RatioBudget(_Strict):
     min: Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] = 1
 
 
+FILE = "tidal_policy.yaml"  # of a folder or repository, beside the weights
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+
 Budget = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] | RatioBudget
 
 
@@ -145,7 +148,11 @@ class Policy(_Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a YAML or JSON policy file. Raises `PolicyError` that names the file, the key and what is valid."""
+        """Read a YAML or JSON policy file, or the `tidal_policy.yaml` of a folder or a Hugging Face repository.
+
+        Raises `PolicyError` that names the file, the key and what is valid.
+        """
+        path = _located(path)
         try:
             data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_NoDuplicates)
         except OSError as error:
@@ -213,6 +220,32 @@ class Policy(_Strict):
         data["layers"] = {key: entry["role"] if len(entry) == 1 else entry for key, entry in data["layers"].items()}
         return data
 
+    def save(self, path: str | Path) -> None:
+        """Write a policy file, in JSON if it is named so. Raises `PolicyError`."""
+        text = json.dumps(self.to_dict(), indent=1) + "\n" if Path(path).suffix == ".json" else self.to_yaml()
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise PolicyError(f"{path}: can't write: {error.strerror or error}") from None
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Put `tidal_policy.yaml` into a Hugging Face repository, made if need be; returns the address of the commit.
+
+        `options` are those of `huggingface_hub.HfApi.upload_file`, such as `token`. Raises `PolicyError`.
+        """
+        import huggingface_hub
+
+        api = huggingface_hub.HfApi(token=options.pop("token", None))
+        try:
+            api.create_repo(repo_id, exist_ok=True)
+            made = api.upload_file(
+                path_or_fileobj=self.to_yaml().encode(), path_in_repo=FILE, repo_id=repo_id,
+                commit_message=f"Policy {self.name}", **options,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:  # what huggingface_hub raises derives from these
+            raise PolicyError(f"{repo_id}: can't push the policy: {error}") from None
+        return made.commit_url
+
     def to_yaml(self) -> str:
         """The text of a policy file that says the same."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
@@ -251,7 +284,7 @@ def load_any(policy: Policy | dict | str | Path) -> Policy:
         raise PolicyError(f"policy must be a Policy, a mapping, a file or a name, found {type(policy).__name__}")
     if str(policy) in shipped():
         return Policy.load(shipped()[str(policy)])
-    looks_like_file = Path(policy).suffix or len(Path(policy).parts) > 1 or os.path.isfile(policy)
+    looks_like_file = Path(policy).suffix or len(Path(policy).parts) > 1 or os.path.exists(policy)
     if not looks_like_file:
         raise PolicyError(
             f"unknown policy {str(policy)!r}: no such file; presets are: {', '.join(presets.PRESETS)}; "
@@ -264,6 +297,20 @@ def shipped() -> dict[str, Path]:
     """The policy files that come with the package, by name."""
     folder = Path(str(resources.files(presets)))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _located(path: str | Path) -> str | Path:
+    """The policy file that is meant: itself, the one in a folder, or the one of a repository, fetched."""
+    if Path(path).is_dir():
+        return Path(path) / FILE
+    if Path(path).exists() or Path(path).suffix in (".yaml", ".yml", ".json") or not _REPO.fullmatch(str(path)):
+        return path
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.hf_hub_download(str(path), FILE)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{path}: no such file, and no {FILE} in a repository of this name: {error}") from None
 
 
 def _role(layer: int, key: str, entry: Layer, defaults: Defaults, earlier: dict[int, LayerRole]) -> LayerRole:

@@ -106,4 +106,4 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TidalError(f"--text {path}: can't read: {error}") from None
+        raise TidalError(f"{path}: can't read: {error}") from None

@@ -1,5 +1,6 @@
 """`tidal-compile eval`: what policies cost in quality."""
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from enum import StrEnum
@@ -135,6 +136,96 @@ def everything(
     )  # fmt: skip
 
 
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Examples of each task, at most.")]
+TaskOption = Annotated[list[str], typer.Option("--task", help="Repeat for several.")]
+
+
+@app.command("lm")
+def lm_harness(
+    task: TaskOption, model: ModelOption = "smollm2", policy: PolicyOption = None, budget: BudgetsOption = None,
+    include: Annotated[Path | None, typer.Option(help="A folder with task files of yours.")] = None,
+    limit: LimitOption = None, batch: BatchOption = 1, device: DeviceOption = "auto", dtype: DTypeOption = DType.auto,
+    results: OutOption = Path("out/lm"), as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Tasks of the lm-evaluation-harness (extra `lm-eval`), every policy beside dense.
+
+    For one policy and all options of the harness: `tidal-lm-eval --model tidal --model_args pretrained=...,policy=...`.
+    """
+    _harness(task, include, model, policy, budget, limit, batch, device, dtype, results, as_json)
+
+
+@app.command("longbench")
+def longbench(
+    task: TaskOption, data: Annotated[Path, typer.Option(help="The folder of LongBench's <task>.jsonl files.")],
+    model: ModelOption = "smollm2", policy: PolicyOption = None, budget: BudgetsOption = None,
+    limit: LimitOption = None, batch: BatchOption = 1, device: DeviceOption = "auto", dtype: DTypeOption = DType.auto,
+    results: OutOption = Path("out/longbench"), as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """LongBench from local files, with its own metrics, through the harness (extra `longbench`)."""
+    _need_harness("longbench")
+    from ..evaluate.harness import longbench_tasks
+
+    folder, names = longbench_tasks(data, task)
+    with folder:
+        _harness(
+            names, Path(folder.name), model, policy, budget, limit, batch, device, dtype, results, as_json,
+        )  # fmt: skip
+
+
+def _harness(
+    tasks: Sequence[str], include: Path | None, model: str, policies: list[str] | None, budgets: list[int] | None,
+    limit: int | None, batch: int, device: str, dtype: DType, folder: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Run tasks of the harness; write results.json and report.md into the folder."""
+    _need_harness("lm-eval")
+    from ..evaluate import compared
+    from ..evaluate.harness import run_tasks
+    from ..models import is_random, load_model, load_tokenizer
+
+    device, number = where(device, dtype)
+    if is_random(model):
+        raise TidalError(f"eval: {model} has random weights, whose answers mean nothing")
+    make_folder(folder)
+    names = _policies(policies, model)
+    with show_progress() as progress:
+        done = add_stage(progress, f"load {model}", 1)
+        net, tokenizer = load_model(model, device, number), load_tokenizer(model)
+        done()
+        subjects = compared(net, names, budgets or (), model)
+    found = run_tasks(net, tokenizer, {one.name: one.policy for one in subjects}, tasks, include, limit, batch)
+    title = {"kind": "harness", "model": Path(model).name, "dtype": str(number).removeprefix("torch.")}
+    finish(title | {"rows": found}, [], device, folder, as_json)
+
+
+def _need_harness(extra: str) -> None:
+    needed = {"lm-eval": ("lm_eval",), "longbench": ("lm_eval", "jieba", "fuzzywuzzy", "rouge")}[extra]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise TidalError(f"this needs {', '.join(missing)}: pip install 'tidal-compile[{extra}]'")
+
+
+def _policies(given: list[str] | None, model: str) -> list[str]:
+    """The policies to compare; a bad file is an error before the model is loaded."""
+    names = given or ["tidal", *({model} & set(shipped()))]
+    for name in names:
+        if not is_preset(name):
+            load_any(name)
+    return names
+
+
+@app.command("report")
+def redraw(folder: Path) -> None:
+    """Write the tables and pictures of an evaluation's folder again, from its results.json and records.jsonl."""
+    from ..evaluate import records
+    from ..evaluate import report as pages
+
+    report.need_matplotlib()
+    result = json.loads(read_text(folder / "results.json"))
+    found = [json.loads(line) for line in read_text(folder / records.FILE).splitlines()[1:]]
+    names = {row["subject"] for row in result["rows"]}
+    shown = [one for one in found if one["subject"] in names]
+    _page(result | {"rows": records.summarize(shown)}, pages.draw(shown, records.summarize(shown), folder), folder)
+
+
 def _evaluate(
     tasks: Sequence[str], model: str, policies: list[str] | None, budgets: list[int] | None, text: list[Path] | None,
     lengths: Sequence[int], depths: int, seeds: int, first_seed: int, questions: Sequence[Question], batch: int,
@@ -154,14 +245,11 @@ def _evaluate(
     if is_random(model):
         raise TidalError(f"eval: {model} has random weights, whose answers mean nothing")
     report.need_matplotlib()
+    names = _policies(policies, model)
     make_folder(folder)
     for length in lengths:
         check_positions(load_config(model), model, length, "answers of", 64)
     corpus = default_text() if not text else "\n".join(read_text(path) for path in text)
-    names = policies or ["tidal", *({model} & set(shipped()))]
-    for name in names:
-        if not is_preset(name):
-            load_any(name)  # a bad file is an error before the model is loaded
     with show_progress() as progress:
         done = add_stage(progress, f"load {model}", 1)
         net, tokenizer = load_model(model, device, number), load_tokenizer(model)
@@ -196,14 +284,21 @@ def finish(result: dict[str, Any], pictures: Sequence[Path], device: str, folder
     from ..evaluate import report as pages
 
     result |= provenance(device)
-    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    about = f"{result['device']}; {result['dtype']}; {versions}; commit {result['commit']}; {result['date']}."
-    title = f"{result['model']}: what policies cost in quality"
-    (folder / "report.md").write_text(pages.page(title, about, result["rows"], pictures))
+    _page(result, pictures, folder)
     if as_json:
         print(json.dumps(result))
         return
     print(pages.tables(result["rows"]))
     for file in (folder / "results.json", folder / "report.md", *pictures):
         out.print(f"wrote {file}", markup=False, highlight=False)
+
+
+def _page(result: dict[str, Any], pictures: Sequence[Path], folder: Path) -> None:
+    """results.json and report.md of a finished evaluation."""
+    from ..evaluate import report as pages
+
+    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    about = f"{result['device']}; {result['dtype']}; {versions}; commit {result['commit']}; {result['date']}."
+    title = f"{result['model']}: what policies cost in quality"
+    (folder / "report.md").write_text(pages.page(title, about, result["rows"], pictures))

@@ -1,6 +1,7 @@
 """`tidal-compile policy`: policy files."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from .common import (
     JsonOption,
     budget_override,
     out,
+    read_text,
 )  # fmt: skip
 
 app = typer.Typer(help="List, show, check and start policy files.", no_args_is_help=True)
@@ -91,6 +93,57 @@ def init(
         print(json.dumps({"file": str(file), "policy": found.to_dict()}))
         return
     out.print(f"wrote {file}: {report.roles_line(found)}", markup=False, highlight=False)
+
+
+@app.command("export")
+def export(policy: str, file: Path, num_layers: NumLayersOption = None, model: ForModelOption = None) -> None:
+    """Write a policy to a file: JSON if it is named .json, YAML otherwise."""
+    _find(policy, num_layers, model, None).save(file)
+    out.print(f"wrote {file}", markup=False, highlight=False)
+
+
+@app.command("import")
+def import_policy(
+    file: Annotated[Path, typer.Argument(help="The policy file to write.")],
+    kascade: Annotated[Path | None, typer.Option(help="A head map of Kascade: <model>_layers_0_2_8.npy.")] = None,
+    indexer_types: Annotated[
+        str | None, typer.Option(help="FFSF..., or full,shared,...; or a model's config.json that has them.")
+    ] = None,
+    omnikv: Annotated[str | None, typer.Option(help="OmniKV's filter layers, 2,8,18, with --num-layers.")] = None,
+    num_layers: NumLayersOption = None, budget: BudgetOption = None, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Write a policy file from what others publish: Kascade, DSA models with shared indexers, OmniKV."""
+    from .. import imports
+
+    if sum(one is not None for one in (kascade, indexer_types, omnikv)) != 1:
+        raise TidalError("policy import: give one of --kascade, --indexer-types and --omnikv")
+    changes = budget_override(budget)
+    if kascade is not None:
+        found = imports.from_kascade(kascade, **changes)
+    elif indexer_types is not None:
+        found = imports.from_indexer_types(_types(indexer_types), **changes)
+    elif num_layers is None or not re.fullmatch(r"\d+(,\d+)*", omnikv):
+        raise TidalError(f"policy import: --omnikv {omnikv}: give layers as 2,8,18, and --num-layers")
+    else:
+        found = imports.from_omnikv([int(layer) for layer in omnikv.split(",")], num_layers, **changes)
+    found.save(file)
+    if as_json:
+        print(json.dumps({"file": str(file), "policy": found.to_dict()}))
+        return
+    out.print(f"wrote {file}: {report.roles_line(found)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _types(given: str) -> list[str]:
+    """The list that is given, or the one in a config.json."""
+    if not given.endswith(".json"):
+        return given.split(",") if "," in given else list(given)
+    try:
+        types = json.loads(read_text(Path(given))).get("indexer_types")
+    except ValueError as error:
+        raise TidalError(f"{given}: not JSON: {error}") from None
+    if not isinstance(types, list):
+        raise TidalError(f"{given}: has no list indexer_types")
+    return types
 
 
 def _find(policy: str, num_layers: int | None, model: str | None, budget: int | None) -> Policy:

@@ -25,7 +25,7 @@ from ..policy import Policy, is_preset, resolve
 from ..text import default_text
 from . import records
 from .decode import answer, prepare
-from .quality import answer_trial, log_probabilities, quality, text_trial
+from .quality import answer_trial, judge, log_probabilities, text_trial
 from .tasks import HAS_DEPTH, TASKS, make_sample
 
 PREDICTIONS = ("text", "text_steps", "answers")
@@ -84,7 +84,7 @@ def evaluate(
     _check("task", tasks, (*TASKS, *PREDICTIONS))
     _check("question", questions, QUESTIONS)
     text = default_text() if text is None else text
-    subjects = _subjects(model, policies, budgets, model_name)
+    subjects = compared(model, policies, budgets, model_name)
     about = {
         "model": Path(model_name or getattr(model.config, "name_or_path", "") or type(model).__name__).name,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -126,7 +126,7 @@ def _check(kind: str, given: Sequence[str], valid: Sequence[str]) -> None:
         raise TidalError(f"evaluate: unknown {kind} {unknown[0]!r}; valid are: {', '.join(valid)}")
 
 
-def _subjects(
+def compared(
     model: nn.Module, policies: Sequence[Any], budgets: Sequence[int], model_name: str | None
 ) -> list[Subject]:
     """Dense, then each policy at each budget. Raises `PolicyError` and `TidalError`."""
@@ -221,7 +221,7 @@ def _predictions(
     dense = log_probabilities(trial, full)
     for subject, question in asked:
         parts = [dense] if subject.policy == full else trial.logits(subject.policy)
-        yield [_record(place, subject, question) | dataclasses.asdict(quality(parts, dense, trial.labels))]
+        yield [_record(place, subject, question) | dataclasses.asdict(judge(parts, dense, trial.labels))]
 
 
 def _passage(tokenizer: Any, text: str, length: int, seed: int) -> list[int]:

@@ -78,7 +78,7 @@ def log_probabilities(trial: Trial, policy: Policy) -> Tensor:
 
 
 @torch.no_grad()
-def quality(parts: Iterable[Tensor], dense: Tensor, labels: Tensor) -> Quality:
+def judge(parts: Iterable[Tensor], dense: Tensor, labels: Tensor) -> Quality:
     """Compare logits, in parts `[m, vocab]`, with the dense model's log-probabilities and the right tokens `[n]`."""
     nll, kl, same, at = 0.0, 0.0, 0.0, 0
     for logits in parts:
@@ -88,4 +88,4 @@ def quality(parts: Iterable[Tensor], dense: Tensor, labels: Tensor) -> Quality:
         kl += (dense[part].exp() * (dense[part] - found)).sum().item()
         same += (dense[part].argmax(-1) == found.argmax(-1)).sum().item()
         at += len(found)
-    return Quality(at, nll / at, kl / at, same / at)
+    return Quality(at, nll / at, max(0.0, kl) / at, same / at)  # rounding can make no difference a negative one

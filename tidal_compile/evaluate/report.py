@@ -39,15 +39,32 @@ def prediction_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
+def harness_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """A row a task of the harness, metric and subject."""
+    return [
+        (
+            row["task"], row["metric"], row["subject"], f"{row['value']:.4f}", str(row["samples"]),
+            "-" if row["output_tokens"] is None else f"{row['output_tokens']:.1f}",
+        )
+        for row in rows
+        if "value" in row
+    ]  # fmt: skip
+
+
 ANSWER_COLUMNS = (
     "task", "tokens", "question", "policy", "KV read", "score", "of dense", "prompts", "output tokens",
 )  # fmt: skip
+HARNESS_COLUMNS = ("task", "metric", "policy", "value", "examples", "output tokens")
 PREDICTION_COLUMNS = ("text", "tokens", "policy", "KV read", "perplexity", "KL", "agreement", "positions")
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Both tables in Markdown, without an empty one."""
-    parts = ((ANSWER_COLUMNS, answer_rows(rows)), (PREDICTION_COLUMNS, prediction_rows(rows)))
+    """The tables in Markdown, without an empty one."""
+    parts = (
+        (ANSWER_COLUMNS, answer_rows(rows)),
+        (PREDICTION_COLUMNS, prediction_rows(rows)),
+        (HARNESS_COLUMNS, harness_rows(rows)),
+    )
     return "\n\n".join(markdown(columns, filled) for columns, filled in parts if filled)
 
 
@@ -71,12 +88,15 @@ def draw(records: Sequence[Row], rows: Sequence[Row], folder: Path) -> list[Path
 def page(title: str, about: str, rows: Sequence[Row], pictures: Sequence[Path]) -> str:
     """The report in Markdown; pictures lie beside it."""
     shown = "\n\n".join(f"![{picture.stem}]({picture.name})" for picture in pictures)
-    notes = (
-        "Score: the share of the wanted strings in the greedy answer. Of dense: how much of what the dense model "
-        "scores on the same prompts is kept. Question: read densely with the prompt, or decoded under the policy. "
-        "KL and agreement: from the dense model, each token given the right ones before it."
-    )
+    notes = NOTES if any("value" not in row for row in rows) else ""
     return f"# {title}\n\n{about}\n\n{notes}\n\n{tables(rows)}\n\n{shown}\n"
+
+
+NOTES = (
+    "Score: the share of the wanted strings in the greedy answer. Of dense: how much of what the dense model scores on "
+    "the same prompts is kept. Question: read densely with the prompt, or decoded under the policy. KL and agreement: "
+    "from the dense model, each token given the right ones before it."
+)
 
 
 def _policy(one: Row) -> str:
@@ -98,7 +118,7 @@ def _heat_map(records: Sequence[Row], title: str, file: Path) -> None:
         cells = [[_score(records, subject, question, length, depth) for length in lengths] for depth in depths]
         panel = axes[questions.index(question)][subjects.index(subject)]
         image = panel.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        panel.set_xticks(range(len(lengths)), [f"{length / 1024:g}K" for length in lengths], fontsize=7)
+        panel.set_xticks(range(len(lengths)), [f"{length / 1024:.3g}K" for length in lengths], fontsize=7)
         panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
         panel.set_title(f"{subject}\nquestion {question}", fontsize=7)
     figure.colorbar(image, ax=axes, shrink=0.8)

@@ -155,6 +155,8 @@ def _common_words(tokenizer: Any, text: str, length: int, depth: float, rng: ran
     question = "\nQuestion: What are the 5 most common words in the list? Answer: The 5 most common words are:"
     each = sum(len(ids_of(tokenizer, f" {length // 6}. {word}")) for word in WORDS) / len(WORDS)
     entries = int((length - len(ids_of(tokenizer, question)) - 32) / each)
+    if entries < 20:
+        raise TidalError(f"room for {max(0, entries)} words; 20 are needed")
     listed = common * (entries // 10)  # a tenth of the list each
     listed += itertools.islice(itertools.cycle(rest), entries - len(listed))
     rng.shuffle(listed)
@@ -171,6 +173,8 @@ def _frequent_words(tokenizer: Any, text: str, length: int, depth: float, rng: r
     sizes = [len(ids_of(tokenizer, f" {word}")) for word in coded]
     each = sum(size * share for size, share in zip(sizes, shares, strict=True)) / sum(shares)
     total = (length - len(ids_of(tokenizer, question)) - 32 - sum(sizes)) / each  # and each word once more
+    if total < 40:
+        raise TidalError(f"room for {max(0, int(total))} words beside one of each; 40 are needed")
     counts = [1 + int(total * share / sum(shares)) for share in shares]
     listed = [word for word, count in zip(coded, counts, strict=True) for _ in range(count)]
     rng.shuffle(listed)

@@ -1,0 +1,185 @@
+"""The lm-evaluation-harness under a policy (https://github.com/EleutherAI/lm-evaluation-harness), extra `lm-eval`.
+
+The model class `tidal` prefills what a task gives densely, and decodes under the policy: what it generates with the
+compiled step, and the continuations whose likelihood is asked for with `replay`, which gives the same and takes all
+choices of a question in one pass. The harness has no plug-ins, so `tidal-lm-eval` is its command with the class known:
+
+    tidal-lm-eval --model tidal --model_args pretrained=smollm2,policy=smollm2,budget=256 --tasks TASK
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import nn
+from tqdm import tqdm
+
+from ..backend import compile_config
+from ..errors import TidalError
+from ..explain import decode_calls
+from ..models import empty_cache, load_model, load_tokenizer
+from ..passes.match import policy_layers
+from ..policy import resolve
+from ..replay import Block, make_context, replay, replay_text
+from ..run import prefill, rewind, windows
+
+MOST_STEPS = 256  # tokens of a pass: more are decoded in parts
+
+
+@register_model("tidal")
+class TidalLM(HFLM):
+    """`pretrained`: a name as `tidal-compile --model` takes it, or a loaded model with its `tokenizer`; `policy`, and
+    a `budget` in place of its own. Raises `TidalError` and `PolicyError`.
+    """
+
+    def __init__(
+        self, pretrained: str | nn.Module, policy: Any = "tidal", budget: int | None = None, tokenizer: Any = None,
+        device: str | None = None, dtype: str = "auto", **options: Any,
+    ) -> None:  # fmt: skip
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        number = getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype)
+        name = pretrained if isinstance(pretrained, str) else None
+        model = load_model(name, device, number) if name else pretrained
+        super().__init__(pretrained=model, tokenizer=tokenizer or load_tokenizer(name), backend="causal", **options)
+        torch._dynamo.reset()  # another policy may have compiled the same model
+        calls, num_layers = decode_calls(model)
+        found = resolve(policy, num_layers, attention_layers=policy_layers(calls), model=name)
+        self.policy = found if budget is None else found.with_budget(int(budget))
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
+        compiled = {"cache_implementation": "static", "compile_config": compile_config(self.policy)}
+        return super()._model_generate(context, max_length, stop, **settings, **compiled)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation, and whether greedy decoding gives it."""
+        groups: dict[tuple[int, ...], list[int]] = {}  # choices share their context
+        for number, (_, given, wanted) in enumerate(requests):
+            room = self.max_length + 1 - len(wanted)
+            if room < 1:
+                raise TidalError(f"a continuation of {len(wanted)} tokens: the model takes {self.max_length}")
+            groups.setdefault(tuple(given[-room:]), []).append(number)
+        found: dict[int, tuple[float, bool]] = {}
+        for given, numbers in tqdm(groups.items(), disable=disable_tqdm, desc="loglikelihood under a policy"):
+            rows = self._continuations(list(given), [requests[number][2] for number in numbers])
+            for number, row in zip(numbers, rows, strict=True):
+                found[number] = row
+                if requests[number][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], row)
+        return [found[number] for number in range(len(requests))]
+
+    @torch.no_grad()
+    def _continuations(self, given: list[int], wanted: Sequence[list[int]]) -> list[tuple[float, bool]]:
+        """Each continuation of the same tokens, as if it were decoded after their prefill."""
+        slots = len(given) + sum(map(len, wanted))
+        cache = empty_cache(self.model, slots) if len(given) == 1 else None
+        for cache in prefill(self.model, self._row(given[:-1]), slots):  # noqa: B007  the last one is complete
+            pass
+        blocks = [Block("continuation", self._row([given[-1], *one[:-1]])) for one in wanted]
+        rows: list[torch.Tensor] = []
+        saved, roles = windows(cache), self.policy.roles
+        for part in _parts(blocks):
+            rewind(cache, len(given) - 1, saved)
+            if part[0].steps > MOST_STEPS:
+                logits = [torch.cat(list(replay_text(self.model, cache, len(given) - 1, part[0].tokens, roles)))]
+            else:
+                logits = replay(self.model, make_context(self.model, cache, len(given) - 1, part), roles)
+            rows += [one.log_softmax(-1) for one in logits]
+        answers = []
+        for one, row in zip(wanted, rows, strict=True):
+            labels = self._row(one)[0]
+            total = row.gather(1, labels[:, None]).sum().item()
+            answers.append((total, torch.equal(row.argmax(-1), labels)))
+        return answers
+
+    def _row(self, ids: list[int]) -> torch.Tensor:
+        return torch.tensor([ids], dtype=torch.long, device=self.device)
+
+
+def _parts(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Blocks of a pass, `MOST_STEPS` tokens at most, or one longer block."""
+    parts: list[list[Block]] = []
+    for block in blocks:
+        if parts and sum(one.steps for one in parts[-1]) + block.steps <= MOST_STEPS:
+            parts[-1].append(block)
+        else:
+            parts.append([block])
+    return parts
+
+
+def run_tasks(
+    model: nn.Module, tokenizer: Any, policies: dict[str, Any], tasks: Sequence[str], include: Path | None,
+    limit: int | None, batch: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row a task, metric and policy: `policies` by the name under which they are compared, `full` for dense."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if include is None else str(include))
+    rows = []
+    for subject, policy in policies.items():
+        lm = TidalLM(model, policy, tokenizer=tokenizer, batch_size=batch)
+        found = simple_evaluate(
+            lm, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
+        )
+        for task, metrics in found["results"].items():
+            samples = found["samples"].get(task, [])
+            for name, value in metrics.items():
+                metric, _, kind = name.partition(",")
+                if isinstance(value, int | float) and kind and not metric.endswith("_stderr"):
+                    rows.append({
+                        "task": task, "metric": metric, "filter": kind, "subject": subject, "value": value,
+                        "samples": len(samples), "output_tokens": _output_tokens(tokenizer, samples),
+                    })  # fmt: skip
+    return rows
+
+
+def _output_tokens(tokenizer: Any, samples: Sequence[dict[str, Any]]) -> float | None:
+    """Mean length of what was generated; None for tasks that only compare likelihoods."""
+    texts = [answer for one in samples for answers in one["resps"] for answer in answers if isinstance(answer, str)]
+    return sum(len(tokenizer(text).input_ids) for text in texts) / len(texts) if texts else None
+
+
+def longbench_tasks(data: Path, tasks: Sequence[str]) -> tuple[tempfile.TemporaryDirectory, list[str]]:
+    """LongBench from local files (https://github.com/THUDM/LongBench): a folder with the harness's own task files, on
+    `data/<task>.jsonl`, and the names of the tasks. Raises `TidalError` for a task or file that isn't there.
+    """
+    import lm_eval.tasks
+
+    theirs = Path(lm_eval.tasks.__file__).parent / "longbench"
+    known = sorted(path.stem for path in theirs.glob("*.yaml") if not path.stem.startswith("_"))
+    folder = tempfile.TemporaryDirectory()
+    for task in tasks:
+        if task not in known:
+            raise TidalError(f"LongBench has no task {task!r}; tasks are: {', '.join(known)}")
+        rows = _read_lines(data / f"{task}.jsonl")
+        with (Path(folder.name) / f"{task}.jsonl").open("w") as stream:
+            for row in rows:  # the harness's copy of the data calls the input a question
+                stream.write(json.dumps({"question": row.get("input", ""), **row}) + "\n")
+        config = {
+            "include": str(theirs / f"{task}.yaml"), "task": f"local_{task}", "tag": None, "dataset_path": "json",
+            "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(Path(folder.name) / f"{task}.jsonl")}},
+        }  # fmt: skip
+        (Path(folder.name) / f"{task}.yaml").write_text(yaml.safe_dump(config))
+    return folder, [f"local_{task}" for task in tasks]
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise TidalError(f"{file}: can't read LongBench's examples: {error}") from None
+
+
+def main() -> None:
+    """The harness's own command, with the model class `tidal`."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
