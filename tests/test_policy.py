@@ -76,8 +76,8 @@ def test_shipped_policies_are_valid():
     for path in shipped().values():
         assert tc.Policy.load(path).roles
     smollm2 = resolve("smollm2", 30)
-    assert [role.layer for role in smollm2.roles if role.role == "select"] == [2, 6, 18, 20]
-    assert smollm2.defaults.model_dump() == {"budget": 512, "sinks": 4, "recent": 32, "share": "kv_head"}
+    assert [role.layer for role in smollm2.roles if role.role == "select"] == [2, 7, 17, 20]
+    assert smollm2.defaults.model_dump() == {"budget": 256, "sinks": 4, "recent": 32, "share": "layer"}
     gemma = resolve("gemma3-270m", 18)
     assert {role.layer: role.role for role in gemma.roles if role.role != "full"} == {
         5: "select",
