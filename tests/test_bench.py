@@ -11,7 +11,7 @@ from test_cli import fails, quick  # noqa: F401  fixtures and helpers of the com
 
 from tidal_compile.bench import decode, figures, kernels, tables
 from tidal_compile.bench.timing import relative_error, summary
-from tidal_compile.cli import _options
+from tidal_compile.cli.bench import _options
 from tidal_compile.models import load_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
