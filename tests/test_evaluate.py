@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import tidal_compile as tc
 from tidal_compile import cli
-from tidal_compile.evaluate import decode, quality, records
+from tidal_compile.evaluate import compared, decode, quality, records
+from tidal_compile.evaluate import report as pages
 from tidal_compile.evaluate.decode import answer, prepare
 from tidal_compile.evaluate.tasks import HAS_DEPTH, TASKS, make_sample
 from tidal_compile.replay import Block, make_context, replay, replay_text
@@ -180,12 +181,50 @@ def test_evaluate_compares_and_goes_on(tmp_path, monkeypatch):
         tc.evaluate(model, Words(), ["tidal"], tasks=tasks, **small, **{**SETTINGS, "text": TEXT[50:]})
 
 
+def test_an_evaluation_that_was_killed_goes_on(tmp_path):
+    """What was being written then is written again; of another model, though of the same name, nothing is taken."""
+    model, settings = (
+        tiny_model(max_position_embeddings=2048),
+        {"tasks": ("text",), "folder": str(tmp_path), **SETTINGS},
+    )
+    found = tc.evaluate(model, Words(), ["tidal"], **settings)
+    file = tmp_path / "records.jsonl"
+    whole = file.read_text()
+    file.write_text(whole[:-40])
+    assert tc.evaluate(model, Words(), ["tidal"], **settings) == found
+    assert file.read_text() == whole
+    with pytest.raises(tc.TidalError, match="another evaluation .fingerprint"):
+        tc.evaluate(tiny_model(seed=1, max_position_embeddings=2048), Words(), ["tidal"], **settings)
+    file.write_text(whole.replace("tokens", 'to"kens', 1))
+    with pytest.raises(tc.TidalError, match="can't read the records"):
+        tc.evaluate(model, Words(), ["tidal"], **settings)
+
+
+def test_policies_are_named_by_their_files(tmp_path):
+    files = [tmp_path / name for name in ("my.v1.yaml", "Qwen2.5-7B/tidal_policy.yaml", "other/tidal_policy.yaml")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        sparse_policy().save(file)
+    names = [one.name for one in compared(tiny_model(), [files[0], files[1].parent, *files[2:]], (16, 64, 16), None)]
+    each = [f"{name} @{budget}" for name in ("my.v1", "Qwen2.5-7B", "other") for budget in (16, 64)]
+    assert names == ["dense", *each]
+
+
+def test_curves_have_budgets_in_order(tmp_path):
+    rows = [{"task": "text", "subject": f"p @{budget}", "kl": 1 / budget} for budget in (1024, 64, 256)]
+    rows += [{"task": "text", "subject": "a b @128", "kl": 0.1}]
+    (file,) = pages.draw([], rows, tmp_path)
+    assert file.stat().st_size > 5000
+    assert "(heat%20map.png)" in pages.page("", "", [], [tmp_path / "heat map.png"])
+
+
 def test_what_cannot_be_asked_is_named():
     model = tiny_model()
     for options, message in (
         ({"tasks": ("riddles",)}, "unknown task 'riddles'"),
         ({"questions": ("both",)}, "unknown question 'both'"),
         ({"policies": [sparse_policy(), sparse_policy()]}, "same name"),
+        ({"text": " "}, "text is empty"),
         ({"tasks": ("text",), "text": "Short."}, "need a longer text"),
     ):
         with pytest.raises(tc.TidalError, match=message):
@@ -236,9 +275,6 @@ def test_the_command_line(as_tiny, tmp_path):
     for picture in ("heat-needle-tidal", "heat-passkey-dense", "kl"):
         assert (out / f"{picture}.png").stat().st_size > 5000 and f"({picture}.png)" in page
     assert "| needle | 900 | sparse | tidal @16 |" in page and "output tokens" in shown
-    (out / "report.md").unlink()
-    assert run("eval", "report", out)[0] == 0
-    assert (out / "report.md").read_text() == page
     code, shown, _ = run("eval", "perplexity", *common, "--tokens", 8, "--json", "--out", tmp_path / "more")
     assert code == 0 and {row["task"] for row in json.loads(shown)["rows"]} == {"text", "answers"}
     for wrong, message in (

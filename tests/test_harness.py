@@ -48,7 +48,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model with a word tokenizer, saved as Hugging Face does."""
+    """A tiny model with a word tokenizer, saved as Hugging Face does, and a policy."""
     folder = tmp_path_factory.mktemp("harness")
     tiny_model(max_position_embeddings=512).save_pretrained(folder)
     vocab = {word: number for number, word in enumerate(["<unk>", "<eos>", *WORDS])}
@@ -56,16 +56,16 @@ def folder(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
     fast.save_pretrained(folder)
+    settings = "budget: 24, sinks: 2, recent: 4"
+    policy = f"num_layers: 6\ndefaults: {{{settings}}}\nlayers: {{0-1: full, 2: select, 3-5: reuse}}\n"
+    (folder / "policy.yaml").write_text(policy)
     return folder
 
 
 @pytest.fixture(scope="module")
 def lm(folder):
-    settings = "budget: 24, sinks: 2, recent: 4"
-    policy = folder / "policy.yaml"
-    policy.write_text(f"num_layers: 6\ndefaults: {{{settings}}}\nlayers: {{0-1: full, 2: select, 3-5: reuse}}\n")
     assert get_model("tidal") is TidalLM
-    return get_model("tidal").create_from_arg_string(f"pretrained={folder},policy={policy},batch_size=2")
+    return get_model("tidal").create_from_arg_string(f"pretrained={folder},policy={folder}/policy.yaml,batch_size=2")
 
 
 def test_likelihoods_are_those_of_single_steps(lm):
@@ -132,8 +132,10 @@ def test_tasks_from_local_files(folder, lm, tmp_path, monkeypatch):
         for ids in prompts
     ]  # fmt: skip
     truths = [lm.tok_decode(output).split("?")[0] for output in outputs]
-    write_tasks(tmp_path, [{"text": texts[0], "answer": truths[0]}, {"text": texts[1], "answer": "wrong"}])
-    options = ["--model", folder, "--policy", folder / "policy.yaml", "--include", tmp_path, "--out", tmp_path / "out"]
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    write_tasks(tasks, [{"text": texts[0], "answer": truths[0]}, {"text": texts[1], "answer": "wrong"}])
+    options = ["--model", folder, "--policy", folder / "policy.yaml", "--include", tasks, "--out", tmp_path / "out"]
     code, shown, problem = run(
         "eval", "lm", "--task", "local_multiple_choice", "--task", "local_generate_until", *options, "--json"
     )
@@ -144,6 +146,12 @@ def test_tasks_from_local_files(folder, lm, tmp_path, monkeypatch):
     assert generated["value"] == 0.5 and generated["samples"] == 2 and generated["output_tokens"] > 0
     assert rows["local_multiple_choice", "acc", "policy @24"]["output_tokens"] is None
     assert "local_generate_until" in (tmp_path / "out" / "report.md").read_text()
+    monkeypatch.setattr(TidalLM, "__init__", lambda *_, **__: pytest.fail("ran again"))
+    task = ["--task", "local_generate_until", *options, "--json"]
+    code, shown, problem = run("eval", "lm", *task)  # goes on from there
+    assert code == 0, problem
+    again = json.loads(shown[shown.index("{") :])["rows"]
+    assert again == [row for row in rows.values() if row["task"] == "local_generate_until"]
 
 
 def test_longbench_from_local_files(folder, tmp_path, monkeypatch):
@@ -151,9 +159,11 @@ def test_longbench_from_local_files(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     examples = [
-        {"input": "what ?", "context": "the sky is grass . " * 20, "answers": ["grass"], "all_classes": None}
+        {"input": "what\u2028?", "context": "the sky is grass . " * 20, "answers": ["grass"], "all_classes": None}
     ] * 2
-    (tmp_path / "qasper.jsonl").write_text("".join(json.dumps(one) + "\n" for one in examples))
+    lines = [json.dumps(one, ensure_ascii=False) for one in examples]
+    (tmp_path / "qasper.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "trec.jsonl").write_text("\n".join([*lines, "{"]), encoding="utf-8")
     options = ["--data", tmp_path, "--model", folder, "--policy", folder / "policy.yaml", "--out", tmp_path / "out"]
     code, shown, problem = run("eval", "longbench", "--task", "qasper", *options, "--limit", 1, "--json")
     assert code == 0, problem
@@ -164,4 +174,5 @@ def test_longbench_from_local_files(folder, tmp_path, monkeypatch):
     }
     assert {row["metric"] for row in rows} >= {"qa_f1_score"} and all(row["samples"] == 1 for row in rows)
     assert "no task 'riddles'" in run("eval", "longbench", "--task", "riddles", *options)[2].message
+    assert "trec.jsonl, line 3: not JSON" in run("eval", "longbench", "--task", "trec", *options)[2].message
     assert "can't read LongBench" in run("eval", "longbench", "--task", "lcc", *options)[2].message

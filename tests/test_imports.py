@@ -119,23 +119,26 @@ def test_folders_and_repositories(tmp_path, monkeypatch):
         tc.Policy.load("policies/mine.yaml")
     assert ("policies/mine.yaml", "tidal_policy.yaml") not in asked
 
-    sent = []
+    sent, kinds = [], []
 
     class Api:
         def __init__(self, token=None):
             assert token == "secret"
 
-        def create_repo(self, repo_id, exist_ok):
+        def create_repo(self, repo_id, repo_type, exist_ok):
+            kinds.append(repo_type)
             if repo_id == "someone/closed":
                 raise OSError("403 Forbidden")
 
-        def upload_file(self, path_or_fileobj, path_in_repo, repo_id, **options):
+        def upload_file(self, path_or_fileobj, path_in_repo, repo_id, commit_message, repo_type=None):
             sent.append((tc.Policy.from_dict(json.loads(json.dumps(yaml_of(path_or_fileobj)))), path_in_repo, repo_id))
             return type("Commit", (), {"commit_url": "https://example.org/commit"})()
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     assert policy.push_to_hub("someone/model", token="secret") == "https://example.org/commit"
     assert sent == [(policy, "tidal_policy.yaml", "someone/model")]
+    policy.push_to_hub("someone/data", token="secret", repo_type="dataset")
+    assert kinds == [None, "dataset"]
     with pytest.raises(tc.PolicyError, match="someone/closed: can't push the policy: 403"):
         policy.push_to_hub("someone/closed", token="secret")
 
@@ -150,11 +153,14 @@ def test_the_command_line(tmp_path):
     file = tmp_path / "tiny_layers_0_2.npy"
     numpy.save(file, numpy.array([[0, 1], [1, 0], [0, 1]], dtype=numpy.int64))
     config = tmp_path / "config.json"
+    types = tmp_path / "types.json"
+    types.write_text(json.dumps(["full", "shared", "full"]))
     config.write_text(json.dumps({"indexer_types": ["full", "shared"]}))
     for options, expected in (
         (["--kascade", file], "SrS"),
         (["--indexer-types", "FSF"], "SrS"),
-        (["--indexer-types", "full,shared"], "Sr"),
+        (["--indexer-types", "full, shared"], "Sr"),
+        (["--indexer-types", types], "SrS"),
         (["--indexer-types", config], "Sr"),
         (["--omnikv", "1,3", "--num-layers", 6], "fSfSfr"),
     ):

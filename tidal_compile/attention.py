@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import UnsupportedModelError
 from .kernels import ops as _ops  # noqa: F401  registers the ops
 from .policy import LayerRole
 
@@ -17,19 +18,40 @@ NAME = "tidal_function"
 def attention_function(model: nn.Module, function: Callable) -> Iterator[None]:
     """`function` in place of the model's attention, through transformers' attention interface; masks are bool.
 
-    Raises what transformers raises if the model takes none.
+    Raises `UnsupportedModelError` in a forward pass that never called it: some models keep attention of their own.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, function)
+    called = False
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        nonlocal called
+        called = True
+        return function(*args, **kwargs)
+
+    def check(*_: Any) -> None:
+        if not called:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not take its attention from transformers' attention interface, through "
+                "which policies are calibrated and evaluated"
+            )
+
+    AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     before = model.config._attn_implementation
     model.config._attn_implementation = NAME
+    hook = model.register_forward_hook(check)
     try:
         yield
     finally:
+        hook.remove()
         model.config._attn_implementation = before
+        AttentionInterface.register(NAME, _gone)  # the function holds a cache
+
+
+def _gone(*_: Any, **__: Any) -> None:
+    raise RuntimeError(f"attention implementation {NAME!r} outside of attention_function")
 
 
 @contextlib.contextmanager

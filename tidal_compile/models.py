@@ -1,6 +1,7 @@
 """Models by the name that a user types: `smollm2`, `random:<shape>`, or a Hugging Face name or folder."""
 
 import contextlib
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,14 @@ def load_config(name: str, num_layers: int | None = None) -> Any:
         return AutoConfig.for_model(**{**SHAPES.get(shape, {"model_type": shape}), **depth})
     except ValueError as error:
         raise TidalError(f"model {name!r}: unknown shape (valid: {FORMS})") from error
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """A digest of the first values of every weight that is a plain tensor: it tells models of the same name apart."""
+    plain = [one for one in model.parameters() if type(one.data) is torch.Tensor]
+    values = torch.cat([one.flatten()[:64].float().cpu() for one in plain])
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -237,12 +237,12 @@ class Policy(_Strict):
 
         api = huggingface_hub.HfApi(token=options.pop("token", None))
         try:
-            api.create_repo(repo_id, exist_ok=True)
+            api.create_repo(repo_id, repo_type=options.get("repo_type"), exist_ok=True)
             made = api.upload_file(
                 path_or_fileobj=self.to_yaml().encode(), path_in_repo=FILE, repo_id=repo_id,
                 commit_message=f"Policy {self.name}", **options,
             )  # fmt: skip
-        except (OSError, ValueError) as error:  # what huggingface_hub raises derives from these
+        except Exception as error:  # whatever it is, it is about this repository
             raise PolicyError(f"{repo_id}: can't push the policy: {error}") from None
         return made.commit_url
 

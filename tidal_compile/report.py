@@ -68,7 +68,8 @@ def calibration_table(policy: Policy) -> Table:
     rows = []
     for name, score in (("calibrated", found), ("published", found["published"])):
         kinds = [f"{score['kl'][kind]:.4f} ({score['agreement'][kind]:.0%})" for kind in found["kl"]]
-        rows.append((name, f"{score['loss']:.4f}", *kinds, f"{score['answered']:.0%}", f"{score['kv_share']:.0%}"))
+        kept = "-" if score["answered"] is None else f"{score['answered']:.0%}"
+        rows.append((name, f"{score['loss']:.4f}", *kinds, kept, f"{score['kv_share']:.0%}"))
     kinds = [f"{kind}: KL (agreement)" for kind in found["kl"]]
     return table(("policy", "loss", *kinds, "answers kept", "KV cache read"), rows)
 

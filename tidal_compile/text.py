@@ -4,11 +4,15 @@ import functools
 import importlib.util
 import itertools
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import TidalError
+
+END = re.compile(r"(?<=[.!?;:])\s+|(?<=[。！？；])\s*")  # noqa: RUF001  the latter are Chinese and Japanese
+LONGEST = 500  # characters of a sentence: lists, code and the like have few full stops, and facts stand between them
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -18,8 +22,9 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def split_sentences(text: str) -> tuple[str, ...]:
-    """The sentences of a text, a space after each."""
-    return tuple(part + " " for part in re.split(r"(?<=[.!?;:])\s+", " ".join(text.split())) if part)
+    """The sentences of a text, a space after each; those of over `LONGEST` characters are cut, between words."""
+    pieces = END.split(" ".join(text.split()))
+    return tuple(part + " " for piece in pieces for part in textwrap.wrap(piece, LONGEST, break_on_hyphens=False))
 
 
 def hide(
@@ -30,10 +35,10 @@ def hide(
     The sentences are taken in order, and again from the first one if they don't suffice. Raises `TidalError` if
     there is no room for one.
     """
-    room = num_tokens - len(tokenizer(head).input_ids) - sum(_size(tokenizer, fact) for _, fact in facts)
+    room = num_tokens - len(tokenizer(head).input_ids) - sum(size_of(tokenizer, fact) for _, fact in facts)
     body: list[str] = []
     for sentence in itertools.cycle(sentences):
-        room -= _size(tokenizer, sentence)
+        room -= size_of(tokenizer, sentence)
         if room < 0:
             break
         body.append(sentence)
@@ -45,7 +50,7 @@ def hide(
     return head + "".join(body), taken
 
 
-def _size(tokenizer: Any, sentence: str) -> int:
+def size_of(tokenizer: Any, sentence: str) -> int:
     """Tokens of a sentence inside a text: most tokenizers count a space to the word after it."""
     return max(1, len(ids_of(tokenizer, " " + sentence.strip())))
 

@@ -40,13 +40,13 @@ class Score:
     """How a policy's predictions differ from the dense model's, a mean over the positions of each kind of block.
 
     `kl` in nats; `agreement`: how often the likeliest token is the same; `answered`: of the answers that the dense
-    model gets right, the share that the policy does; `loss`: the weighted mean of `kl`.
+    model gets right, the share that the policy does, if there are any; `loss`: the weighted mean of `kl`.
     """
 
     loss: float
     kl: dict[str, float]
     agreement: dict[str, float]
-    answered: float
+    answered: float | None
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,18 @@ def measure(
         loss=sum(weights[kind] * mean for kind, mean in means.items()) / sum(weights[kind] for kind in means),
         kl=means,
         agreement={kind: torch.cat(values).mean().item() for kind, values in same.items() if values},
-        answered=kept / right if right else 1.0,
+        answered=kept / right if right else None,
     )
 
 
 def explore(
     score: Callable[[Candidate], Score], statistics: Mapping[str, Statistics], layers: Sequence[int], selections: int,
-    dense: int, budget: int, tries: int, vary_budgets: bool,
+    dense: int, budget: int, least: int, tries: int, vary_budgets: bool,
 ) -> Iterator[Found]:  # fmt: skip
     """Yields every candidate with its score as it is tried: `tries` by `search`, and refinements of the best.
 
     `statistics` by who shares a token set. `layers` may select; at most `dense` of them before the first selection stay
-    dense.
+    dense. `budget` of a selection, which may become `least` where budgets are varied.
     """
     best: Found | None = None
 
@@ -106,10 +106,12 @@ def explore(
         return found
 
     yield from search(attempt, statistics, layers, selections, dense, tries)
+    if selections == 1:  # serves every layer, with the one budget that there is
+        return
     yield attempt(dataclasses.replace(best.candidate, nearest=False))
-    if vary_budgets and selections > 1:
+    if vary_budgets:
         losses = statistics[best.candidate.share].losses
-        for budgets in _shifts(best.candidate, losses, layers, budget):
+        for budgets in _shifts(best.candidate, losses, layers, budget, least):
             yield attempt(dataclasses.replace(best.candidate, budgets=budgets))
 
 
@@ -170,7 +172,9 @@ def sources(candidate: Candidate, losses: Tensor, layers: Sequence[int]) -> dict
     return found
 
 
-def _shifts(candidate: Candidate, losses: Tensor, layers: Sequence[int], budget: int) -> Iterator[tuple[int, ...]]:
+def _shifts(
+    candidate: Candidate, losses: Tensor, layers: Sequence[int], budget: int, least: int
+) -> Iterator[tuple[int, ...]]:
     """Budgets of the selections that read as many tokens in all: one gets more or less, another one pays for it."""
     from_ = list(sources(candidate, losses, layers).values())
     users = [from_.count(selection) for selection in candidate.selections]
@@ -180,5 +184,5 @@ def _shifts(candidate: Candidate, losses: Tensor, layers: Sequence[int], budget:
             budgets[one] = round(budget * factor)
             if users[one] and users[other]:
                 budgets[other] -= round(users[one] * (budgets[one] - budget) / users[other])
-                if budgets[other] >= budget // 4:
+                if min(budgets) >= max(least, budget // 4):
                     yield tuple(budgets)

@@ -90,6 +90,8 @@ def _observe(
         shares = [weights[block.kind] / count[block.kind] / block.steps for block in context.blocks]
 
         def see(call: Call, sets: dict[int, Tensor] = sets, shares: list[float] = shares) -> None:
+            if call.layer == layers[0]:
+                sets.clear()  # a new pass: where layers forget tokens, every block is one
             if call.layer in layers:
                 weight = torch.tensor(shares, device=call.queries.device)[call.tokens.block]
                 observe(call, sets, weight * ~call.tokens.dense)

@@ -19,7 +19,7 @@ from ..errors import TidalError
 from ..evaluate.tasks import FILLER, NEEDLE, QUESTION
 from ..replay import Block, Context, make_context
 from ..run import prefill
-from ..text import hide, ids_of, split_sentences
+from ..text import hide, ids_of, size_of, split_sentences
 
 NAMES = (
     "Amber",
@@ -57,7 +57,7 @@ def make_contexts(
     """
     rng = random.Random(seed)
     sentences = split_sentences(text)
-    sizes = [len(ids_of(tokenizer, sentence)) for sentence in sentences]
+    sizes = [size_of(tokenizer, sentence) for sentence in sentences]
     needed = length + 2 * text_tokens
     last = len(sentences)
     while last > 0 and sum(sizes[last:]) < needed:

@@ -183,11 +183,20 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Entry point: what tidal_compile refuses ends with one line and exit code 2, not with a traceback."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of a GGUF's conversion, beside ours
+    _run(app)
+
+
+def lm_eval() -> None:
+    """Entry point `tidal-lm-eval`: the lm-evaluation-harness's own command, with the model class `tidal`."""
+    _run(evaluate.run_harness)
+
+
+def _run(command: Callable[[], None]) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     warnings.filterwarnings("ignore", module="torch")
     try:
-        app()
+        command()
     except TidalError as error:
         err.print(f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

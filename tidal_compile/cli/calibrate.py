@@ -19,6 +19,7 @@ from .common import (
     add_stage,
     check_positions,
     err,
+    make_folder,
     out,
     read_text,
     show_progress,
@@ -42,7 +43,10 @@ def calibrate(
     ] = None,
     selections: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Layers that select; repeat.", show_default="3, without a quality to reach"),
+        typer.Option(
+            min=1, help="Layers that select; repeat.",
+            show_default="3, or a third of a shallow model's layers, without a quality to reach",
+        ),
     ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Or: the KL to the dense model to reach, in nats.")] = None,
     min_agreement: Annotated[
@@ -59,16 +63,24 @@ def calibrate(
     vary_budgets: Annotated[bool, typer.Option(help="Budgets of their own, as many tokens in all.")] = False,
     context: Annotated[int, typer.Option(min=64, help="Tokens of a context, about.")] = 4096,
     contexts: Annotated[int, typer.Option(min=1, help="Contexts; half hide their facts in filler.")] = 6,
-    dense: Annotated[int, typer.Option(min=0, help="Layers before the first selection, at most.")] = 2,
+    dense: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Layers before the first selection, at most.",
+            show_default="2, or an eighth of a shallow model's layers",
+        ),
+    ] = None,
     weight: Annotated[
         list[str] | None, typer.Option(help="What counts: kind=number of text, answer, copy.", show_default="1 each")
     ] = None,
-    tries: Annotated[int, typer.Option(min=1, help="Policies tried for a number of selections, at most.")] = 60,
+    tries: Annotated[
+        int, typer.Option(min=1, help="Policies tried for a number of selections, before the best one is refined.")
+    ] = 60,
     seed: Annotated[int, typer.Option(help="Chooses the hidden facts.")] = 0,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
     file: Annotated[
-        Path, typer.Option("--out", help="The policy file; scores go beside it, and a rerun goes on.")
+        Path, typer.Option("--out", help="The policy file, YAML or JSON; scores go beside it, and a rerun goes on.")
     ] = Path("tidal_policy.yaml"),
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
@@ -94,10 +106,14 @@ def calibrate(
     check_positions(load_config(model), model, context, "blocks of", TEXT_TOKENS)
     goal = {"max_kl": max_kl, "min_agreement": min_agreement}
     to_reach = any(value is not None for value in goal.values())
-    budgets, numbers = budget or [1024], selections or ([] if to_reach else [3])
-    several = len(budgets) * len(numbers) > 1
-    if to_reach and (len(budgets) > 1 or several):
-        raise TidalError("calibrate: a quality to reach goes with one --budget and without several --selections")
+    budgets, numbers = budget or [1024], selections or []
+    several = len(budgets) > 1 or len(numbers) > 1
+    if several and to_reach:
+        raise TidalError("calibrate: a quality to reach goes with one --budget and without --selections")
+    weights = _weights(weight or [])
+    if file.suffix not in (".yaml", ".yml", ".json") or file.is_dir():
+        raise TidalError(f"--out {file}: name a file that ends in .yaml, .yml or .json")
+    make_folder(file.parent)
     if several:
         report.need_matplotlib()
     corpus = default_text() if not text else "\n".join(read_text(path) for path in text)
@@ -118,21 +134,21 @@ def calibrate(
 
         common = {
             "sinks": sinks, "recent": recent, "share": share.value, "vary_budgets": vary_budgets, "context": context,
-            "contexts": contexts, "dense": dense, "weights": _weights(weight or []), "tries": tries, "seed": seed,
-            "name": file.stem, "memory": file.with_suffix(".scores.json"), "report": show,
+            "contexts": contexts, "dense": dense, "weights": weights, "tries": tries, "seed": seed,
+            "name": file.stem, "memory": file.with_name(f"{file.name}.scores.json"), "report": show,
         }  # fmt: skip
         if several:
-            found = calibrate_curve(net, tokenizer, corpus, budgets=budgets, selections=numbers, **common)
+            found = calibrate_curve(net, tokenizer, corpus, budgets=budgets, selections=numbers or None, **common)
         else:
             one = {"selections": numbers[0] if numbers else None, **goal}
             found = [run_calibration(net, tokenizer, corpus, budget=budgets[0], **one, **common)]
     files = [file.with_stem(policy.name) for policy in found]
     for policy, path in zip(found, files, strict=True):
-        _write(path, policy.to_yaml())
+        policy.save(path)
     points = report.pareto_points(found)
     if several:
         files += [file.with_name(f"{file.stem}-pareto.json"), file.with_name(f"{file.stem}-pareto.png")]
-        _write(files[-2], json.dumps({"points": points, **provenance(device)}, indent=1) + "\n")
+        files[-2].write_text(json.dumps({"points": points, **provenance(device)}, indent=1) + "\n")
         report.pareto_chart(points, files[-1])
     if as_json:
         print(json.dumps(found[0].to_dict() if not several else [policy.to_dict() for policy in found]))
@@ -140,15 +156,10 @@ def calibrate(
     for policy in found:
         out.print(report.calibration_table(policy))
         out.print(report.roles_line(policy), markup=False, highlight=False, soft_wrap=True)
+    if found[-1].calibration["interrupted"] or (several and len(found) < len(budgets) * max(1, len(numbers))):
+        out.print("interrupted: the best so far; the same command goes on", markup=False, highlight=False)
     for path in files:
         out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise TidalError(f"--out {path}: can't write: {error.strerror}") from None
 
 
 def _weights(given: list[str]) -> dict[str, float]:

@@ -52,10 +52,10 @@ def where(device: str, dtype: DType) -> tuple[str, Any]:
     return device, getattr(torch, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype.value)
 
 
-def check_positions(config: Any, model: str, context: int, option: str, more: int) -> None:
+def check_positions(config: Any, model: str, context: int, what: str, more: int, option: str = "--context") -> None:
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions and context + more > positions:
-        raise TidalError(f"--context {context} + {option} {more}: {model} has {positions} positions")
+        raise TidalError(f"{option} {context} + {what} {more}: {model} has {positions} positions")
 
 
 def add_stage(progress: Progress, title: str, steps: int) -> Callable[[], None]:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,8 +77,8 @@ def needle(
     from ..evaluate.tasks import NEEDLES
 
     _evaluate(
-        NEEDLES, model, policy, budget, text, length, depths, seeds, first_seed, question, batch, 1, device, dtype,
-        results, as_json,
+        NEEDLES, model, policy, budget, text, length, device, dtype, results, as_json, depths=depths, seeds=seeds,
+        first_seed=first_seed, questions=question, batch=batch,
     )  # fmt: skip
 
 
@@ -94,8 +94,8 @@ def synthetic(
     from ..evaluate.tasks import SYNTHETIC
 
     _evaluate(
-        task or SYNTHETIC, model, policy, budget, text, length, depths, seeds, first_seed, question, batch, 1, device,
-        dtype, results, as_json,
+        task or SYNTHETIC, model, policy, budget, text, length, device, dtype, results, as_json, depths=depths,
+        seeds=seeds, first_seed=first_seed, questions=question, batch=batch,
     )  # fmt: skip
 
 
@@ -114,8 +114,8 @@ def perplexity(
     """
     tasks = ("text", *(("text_steps",) if steps else ()), "answers")
     _evaluate(
-        tasks, model, policy, budget, text, length, depths, seeds, first_seed, (), 1, tokens, device, dtype, results,
-        as_json,
+        tasks, model, policy, budget, text, length, device, dtype, results, as_json, depths=depths, seeds=seeds,
+        first_seed=first_seed, text_tokens=tokens,
     )  # fmt: skip
 
 
@@ -131,8 +131,8 @@ def everything(
     from ..evaluate.tasks import NEEDLES, SYNTHETIC
 
     _evaluate(
-        (*NEEDLES, *SYNTHETIC, "text", "answers"), model, policy, budget, text, length, depths, seeds, first_seed,
-        question, batch, tokens, device, dtype, results, as_json,
+        (*NEEDLES, *SYNTHETIC, "text", "answers"), model, policy, budget, text, length, device, dtype, results, as_json,
+        depths=depths, seeds=seeds, first_seed=first_seed, questions=question, batch=batch, text_tokens=tokens,
     )  # fmt: skip
 
 
@@ -151,7 +151,13 @@ def lm_harness(
 
     For one policy and all options of the harness: `tidal-lm-eval --model tidal --model_args pretrained=...,policy=...`.
     """
-    _harness(task, include, model, policy, budget, limit, batch, device, dtype, results, as_json)
+    _need_harness("lm-eval")
+    from ..evaluate.harness import digest
+
+    files = [] if include is None else sorted(include.rglob("*"))
+    files = [file for file in files if file.is_file() and not file.is_relative_to(results)]
+    tasks = dict.fromkeys(task, digest(files))
+    _harness(tasks, include, model, policy, budget, limit, batch, device, dtype, results, as_json)
 
 
 @app.command("longbench")
@@ -165,19 +171,26 @@ def longbench(
     _need_harness("longbench")
     from ..evaluate.harness import longbench_tasks
 
-    folder, names = longbench_tasks(data, task)
+    folder, tasks = longbench_tasks(data, task)
     with folder:
-        _harness(
-            names, Path(folder.name), model, policy, budget, limit, batch, device, dtype, results, as_json,
-        )  # fmt: skip
+        _harness(tasks, Path(folder.name), model, policy, budget, limit, batch, device, dtype, results, as_json)
+
+
+def run_harness() -> None:
+    """The command of the lm-evaluation-harness, `lm_eval`, with the model class `tidal`."""
+    _need_harness("lm-eval")
+    from lm_eval.__main__ import cli_evaluate
+
+    from ..evaluate import harness  # noqa: F401  registers the class
+
+    cli_evaluate()
 
 
 def _harness(
-    tasks: Sequence[str], include: Path | None, model: str, policies: list[str] | None, budgets: list[int] | None,
+    tasks: Mapping[str, str], include: Path | None, model: str, policies: list[str] | None, budgets: list[int] | None,
     limit: int | None, batch: int, device: str, dtype: DType, folder: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Run tasks of the harness; write results.json and report.md into the folder."""
-    _need_harness("lm-eval")
     from ..evaluate import compared
     from ..evaluate.harness import run_tasks
     from ..models import is_random, load_model, load_tokenizer
@@ -192,7 +205,7 @@ def _harness(
         net, tokenizer = load_model(model, device, number), load_tokenizer(model)
         done()
         subjects = compared(net, names, budgets or (), model)
-    found = run_tasks(net, tokenizer, {one.name: one.policy for one in subjects}, tasks, include, limit, batch)
+    found = run_tasks(net, tokenizer, subjects, tasks, include, limit, batch, folder, model)
     title = {"kind": "harness", "model": Path(model).name, "dtype": str(number).removeprefix("torch.")}
     finish(title | {"rows": found}, [], device, folder, as_json)
 
@@ -212,26 +225,14 @@ def _policies(given: list[str] | None, model: str) -> list[str]:
     return names
 
 
-@app.command("report")
-def redraw(folder: Path) -> None:
-    """Write the tables and pictures of an evaluation's folder again, from its results.json and records.jsonl."""
-    from ..evaluate import records
-    from ..evaluate import report as pages
-
-    report.need_matplotlib()
-    result = json.loads(read_text(folder / "results.json"))
-    found = [json.loads(line) for line in read_text(folder / records.FILE).splitlines()[1:]]
-    names = {row["subject"] for row in result["rows"]}
-    shown = [one for one in found if one["subject"] in names]
-    _page(result | {"rows": records.summarize(shown)}, pages.draw(shown, records.summarize(shown), folder), folder)
-
-
 def _evaluate(
     tasks: Sequence[str], model: str, policies: list[str] | None, budgets: list[int] | None, text: list[Path] | None,
-    lengths: Sequence[int], depths: int, seeds: int, first_seed: int, questions: Sequence[Question], batch: int,
-    tokens: int, device: str, dtype: DType, folder: Path, as_json: bool,
+    lengths: Sequence[int], device: str, dtype: DType, folder: Path, as_json: bool, **more: Any,
 ) -> None:  # fmt: skip
-    """Run, with progress; write records.jsonl, results.json, report.md and the pictures into the folder."""
+    """Run, with progress; write records.jsonl, results.json, report.md and the pictures into the folder.
+
+    `more` goes to `tidal_compile.evaluate`.
+    """
     from transformers.utils import logging as hf_logging
 
     from ..evaluate import Progress, evaluate
@@ -247,8 +248,7 @@ def _evaluate(
     report.need_matplotlib()
     names = _policies(policies, model)
     make_folder(folder)
-    for length in lengths:
-        check_positions(load_config(model), model, length, "answers of", 64)
+    check_positions(load_config(model), model, max(lengths), "answers of", 64, "--length")
     corpus = default_text() if not text else "\n".join(read_text(path) for path in text)
     with show_progress() as progress:
         done = add_stage(progress, f"load {model}", 1)
@@ -265,9 +265,8 @@ def _evaluate(
             progress.update(task, completed=step.done, total=step.total, description=step.stage)
 
         records = evaluate(
-            net, tokenizer, names, tasks=tasks, text=corpus, lengths=lengths, budgets=budgets or (), depths=depths,
-            seeds=seeds, questions=[one.value for one in questions], text_tokens=tokens, batch=batch,
-            first_seed=first_seed, model_name=model, folder=folder, report=show,
+            net, tokenizer, names, tasks=tasks, text=corpus, lengths=lengths, budgets=budgets or (), model_name=model,
+            folder=folder, report=show, **more,
         )  # fmt: skip
     rows = summarize(records)
     result = {
@@ -284,21 +283,14 @@ def finish(result: dict[str, Any], pictures: Sequence[Path], device: str, folder
     from ..evaluate import report as pages
 
     result |= provenance(device)
-    _page(result, pictures, folder)
+    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    about = f"{result['device']}; {result['dtype']}; {versions}; commit {result['commit']}; {result['date']}."
+    title = f"{result['model']}: what policies cost in quality"
+    (folder / "report.md").write_text(pages.page(title, about, result["rows"], pictures))
     if as_json:
         print(json.dumps(result))
         return
     print(pages.tables(result["rows"]))
     for file in (folder / "results.json", folder / "report.md", *pictures):
         out.print(f"wrote {file}", markup=False, highlight=False)
-
-
-def _page(result: dict[str, Any], pictures: Sequence[Path], folder: Path) -> None:
-    """results.json and report.md of a finished evaluation."""
-    from ..evaluate import report as pages
-
-    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    about = f"{result['device']}; {result['dtype']}; {versions}; commit {result['commit']}; {result['date']}."
-    title = f"{result['model']}: what policies cost in quality"
-    (folder / "report.md").write_text(pages.page(title, about, result["rows"], pictures))

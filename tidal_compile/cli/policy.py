@@ -85,10 +85,7 @@ def init(
     found = _find(preset, num_layers, model, budget)
     if file.exists() and not force:
         raise TidalError(f"{file} exists; --force overwrites it")
-    try:
-        file.write_text(found.to_yaml())
-    except OSError as error:
-        raise TidalError(f"{file}: can't write: {error.strerror}") from None
+    found.save(file)
     if as_json:
         print(json.dumps({"file": str(file), "policy": found.to_dict()}))
         return
@@ -136,11 +133,13 @@ def import_policy(
 def _types(given: str) -> list[str]:
     """The list that is given, or the one in a config.json."""
     if not given.endswith(".json"):
-        return given.split(",") if "," in given else list(given)
+        return [one.strip() for one in given.split(",")] if "," in given else list(given)
     try:
-        types = json.loads(read_text(Path(given))).get("indexer_types")
+        types = json.loads(read_text(Path(given)))
     except ValueError as error:
         raise TidalError(f"{given}: not JSON: {error}") from None
+    if isinstance(types, dict):
+        types = types.get("indexer_types")
     if not isinstance(types, list):
         raise TidalError(f"{given}: has no list indexer_types")
     return types

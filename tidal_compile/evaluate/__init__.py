@@ -19,9 +19,12 @@ from torch import nn
 
 from ..errors import TidalError
 from ..explain import decode_calls
+from ..models import fingerprint
 from ..passes.match import policy_layers
 from ..passes.plan import Plan, kv_share, make_plan
+from ..policy import FILE as POLICY_FILE
 from ..policy import Policy, is_preset, resolve
+from ..provenance import provenance
 from ..text import default_text
 from . import records
 from .decode import answer, prepare
@@ -66,7 +69,7 @@ def evaluate(
     tasks: Sequence[str] = ("needle", "text", "answers"), text: str | None = None,
     lengths: Sequence[int] = (1024, 2048, 4096), budgets: Sequence[int] = (), depths: int = 5, seeds: int = 1,
     questions: Sequence[str] = QUESTIONS, text_tokens: int = 128, batch: int = 8, first_seed: int = 0,
-    model_name: str | None = None, folder: Path | None = None,
+    model_name: str | None = None, folder: str | Path | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Compare policies with the dense model: one record a task, length, depth, seed, question, policy and budget.
@@ -84,10 +87,11 @@ def evaluate(
     _check("task", tasks, (*TASKS, *PREDICTIONS))
     _check("question", questions, QUESTIONS)
     text = default_text() if text is None else text
+    if not text.split():
+        raise TidalError("evaluate: the text is empty")
+    folder = None if folder is None else Path(folder)
     subjects = compared(model, policies, budgets, model_name)
-    about = {
-        "model": Path(model_name or getattr(model.config, "name_or_path", "") or type(model).__name__).name,
-        "dtype": str(model.dtype).removeprefix("torch."),
+    about = about_model(model, model_name) | {
         "text": "sha256:" + hashlib.sha256(text.encode()).hexdigest(),
         "text_tokens": text_tokens,
     }
@@ -121,6 +125,18 @@ def evaluate(
     return found
 
 
+def about_model(model: nn.Module, name: str | None) -> dict[str, Any]:
+    """What records are made with: those of another model, format, device or library are not gone on from."""
+    made = provenance(model.device.type)
+    return {
+        "model": Path(name or getattr(model.config, "name_or_path", "") or type(model).__name__).name,
+        "fingerprint": fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": made["device"],
+        "versions": made["versions"],
+    }
+
+
 def _check(kind: str, given: Sequence[str], valid: Sequence[str]) -> None:
     if unknown := [one for one in given if one not in valid]:
         raise TidalError(f"evaluate: unknown {kind} {unknown[0]!r}; valid are: {', '.join(valid)}")
@@ -133,15 +149,19 @@ def compared(
     calls, num_layers = decode_calls(model)
     layers = policy_layers(calls)
     subjects: list[Subject] = []
+    titles: set[str] = set()
     for given in ("full", *policies):
         found = resolve(given, num_layers, attention_layers=layers, model=model_name)
-        title = Path(given).stem if isinstance(given, str | Path) and not is_preset(given) else found.name
+        title = _title(given) if isinstance(given, str | Path) and not is_preset(given) else found.name
         if all(role.role == "full" for role in found.roles):
             if subjects:
                 continue
             title, variants = "dense", [found]
         else:
-            variants = [found.with_budget(budget) for budget in budgets] or [found]
+            variants = [found.with_budget(budget) for budget in dict.fromkeys(budgets)] or [found]
+        if title in titles:
+            raise TidalError(f"evaluate: two policies have the same name, {title!r}; give their files different ones")
+        titles.add(title)
         for policy in variants:
             plan = make_plan(calls, policy.roles)
             if plan.problems:
@@ -150,9 +170,14 @@ def compared(
             digest = hashlib.sha256(roles.encode()).hexdigest()[:12]
             name = f"{title} @{_budget(policy)}" if any(role.role == "select" for role in policy.roles) else title
             subjects.append(Subject(name, digest, policy, plan))
-    if len({one.name for one in subjects}) < len(subjects):
-        raise TidalError("evaluate: two policies have the same name and budget; give their files different names")
     return subjects
+
+
+def _title(given: str | Path) -> str:
+    """A policy file's name, or that of the folder or repository that it lies in."""
+    path = Path(given)
+    name = path.stem if path.suffix in (".yaml", ".yml", ".json") else path.name
+    return path.parent.name or name if path.name == POLICY_FILE else name
 
 
 def _budget(policy: Policy) -> str:

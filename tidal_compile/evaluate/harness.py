@@ -7,9 +7,10 @@ choices of a question in one pass. The harness has no plug-ins, so `tidal-lm-eva
     tidal-lm-eval --model tidal --model_args pretrained=smollm2,policy=smollm2,budget=256 --tasks TASK
 """
 
+import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from ..passes.match import policy_layers
 from ..policy import resolve
 from ..replay import Block, make_context, replay, replay_text
 from ..run import prefill, rewind, windows
+from ..text import ids_of
+from . import Subject, about_model, records
 
 MOST_STEPS = 256  # tokens of a pass: more are decoded in parts
 
@@ -115,41 +118,60 @@ def _parts(blocks: Sequence[Block]) -> list[list[Block]]:
 
 
 def run_tasks(
-    model: nn.Module, tokenizer: Any, policies: dict[str, Any], tasks: Sequence[str], include: Path | None,
-    limit: int | None, batch: int,
+    model: nn.Module, tokenizer: Any, subjects: Sequence[Subject], tasks: Mapping[str, str], include: Path | None,
+    limit: int | None, batch: int, folder: Path, model_name: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row a task, metric and policy: `policies` by the name under which they are compared, `full` for dense."""
+    """A row a task, metric and policy, of tasks given with a digest of their files.
+
+    In `folder`, `records.jsonl` keeps what was found, from which a second run goes on, a policy and task at a time.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    about = about_model(model, model_name) | {"limit": limit}
+    known: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in records.read(folder, about):
+        known.setdefault((row["asked"], row["files"], row["policy"]), []).append(row)
     manager = TaskManager(include_path=None if include is None else str(include))
-    rows = []
-    for subject, policy in policies.items():
-        lm = TidalLM(model, policy, tokenizer=tokenizer, batch_size=batch)
-        found = simple_evaluate(
-            lm, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
-        )
-        for task, metrics in found["results"].items():
-            samples = found["samples"].get(task, [])
-            for name, value in metrics.items():
-                metric, _, kind = name.partition(",")
-                if isinstance(value, int | float) and kind and not metric.endswith("_stderr"):
-                    rows.append({
-                        "task": task, "metric": metric, "filter": kind, "subject": subject, "value": value,
-                        "samples": len(samples), "output_tokens": _output_tokens(tokenizer, samples),
-                    })  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for task, files in tasks.items():
+        for subject in subjects:
+            what = {"asked": task, "files": files, "policy": subject.digest}
+            key = tuple(what.values())
+            if key not in known:
+                lm = TidalLM(model, subject.policy, tokenizer=tokenizer, batch_size=batch)
+                found = simple_evaluate(
+                    lm, tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
+                )
+                known[key] = [what | row for row in _rows(tokenizer, found)]
+                records.append(folder, about, known[key])
+            rows += [{**row, "subject": subject.name} for row in known[key]]
     return rows
+
+
+def _rows(tokenizer: Any, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the harness found, a row a task and metric."""
+    for task, metrics in found["results"].items():
+        samples = found["samples"].get(task, [])
+        for name, value in metrics.items():
+            metric, _, kind = name.partition(",")
+            if isinstance(value, int | float) and kind and not metric.endswith("_stderr"):
+                yield {
+                    "task": task, "metric": metric, "filter": kind, "value": value, "samples": len(samples),
+                    "output_tokens": _output_tokens(tokenizer, samples),
+                }  # fmt: skip
 
 
 def _output_tokens(tokenizer: Any, samples: Sequence[dict[str, Any]]) -> float | None:
     """Mean length of what was generated; None for tasks that only compare likelihoods."""
     texts = [answer for one in samples for answers in one["resps"] for answer in answers if isinstance(answer, str)]
-    return sum(len(tokenizer(text).input_ids) for text in texts) / len(texts) if texts else None
+    return sum(len(ids_of(tokenizer, text)) for text in texts) / len(texts) if texts else None
 
 
-def longbench_tasks(data: Path, tasks: Sequence[str]) -> tuple[tempfile.TemporaryDirectory, list[str]]:
+def longbench_tasks(data: Path, tasks: Sequence[str]) -> tuple[tempfile.TemporaryDirectory, dict[str, str]]:
     """LongBench from local files (https://github.com/THUDM/LongBench): a folder with the harness's own task files, on
-    `data/<task>.jsonl`, and the names of the tasks. Raises `TidalError` for a task or file that isn't there.
+    `data/<task>.jsonl`, and the tasks as `run_tasks` takes them. Raises `TidalError` for a task or file that isn't
+    there.
     """
     import lm_eval.tasks
 
@@ -168,18 +190,23 @@ def longbench_tasks(data: Path, tasks: Sequence[str]) -> tuple[tempfile.Temporar
             "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(Path(folder.name) / f"{task}.jsonl")}},
         }  # fmt: skip
         (Path(folder.name) / f"{task}.yaml").write_text(yaml.safe_dump(config))
-    return folder, [f"local_{task}" for task in tasks]
+    return folder, {f"local_{task}": digest([data / f"{task}.jsonl"]) for task in tasks}
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Of what is in files."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
+    rows, number = [], 0
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise TidalError(f"{file}: can't read LongBench's examples: {error}") from None
-
-
-def main() -> None:
-    """The harness's own command, with the model class `tidal`."""
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
+        with file.open(encoding="utf-8") as stream:  # its lines, unlike splitlines(), end at line feeds only
+            for number, line in enumerate(stream, 1):  # noqa: B007  the error names the line
+                if line.strip():
+                    rows.append(json.loads(line))
+    except OSError as error:
+        raise TidalError(f"{file}: can't read LongBench's examples: {error.strerror}") from None
+    except ValueError as error:
+        raise TidalError(f"{file}, line {number}: not JSON: {error}") from None
+    return rows

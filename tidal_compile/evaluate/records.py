@@ -18,12 +18,19 @@ def name_of(record: dict[str, Any]) -> tuple:
 
 
 def read(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of an earlier run into the same folder. Raises `TidalError` if it was about something else."""
+    """The records of an earlier run into the same folder. Raises `TidalError` if it was about something else.
+
+    A last line that was cut off when the run ended is taken out of the file.
+    """
     file = folder / FILE
     if not file.exists():
         return []
     try:
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        text = file.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            file.write_text(whole)
+        lines = [json.loads(line) for line in whole.split("\n")[:-1]]
     except (OSError, ValueError) as error:
         raise TidalError(f"{file}: can't read the records of an earlier run: {error}") from None
     before = lines[0] if lines else about

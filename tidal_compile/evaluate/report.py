@@ -8,6 +8,7 @@ kl.png                     KL from dense by budget, a panel for each kind of pre
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..bench.tables import markdown
 
@@ -87,7 +88,7 @@ def draw(records: Sequence[Row], rows: Sequence[Row], folder: Path) -> list[Path
 
 def page(title: str, about: str, rows: Sequence[Row], pictures: Sequence[Path]) -> str:
     """The report in Markdown; pictures lie beside it."""
-    shown = "\n\n".join(f"![{picture.stem}]({picture.name})" for picture in pictures)
+    shown = "\n\n".join(f"![{picture.stem}]({quote(picture.name)})" for picture in pictures)
     notes = NOTES if any("value" not in row for row in rows) else ""
     return f"# {title}\n\n{about}\n\n{notes}\n\n{tables(rows)}\n\n{shown}\n"
 
@@ -101,6 +102,10 @@ NOTES = (
 
 def _policy(one: Row) -> str:
     return one["subject"].partition(" @")[0]
+
+
+def _budget(one: Row) -> str:
+    return one["subject"].partition(" @")[2]
 
 
 def _heat_map(records: Sequence[Row], title: str, file: Path) -> None:
@@ -141,15 +146,19 @@ def _curves(rows: Sequence[Row], key: str, label: str, file: Path) -> None:
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    budgets = sorted({_budget(row) for row in rows}, key=lambda one: (len(one), one))  # numbers, as texts
     figure = Figure(figsize=(3.2 * len(tasks) + 0.5, 3), layout="constrained")
     for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for policy in dict.fromkeys(_policy(row) for row in rows):
             points: dict[str, list[float]] = {}
             for row in rows:
                 if row["task"] == task and _policy(row) == policy:
-                    points.setdefault(row["subject"].partition(" @")[2], []).append(row[key])
+                    points.setdefault(_budget(row), []).append(row[key])
+            places = [budgets.index(budget) for budget in points]
             means = [sum(values) / len(values) for values in points.values()]
-            panel.plot(list(points), means, marker="o", markersize=3, label=policy)
+            order = sorted(zip(places, means, strict=True))
+            panel.plot(*zip(*order, strict=True), marker="o", markersize=3, label=policy)
+        panel.set_xticks(range(len(budgets)), budgets)
         panel.set_title(task, fontsize=8)
         panel.set_xlabel("budget", fontsize=8)
         panel.tick_params(labelsize=7)

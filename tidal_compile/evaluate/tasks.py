@@ -44,15 +44,8 @@ MAGIC = "The special magic {city} number is: {number}. "
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt in two parts, `context` and `question` ids, and what its answer must contain.
+    """A prompt in two parts, `context` and `question` ids, what its answer must contain, and how long it may be."""
 
-    `depth` is where the fact stands, if there is one; `new_tokens` how long an answer may be.
-    """
-
-    task: str
-    length: int
-    depth: float | None
-    seed: int
     context: tuple[int, ...]
     question: tuple[int, ...]
     answers: tuple[str, ...]
@@ -86,10 +79,7 @@ def make_sample(task: str, tokenizer: Any, text: str, length: int, depth: float,
     context, question = tokenizer(prompt.context).input_ids, ids_of(tokenizer, prompt.question)
     if len(context) + len(question) > length:
         raise TidalError(f"task {task}: {length} tokens are too few for its facts and question")
-    return Sample(
-        task, length, depth if task in HAS_DEPTH else None, seed, tuple(context), tuple(question),
-        tuple(prompt.answers), prompt.new_tokens,
-    )  # fmt: skip
+    return Sample(tuple(context), tuple(question), tuple(prompt.answers), prompt.new_tokens)
 
 
 def _passkey(tokenizer: Any, text: str, length: int, depth: float, rng: random.Random) -> _Prompt:
