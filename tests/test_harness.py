@@ -146,6 +146,7 @@ def test_tasks_from_local_files(folder, lm, tmp_path, monkeypatch):
     assert generated["value"] == 0.5 and generated["samples"] == 2 and generated["output_tokens"] > 0
     assert rows["local_multiple_choice", "acc", "policy @24"]["output_tokens"] is None
     assert "local_generate_until" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "harness.png").stat().st_size > 5000
     monkeypatch.setattr(TidalLM, "__init__", lambda *_, **__: pytest.fail("ran again"))
     task = ["--task", "local_generate_until", *options, "--json"]
     code, shown, problem = run("eval", "lm", *task)  # goes on from there

@@ -192,12 +192,14 @@ def _harness(
 ) -> None:  # fmt: skip
     """Run tasks of the harness; write results.json and report.md into the folder."""
     from ..evaluate import compared
+    from ..evaluate import report as pages
     from ..evaluate.harness import run_tasks
     from ..models import is_random, load_model, load_tokenizer
 
     device, number = where(device, dtype)
     if is_random(model):
         raise TidalError(f"eval: {model} has random weights, whose answers mean nothing")
+    report.need_matplotlib()
     make_folder(folder)
     names = _policies(policies, model)
     with show_progress() as progress:
@@ -207,7 +209,7 @@ def _harness(
         subjects = compared(net, names, budgets or (), model)
     found = run_tasks(net, tokenizer, subjects, tasks, include, limit, batch, folder, model)
     title = {"kind": "harness", "model": Path(model).name, "dtype": str(number).removeprefix("torch.")}
-    finish(title | {"rows": found}, [], device, folder, as_json)
+    finish(title | {"rows": found}, pages.draw([], found, folder), device, folder, as_json)
 
 
 def _need_harness(extra: str) -> None:

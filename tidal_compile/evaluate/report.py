@@ -3,6 +3,7 @@
 heat-<task>-<policy>.png   answers by depth and length, a panel for each budget and way to ask
 scores.png                 of what dense answers, the share that each policy keeps, by budget, a panel for each task
 kl.png                     KL from dense by budget, a panel for each kind of prediction
+harness.png                metrics of the harness by budget, a panel for each task and metric; dense as a line
 """
 
 from collections.abc import Iterable, Sequence
@@ -78,11 +79,13 @@ def draw(records: Sequence[Row], rows: Sequence[Row], folder: Path) -> list[Path
         for policy in dict.fromkeys(_policy(one) for one in of_task):
             files.append(folder / f"heat-{task}-{policy}.png")
             _heat_map([one for one in of_task if _policy(one) == policy], f"{task}, {policy}", files[-1])
-    for key, file, label in (("kept", "scores.png", "of what dense answers"), ("kl", "kl.png", "KL to dense, nats")):
+    kinds = (("kept", "scores.png", "of what dense answers"), ("kl", "kl.png", "KL to dense, nats"))
+    for key, file, label in (*kinds, ("value", "harness.png", "metric")):
         having = [row for row in rows if row.get(key) is not None and row["subject"] != "dense"]
         if having:
             files.append(folder / file)
-            _curves(having, key, label, files[-1])
+            dense = {_panel(row): row[key] for row in rows if row["subject"] == "dense" and "value" in row}
+            _curves(having, key, label, dense, files[-1])
     return files
 
 
@@ -141,31 +144,42 @@ def _score(records: Sequence[Row], subject: str, question: str, length: int, dep
     return sum(scores) / len(scores) if scores else float("nan")
 
 
-def _curves(rows: Sequence[Row], key: str, label: str, file: Path) -> None:
-    """By budget, a line for each policy; a panel for each task, its lengths and questions taken together."""
+def _panel(row: Row) -> str:
+    """The task, and the metric if it has several."""
+    return "\n".join([row["task"], *([row["metric"]] if "metric" in row else [])])
+
+
+def _curves(rows: Sequence[Row], key: str, label: str, dense: dict[str, float], file: Path) -> None:
+    """By budget, a line for each policy; a panel for each task, its lengths and questions taken together.
+
+    `dense`: the dense model's value in a panel, if it says something.
+    """
     from matplotlib.figure import Figure
 
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = list(dict.fromkeys(_panel(row) for row in rows))
     budgets = sorted({_budget(row) for row in rows}, key=lambda one: (len(one), one))  # numbers, as texts
     figure = Figure(figsize=(3.2 * len(tasks) + 0.5, 3), layout="constrained")
-    for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for panel, task in zip(panels, tasks, strict=True):
         for policy in dict.fromkeys(_policy(row) for row in rows):
             points: dict[str, list[float]] = {}
             for row in rows:
-                if row["task"] == task and _policy(row) == policy:
+                if _panel(row) == task and _policy(row) == policy:
                     points.setdefault(_budget(row), []).append(row[key])
             places = [budgets.index(budget) for budget in points]
             means = [sum(values) / len(values) for values in points.values()]
             order = sorted(zip(places, means, strict=True))
             panel.plot(*zip(*order, strict=True), marker="o", markersize=3, label=policy)
+        if task in dense:
+            panel.axhline(dense[task], color="#888888", linestyle="--", linewidth=1, label="dense")
         panel.set_xticks(range(len(budgets)), budgets)
         panel.set_title(task, fontsize=8)
         panel.set_xlabel("budget", fontsize=8)
         panel.tick_params(labelsize=7)
         if key == "kl":
             panel.set_yscale("log")
-        else:
+        elif key == "kept":
             panel.set_ylim(-0.02, 1.02)
-    panel.legend(fontsize=7)
+    panels[0].legend(fontsize=7)
     figure.supylabel(label, fontsize=8)
     figure.savefig(file, dpi=130)
