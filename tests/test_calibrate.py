@@ -260,7 +260,7 @@ def test_calibrate_as_a_user_runs_it(tmp_path):
         min(one["loss"] for one in found["trace"]), abs=1e-5
     )
     assert 0 < found["kv_share"] < 1 and found["published"]["loss"] >= 0
-    stages = {"prefill", "statistics, kv_head", "statistics, layer", "search, 2 selections"}
+    stages = {"prefill", "statistics, kv_head", "statistics, layer", "search at 24, 2 selections"}
     assert {one.stage for one in reports} == stages
     assert all(one.done <= one.total for one in reports if not one.stage.startswith("search"))
     assert found["estimated_speedup"] > 1 and found["bytes_per_step"] > 4 * sum(
@@ -290,7 +290,19 @@ def test_a_quality_to_reach_takes_as_few_selections_as_it_can():
     hard = tc.calibrate(model, Letters(), TEXT, max_kl=one * 0.9, **OPTIONS)
     assert [role.role for role in hard.roles].count("select") > 1
     assert hard.calibration["loss"] <= one * 0.9
-    with pytest.raises(tc.TidalError, match="no number of selections under 6 reaches"):
+    budgets = {**OPTIONS, "budget": [16, 64]}
+    cheapest = tc.calibrate(model, Letters(), TEXT, max_kl=one * 0.9, **budgets)
+    each = [
+        tc.calibrate(
+            model, Letters(), TEXT, max_kl=one * 0.9, **{**OPTIONS, "budget": budget, "recent": min(4, budget // 2)}
+        )
+        for budget in (16, 64)
+    ]
+    assert cheapest.calibration["bytes_per_step"] == min(policy.calibration["bytes_per_step"] for policy in each)
+    assert cheapest.calibration["loss"] <= one * 0.9 and cheapest.calibration["goal"] == f"max_kl {one * 0.9}"
+    with pytest.raises(tc.TidalError, match="several budgets go with a quality"):
+        tc.calibrate(model, Letters(), TEXT, selections=2, **budgets)
+    with pytest.raises(tc.TidalError, match="no number of selections under 6 reaches max_kl -1.0 at budget 24"):
         tc.calibrate(model, Letters(), TEXT, max_kl=-1.0, **{**OPTIONS, "tries": 2})
 
 

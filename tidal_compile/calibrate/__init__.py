@@ -56,6 +56,13 @@ class Goal:
     max_kl: float | None = None
     min_agreement: float | None = None
 
+    @property
+    def to_reach(self) -> str | None:
+        """The quality, in words."""
+        if self.max_kl is not None:
+            return f"max_kl {self.max_kl}"
+        return None if self.min_agreement is None else f"min_agreement {self.min_agreement}"
+
     def numbers(self, layers: Sequence[int]) -> Sequence[int]:
         """The numbers of selections to try, in order."""
         return range(1, len(layers)) if self.selections is None else [self.selections]
@@ -86,25 +93,46 @@ class Ground:
         return self.about["weights"]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One budget: the policies' defaults, and the scores known with them, which `memory` keeps."""
+
+    settings: dict[str, int]
+    memory: Path | None
+    known: dict[Candidate, Score]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a search may try."""
+
+    dense: int | None
+    vary_budgets: bool
+    tries: int
+    share: str
+
+
 def calibrate(
-    model: nn.Module, tokenizer: Any, text: str | None = None, *, budget: int = 1024, selections: int | None = None,
-    max_kl: float | None = None, min_agreement: float | None = None, context: int = 4096, contexts: int = 6,
-    dense: int | None = None, sinks: int = 4, recent: int = 32, share: str = "auto", vary_budgets: bool = False,
-    weights: Mapping[str, float] | None = None, tries: int = 60, seed: int = 0, name: str = "calibrated",
-    memory: str | Path | None = None, report: Report = lambda progress: None,
+    model: nn.Module, tokenizer: Any, text: str | None = None, *, budget: int | Sequence[int] = 1024,
+    selections: int | None = None, max_kl: float | None = None, min_agreement: float | None = None,
+    context: int = 4096, contexts: int = 6, dense: int | None = None, sinks: int = 4, recent: int = 32,
+    share: str = "auto", vary_budgets: bool = False, weights: Mapping[str, float] | None = None, tries: int = 60,
+    seed: int = 0, name: str = "calibrated", memory: str | Path | None = None,
+    report: Report = lambda progress: None,
 ) -> Policy:  # fmt: skip
     """The policy with the best selection layers for a model, by its own predictions on the user's text.
 
     `text` (default: `default_text`) is cut into `contexts` of about `context` tokens, in which facts are hidden; see
     `tasks`. Give `selections`, a number of layers that select (default: 3, or a third of a shallow model's layers), or
     a quality to reach with as few as possible: `max_kl`, the mean KL divergence from the dense model in nats, or
-    `min_agreement`, how often the likeliest token stays the same. Up to `dense` layers before the first selection stay
-    dense (default: 2, or an eighth of a shallow model's layers). `budget`, `sinks` and `recent` are the policy's
-    defaults. `share` says who shares a token set, with a map of heads for `kv_head`; `auto` tries `kv_head` and
-    `layer`. `vary_budgets` gives selections budgets of their own, as many tokens in all. `weights` of the kinds of
-    loss, text, answer and copy, are 1 each. `tries` bounds the policies tried for each number of selections, before the
-    best one is refined. `memory` is a file that keeps the scores, from which a second run goes on. `report` is told
-    about every step. An interrupt (Ctrl-C) ends the search, and the best policy so far is returned.
+    `min_agreement`, how often the likeliest token stays the same; of several budgets, the policy that reaches it and
+    reads least is returned. Up to `dense` layers before the first selection stay dense (default: 2, or an eighth of a
+    shallow model's layers). `budget`, `sinks` and `recent` are the policy's defaults. `share` says who shares a token
+    set, with a map of heads for `kv_head`; `auto` tries `kv_head` and `layer`. `vary_budgets` gives selections budgets
+    of their own, as many tokens in all. `weights` of the kinds of loss, text, answer and copy, are 1 each. `tries`
+    bounds the policies tried for each number of selections, before the best one is refined. `memory` is a file that
+    keeps the scores, from which a second run goes on. `report` is told about every step. An interrupt (Ctrl-C) ends
+    the search, and the best policy so far is returned.
 
     Raises `TidalError` for a text that is too short, a quality that no number of selections reaches, or a `memory` of
     another calibration; `UnsupportedModelError` for a model whose attention can't be rewritten.
@@ -112,16 +140,28 @@ def calibrate(
     goal = Goal(selections, max_kl, min_agreement)
     if sum(one is not None for one in dataclasses.astuple(goal)) > 1:
         raise TidalError("calibrate: give one of selections, max_kl and min_agreement")
+    several = not isinstance(budget, int)
+    if several and (not budget or goal.to_reach is None):
+        raise TidalError("calibrate: several budgets go with a quality to reach; `calibrate_curve` makes a policy each")
     text = default_text() if text is None else text
-    settings = _settings(budget, sinks, recent)
     about = _about(model, text, context, contexts, weights, seed)
-    known = _read(memory, {**about, **settings})
+    budgets = sorted(budget, reverse=True) if several else [budget]  # the largest is the likeliest to reach it
+    stages = [_stage(about, one, sinks, recent, memory, several) for one in budgets]
     calls, num_layers, layers = _layers(model, [] if selections is None else [selections])
-    if goal == Goal():
-        goal = Goal(_few(layers))
+    goal = Goal(_few(layers)) if goal == Goal() else goal
     ground = _prepare(model, tokenizer, text, about, calls, num_layers, layers, report)
-    statistics = _statistics(ground, settings, share, report)
-    return _find(ground, settings, statistics, goal, dense, vary_budgets, tries, name, memory, known, report)
+    found = _run(ground, stages, [goal], Effort(dense, vary_budgets, tries, share), lambda *_: name, report)
+    reaching = [policy for policy in found if policy.calibration["reached"]]
+    if goal.to_reach is None or (found[-1].calibration["interrupted"] and not reaching):
+        return found[-1]
+    if not reaching:
+        nearest = min(found, key=lambda policy: policy.calibration["loss"]).calibration
+        raise TidalError(
+            f"calibrate: no number of selections under {len(layers)} reaches {goal.to_reach} at budget "
+            f"{', '.join(map(str, budgets))}; the nearest, at {nearest['budget']}, has a loss of {nearest['loss']:.4f} "
+            f"and an agreement of {min(nearest['agreement'].values()):.3f}"
+        )
+    return min(reaching, key=lambda policy: policy.calibration["bytes_per_step"])
 
 
 def calibrate_curve(
@@ -138,29 +178,54 @@ def calibrate_curve(
     """
     text = default_text() if text is None else text
     about = _about(model, text, context, contexts, weights, seed)
-    stages = []
-    for budget in budgets:
-        settings = _settings(budget, min(sinks, budget // 8), min(recent, budget // 2))
-        file = None if memory is None else Path(memory).with_stem(f"{Path(memory).stem}-{budget}")
-        stages.append((settings, file, _read(file, {**about, **settings})))
+    stages = [_stage(about, budget, sinks, recent, memory, True) for budget in budgets]
     calls, num_layers, layers = _layers(model, selections or [])
-    selections = selections or [_few(layers)]
+    goals = [Goal(number) for number in selections or [_few(layers)]]
     ground = _prepare(model, tokenizer, text, about, calls, num_layers, layers, report)
+
+    def title(budget: int, number: int) -> str:
+        return f"{name}-{budget}-{number}"
+
+    return _run(ground, stages, goals, Effort(dense, vary_budgets, tries, share), title, report)
+
+
+def _run(
+    ground: Ground, stages: Sequence[Stage], goals: Sequence[Goal], effort: Effort,
+    title: Callable[[int, int | None], str], report: Report,
+) -> list[Policy]:  # fmt: skip
+    """The best policy of each stage for each goal; after one that reaches a quality, only cheaper ones.
+
+    An interrupt ends it; what was found till then is returned.
+    """
     found: list[Policy] = []
     try:
-        for settings, file, known in stages:
-            statistics = _statistics(ground, settings, share, report)
-            for number in selections:
-                title, goal = f"{name}-{settings['budget']}-{number}", Goal(number)
-                found.append(
-                    _find(ground, settings, statistics, goal, dense, vary_budgets, tries, title, file, known, report)
-                )
-                if found[-1].calibration["interrupted"]:
-                    return found
+        for stage in stages:
+            statistics = _statistics(ground, stage.settings, effort.share, report)
+            for goal in goals:
+                reaching = [one.calibration["bytes_per_step"] for one in found if one.calibration["reached"]]
+                name = title(stage.settings["budget"], goal.selections)
+                policy = _find(ground, stage, statistics, goal, effort, min(reaching, default=math.inf), name, report)
+                if policy is not None:
+                    found.append(policy)
+                    if policy.calibration["interrupted"]:
+                        return found
     except KeyboardInterrupt:
         if not found:
             raise
     return found
+
+
+def _stage(
+    about: dict[str, Any], budget: int, sinks: int, recent: int, memory: str | Path | None, several: bool
+) -> Stage:
+    """A budget, one of several or the only one, and what an earlier run has found with it."""
+    if several:
+        sinks, recent = min(sinks, budget // 8), min(recent, budget // 2)
+    settings = _settings(budget, sinks, recent)
+    file = None if memory is None else Path(memory)
+    if several and file is not None:
+        file = file.with_stem(f"{file.stem}-{budget}")
+    return Stage(settings, file, _read(file, {**about, **settings}))
 
 
 def _few(layers: Sequence[int]) -> int:
@@ -227,42 +292,40 @@ def _prepare(
 
 @torch.no_grad()
 def _find(
-    ground: Ground, settings: dict[str, Any], statistics: dict[str, Statistics], goal: Goal, dense: int | None,
-    vary_budgets: bool, tries: int, name: str, memory: str | Path | None, known: dict[Candidate, Score],
-    report: Report,
-) -> Policy:  # fmt: skip
-    """The best policy of these settings. See `calibrate`."""
-    layers = ground.layers
+    ground: Ground, stage: Stage, statistics: dict[str, Statistics], goal: Goal, effort: Effort, limit: float,
+    name: str, report: Report,
+) -> Policy | None:  # fmt: skip
+    """The best policy of a stage for a goal; None if all that could be would read `limit` bytes a step or more."""
+    layers, settings = ground.layers, stage.settings
     about = {**ground.about, **settings}
-    dense = min(2, len(layers) // 8) if dense is None else dense
-    least = settings["sinks"] + settings["recent"]
-    published = Policy.preset(
-        "tidal", ground.num_layers, attention_layers=layers, model=_name(ground.model), **settings
-    ).roles  # fmt: skip
-    beside = {
-        "selections": [role.layer for role in published if role.role == "select"],
-        **dataclasses.asdict(_score(ground, published)), **_cost(ground, published),
-    }  # fmt: skip
+    dense = min(2, len(layers) // 8) if effort.dense is None else effort.dense
+    beside = _published(ground, settings)
 
     def score(candidate: Candidate) -> Score:
-        if candidate not in known:
-            known[candidate] = _score(ground, _policy(ground, candidate, statistics, settings).roles)
-            _write(memory, about, known)
-        return known[candidate]
+        if candidate not in stage.known:
+            stage.known[candidate] = _score(ground, _policy(ground, candidate, statistics, settings).roles)
+            _write(stage.memory, about, stage.known)
+        return stage.known[candidate]
+
+    def cheapest(number: int) -> int:
+        candidate = Candidate(layers[:number], next(iter(statistics)))
+        return _cost(ground, _policy(ground, candidate, statistics, settings).roles)["bytes_per_step"]
 
     best: Found | None = None
     trace: dict[Candidate, float] = {}
     interrupted = reached = False
+    least = settings["sinks"] + settings["recent"]
     try:
-        for number in goal.numbers(layers):
+        for number in itertools.takewhile(lambda number: cheapest(number) < limit, goal.numbers(layers)):
             for found in explore(
-                score, statistics, layers, number, dense, settings["budget"], least, tries, vary_budgets
+                score, statistics, layers, number, dense, settings["budget"], least, effort.tries, effort.vary_budgets
             ):
                 trace[found.candidate] = round(found.score.loss, 6)
                 reached = goal.reached(found.score, ground.weights)
                 if best is None or reached or found.score.loss < best.score.loss:
                     best = found
-                report(Progress(f"search, {number} selections", len(trace), max(tries, len(trace)), best))
+                title = f"search at {settings['budget']}, {number} selections"
+                report(Progress(title, len(trace), max(effort.tries, len(trace)), best))
                 if reached:
                     break
             if reached:
@@ -271,20 +334,25 @@ def _find(
         if best is None:
             raise
         interrupted = True
-    if goal.selections is None and not reached and not interrupted:
-        wish = f"max_kl {goal.max_kl}" if goal.max_kl is not None else f"min_agreement {goal.min_agreement}"
-        raise TidalError(
-            f"calibrate: no number of selections under {len(layers)} reaches {wish} at budget {settings['budget']}; "
-            f"the nearest has a loss of {best.score.loss:.4f} and an agreement of "
-            f"{min(best.score.agreement.values()):.3f}"
-        )
+    if best is None:
+        return None
     policy = _policy(ground, best.candidate, statistics, settings, name)
     provenance = {
-        **about, "date": datetime.date.today().isoformat(), "versions": versions("torch", "transformers"),
-        "interrupted": interrupted, **dataclasses.asdict(best.score), **_cost(ground, policy.roles),
-        "published": beside, "trace": [{**dataclasses.asdict(one), "loss": loss} for one, loss in trace.items()],
+        **about, "goal": goal.to_reach, "reached": reached, "date": datetime.date.today().isoformat(),
+        "versions": versions("torch", "transformers"), "interrupted": interrupted, **dataclasses.asdict(best.score),
+        **_cost(ground, policy.roles), "published": beside,
+        "trace": [{**dataclasses.asdict(one), "loss": loss} for one, loss in trace.items()],
     }  # fmt: skip
     return policy.model_copy(update={"calibration": json.loads(json.dumps(provenance))})  # tuples as lists
+
+
+def _published(ground: Ground, settings: dict[str, int]) -> dict[str, Any]:
+    """Score and cost of the layers that are published for the model, or of those that the preset takes otherwise."""
+    roles = Policy.preset(
+        "tidal", ground.num_layers, attention_layers=ground.layers, model=_name(ground.model), **settings
+    ).roles  # fmt: skip
+    selections = [role.layer for role in roles if role.role == "select"]
+    return {"selections": selections, **dataclasses.asdict(_score(ground, roles)), **_cost(ground, roles)}
 
 
 @torch.no_grad()

@@ -87,8 +87,8 @@ def calibrate(
     """Find the selection layers for a model: those whose answers stay closest to the dense model's on your text.
 
     With several budgets or selections: a policy file for each, named by both, and the Pareto curve of what a step reads
-    against the KL, as JSON and PNG. Ctrl-C ends the search and writes the best policies so far; the same command again
-    goes on from there.
+    against the KL, as JSON and PNG. With a quality to reach: the policy that reaches it and reads least. Ctrl-C ends
+    the search and writes the best policies so far; the same command again goes on from there.
     """
     from transformers.utils import logging as hf_logging
 
@@ -106,10 +106,10 @@ def calibrate(
     check_positions(load_config(model), model, context, "blocks of", TEXT_TOKENS)
     goal = {"max_kl": max_kl, "min_agreement": min_agreement}
     to_reach = any(value is not None for value in goal.values())
+    if to_reach and selections:
+        raise TidalError("calibrate: give one of --selections, --max-kl and --min-agreement")
     budgets, numbers = budget or [1024], selections or []
-    several = len(budgets) > 1 or len(numbers) > 1
-    if several and to_reach:
-        raise TidalError("calibrate: a quality to reach goes with one --budget and without --selections")
+    several = len(numbers) > 1 or (len(budgets) > 1 and not to_reach)
     weights = _weights(weight or [])
     if file.suffix not in (".yaml", ".yml", ".json") or file.is_dir():
         raise TidalError(f"--out {file}: name a file that ends in .yaml, .yml or .json")
@@ -141,7 +141,8 @@ def calibrate(
             found = calibrate_curve(net, tokenizer, corpus, budgets=budgets, selections=numbers or None, **common)
         else:
             one = {"selections": numbers[0] if numbers else None, **goal}
-            found = [run_calibration(net, tokenizer, corpus, budget=budgets[0], **one, **common)]
+            budget = budgets if len(budgets) > 1 else budgets[0]
+            found = [run_calibration(net, tokenizer, corpus, budget=budget, **one, **common)]
     files = [file.with_stem(policy.name) for policy in found]
     for policy, path in zip(found, files, strict=True):
         policy.save(path)
