@@ -370,6 +370,8 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(tc.TidalError, match=message):
             tc.calibrate(model, Letters(), TEXT, **options)
+    with pytest.raises(tc.TidalError, match="1 selections, but the model has 1 layers"):
+        tc.calibrate(tiny_model(num_hidden_layers=1), Letters(), TEXT)
     with pytest.raises(tc.UnsupportedModelError, match="latent attention"):
         tc.calibrate(family_model("deepseek_v3"), Letters(), TEXT)
 

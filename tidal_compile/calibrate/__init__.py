@@ -268,8 +268,8 @@ def _layers(model: nn.Module, selections: Sequence[int]) -> tuple[list, int, tup
     if stuck:
         reasons = "; ".join(f"layer {layer}: {reason}" for reason, layer in stuck.items())
         raise UnsupportedModelError(f"calibrate: the attention of {type(model).__name__} can't be rewritten: {reasons}")
-    if not layers or not all(1 <= number < len(layers) for number in selections):
-        asked = ", ".join(map(str, selections))
+    if not all(1 <= number < len(layers) for number in selections or [1]):
+        asked = ", ".join(map(str, selections or [1]))
         raise TidalError(
             f"calibrate: {asked} selections, but the model has {len(layers)} layers that could select, and one at "
             "least must reuse"
