@@ -77,8 +77,22 @@ def load_config(name: str, num_layers: int | None = None) -> Any:
         raise TidalError(f"model {name!r}: unknown shape (valid: {FORMS})") from error
 
 
+def name_of(model: nn.Module) -> str:
+    """The name or folder that a loaded model came from; its class if it has none."""
+    return getattr(model.config, "name_or_path", "") or type(model).__name__
+
+
+def describe(model: nn.Module, name: str | None = None) -> dict[str, str]:
+    """Which model a result is about: the end of its name, a fingerprint, and its number format."""
+    return {
+        "model": Path(name or name_of(model)).name,
+        "fingerprint": _fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
 @torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
+def _fingerprint(model: nn.Module) -> str:
     """A digest of the first values of every weight that is a plain tensor: it tells models of the same name apart."""
     plain = [one for one in model.parameters() if type(one.data) is torch.Tensor]
     values = torch.cat([one.flatten()[:64].float().cpu() for one in plain])

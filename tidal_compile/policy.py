@@ -29,6 +29,8 @@ from . import presets
 from .errors import PolicyError
 
 ROLES = ("full", "select", "reuse")
+FILE = "tidal_policy.yaml"  # of a folder or repository, beside the weights
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
 Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 Share = Literal["query_head", "kv_head", "layer"]
 
@@ -43,9 +45,6 @@ class RatioBudget(_Strict):
     ratio: float = Field(gt=0, le=1, strict=True)
     min: Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] = 1
 
-
-FILE = "tidal_policy.yaml"  # of a folder or repository, beside the weights
-_REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 Budget = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] | RatioBudget
 
@@ -205,13 +204,13 @@ class Policy(_Strict):
         Raises `PolicyError`.
         """
         data = self.to_dict()
-        fewer = {"sinks": min(self.defaults.sinks, budget // 8), "recent": min(self.defaults.recent, budget // 2)}
+        kept = fitting(budget, self.defaults.sinks, self.defaults.recent)
         layers = {
             key: {name: value for name, value in entry.model_dump(by_alias=True, exclude_none=True).items()
                   if name not in ("budget", "sinks", "recent")}
             for key, entry in self.layers.items()
         }  # fmt: skip
-        data |= {"defaults": {**data["defaults"], "budget": budget, **fewer}, "layers": layers}
+        data |= {"defaults": {**data["defaults"], **kept}, "layers": layers}
         return type(self).from_dict(data, where=f"policy {self.name!r}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -267,6 +266,11 @@ def resolve(
             f"{_title(policy, found)}: num_layers is {found.num_layers}, but the model has {num_layers} decoder layers"
         )
     return found.with_defaults(**overrides) if overrides else found
+
+
+def fitting(budget: int, sinks: int, recent: int) -> dict[str, int]:
+    """Defaults of a policy at this budget, with as many of the sinks and recent tokens as fit into a small one."""
+    return {"budget": budget, "sinks": min(sinks, budget // 8), "recent": min(recent, budget // 2)}
 
 
 def is_preset(policy: Any) -> bool:

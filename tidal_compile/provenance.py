@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .errors import TidalError
+
 
 def provenance(device: str) -> dict[str, Any]:
     """Where and with what a result was made."""
@@ -27,6 +29,15 @@ def provenance(device: str) -> dict[str, Any]:
         "command": command,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def check_same(file: Path, what: str, before: dict[str, Any], about: dict[str, Any]) -> None:
+    """Raises `TidalError` if the earlier run that wrote `what` into a file was about something else."""
+    for key, value in about.items():
+        if before.get(key) != value:
+            raise TidalError(
+                f"{file}: holds {what} ({key} {before.get(key)!r}, now {value!r}); remove it, or name another place"
+            )
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Texts: the default one, and long contexts made of one, with facts put between its sentences."""
 
 import functools
+import hashlib
 import importlib.util
 import itertools
 import re
@@ -13,6 +14,11 @@ from .errors import TidalError
 
 END = re.compile(r"(?<=[.!?;:])\s+|(?<=[。！？；])\s*")  # noqa: RUF001  the latter are Chinese and Japanese
 LONGEST = 500  # characters of a sentence: lists, code and the like have few full stops, and facts stand between them
+
+
+def digest(text: str) -> str:
+    """What names a text in a result."""
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:

@@ -7,7 +7,6 @@ layers lose, for each way to share token sets) -> `search` (the real loss, on `r
 
 import dataclasses
 import datetime
-import hashlib
 import itertools
 import json
 import math
@@ -21,13 +20,13 @@ from torch import Tensor, nn
 
 from ..errors import TidalError, UnsupportedModelError
 from ..explain import decode_calls
-from ..models import fingerprint
+from ..models import describe, name_of
 from ..passes.match import Unmatched, policy_layers
 from ..passes.plan import kv_share, make_plan
-from ..policy import LayerRole, Policy
-from ..provenance import versions
+from ..policy import LayerRole, Policy, fitting
+from ..provenance import check_same, versions
 from ..replay import Context
-from ..text import default_text
+from ..text import default_text, digest
 from .search import Candidate, Found, Score, dense_predictions, explore, measure, sources
 from .statistics import Statistics, head_maps, layer_losses
 from .tasks import make_contexts
@@ -147,9 +146,8 @@ def calibrate(
     about = _about(model, text, context, contexts, weights, seed)
     budgets = sorted(budget, reverse=True) if several else [budget]  # the largest is the likeliest to reach it
     stages = [_stage(about, one, sinks, recent, memory, several) for one in budgets]
-    calls, num_layers, layers = _layers(model, [] if selections is None else [selections])
-    goal = Goal(_few(layers)) if goal == Goal() else goal
-    ground = _prepare(model, tokenizer, text, about, calls, num_layers, layers, report)
+    ground = _prepare(model, tokenizer, text, about, [] if selections is None else [selections], report)
+    goal = Goal(_few(ground.layers)) if goal == Goal() else goal
     found = _run(ground, stages, [goal], Effort(dense, vary_budgets, tries, share), lambda *_: name, report)
     reaching = [policy for policy in found if policy.calibration["reached"]]
     if goal.to_reach is None or (found[-1].calibration["interrupted"] and not reaching):
@@ -157,7 +155,7 @@ def calibrate(
     if not reaching:
         nearest = min(found, key=lambda policy: policy.calibration["loss"]).calibration
         raise TidalError(
-            f"calibrate: no number of selections under {len(layers)} reaches {goal.to_reach} at budget "
+            f"calibrate: no number of selections under {len(ground.layers)} reaches {goal.to_reach} at budget "
             f"{', '.join(map(str, budgets))}; the nearest, at {nearest['budget']}, has a loss of {nearest['loss']:.4f} "
             f"and an agreement of {min(nearest['agreement'].values()):.3f}"
         )
@@ -179,9 +177,8 @@ def calibrate_curve(
     text = default_text() if text is None else text
     about = _about(model, text, context, contexts, weights, seed)
     stages = [_stage(about, budget, sinks, recent, memory, True) for budget in budgets]
-    calls, num_layers, layers = _layers(model, selections or [])
-    goals = [Goal(number) for number in selections or [_few(layers)]]
-    ground = _prepare(model, tokenizer, text, about, calls, num_layers, layers, report)
+    ground = _prepare(model, tokenizer, text, about, selections or [], report)
+    goals = [Goal(number) for number in selections or [_few(ground.layers)]]
 
     def title(budget: int, number: int) -> str:
         return f"{name}-{budget}-{number}"
@@ -201,10 +198,12 @@ def _run(
     try:
         for stage in stages:
             statistics = _statistics(ground, stage.settings, effort.share, report)
+            published = _published(ground, stage.settings)
             for goal in goals:
                 reaching = [one.calibration["bytes_per_step"] for one in found if one.calibration["reached"]]
                 name = title(stage.settings["budget"], goal.selections)
-                policy = _find(ground, stage, statistics, goal, effort, min(reaching, default=math.inf), name, report)
+                limit = min(reaching, default=math.inf)
+                policy = _find(ground, stage, statistics, goal, effort, limit, name, published, report)
                 if policy is not None:
                     found.append(policy)
                     if policy.calibration["interrupted"]:
@@ -219,9 +218,11 @@ def _stage(
     about: dict[str, Any], budget: int, sinks: int, recent: int, memory: str | Path | None, several: bool
 ) -> Stage:
     """A budget, one of several or the only one, and what an earlier run has found with it."""
+    settings = {"budget": budget, "sinks": sinks, "recent": recent}
     if several:
-        sinks, recent = min(sinks, budget // 8), min(recent, budget // 2)
-    settings = _settings(budget, sinks, recent)
+        settings = fitting(**settings)
+    elif sinks + recent > budget:
+        raise TidalError(f"calibrate: budget {budget} is smaller than sinks + recent ({sinks} + {recent})")
     file = None if memory is None else Path(memory)
     if several and file is not None:
         file = file.with_stem(f"{file.stem}-{budget}")
@@ -233,12 +234,6 @@ def _few(layers: Sequence[int]) -> int:
     return min(3, max(1, len(layers) // 3))
 
 
-def _settings(budget: int, sinks: int, recent: int) -> dict[str, int]:
-    if sinks + recent > budget:
-        raise TidalError(f"calibrate: budget {budget} is smaller than sinks + recent ({sinks} + {recent})")
-    return {"budget": budget, "sinks": sinks, "recent": recent}
-
-
 def _about(
     model: nn.Module, text: str, context: int, contexts: int, weights: Mapping[str, float] | None, seed: int
 ) -> dict[str, Any]:
@@ -248,16 +243,9 @@ def _about(
         raise TidalError(f"calibrate: unknown kind of loss {sorted(unknown)[0]!r}; kinds are {', '.join(KINDS)}")
     if not all(0 <= one < math.inf for one in weighed.values()) or not any(weighed.values()):
         raise TidalError(f"calibrate: weights must be numbers from 0 on, and one above it; found {weighed}")
-    return {
-        "model": Path(_name(model)).name, "fingerprint": fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "text": "sha256:" + hashlib.sha256(text.encode()).hexdigest(), "context": context, "contexts": contexts,
-        "seed": seed, "weights": weighed,
+    return describe(model) | {
+        "text": digest(text), "context": context, "contexts": contexts, "seed": seed, "weights": weighed,
     }  # fmt: skip
-
-
-def _name(model: nn.Module) -> str:
-    return getattr(model.config, "name_or_path", "") or type(model).__name__
 
 
 def _layers(model: nn.Module, selections: Sequence[int]) -> tuple[list, int, tuple[int, ...]]:
@@ -279,10 +267,10 @@ def _layers(model: nn.Module, selections: Sequence[int]) -> tuple[list, int, tup
 
 @torch.no_grad()
 def _prepare(
-    model: nn.Module, tokenizer: Any, text: str, about: dict[str, Any], calls: list, num_layers: int,
-    layers: tuple[int, ...], report: Report,
-) -> Ground:  # fmt: skip
-    """Prefill the contexts, and see what the dense model predicts."""
+    model: nn.Module, tokenizer: Any, text: str, about: dict[str, Any], selections: Sequence[int], report: Report
+) -> Ground:
+    """Prefill the contexts, and see what the dense model predicts, if it has layers for the `selections`."""
+    calls, num_layers, layers = _layers(model, selections)
     made = []
     for one in make_contexts(model, tokenizer, text, about["context"], about["contexts"], seed=about["seed"]):
         made.append(one)
@@ -293,13 +281,15 @@ def _prepare(
 @torch.no_grad()
 def _find(
     ground: Ground, stage: Stage, statistics: dict[str, Statistics], goal: Goal, effort: Effort, limit: float,
-    name: str, report: Report,
+    name: str, published: dict[str, Any], report: Report,
 ) -> Policy | None:  # fmt: skip
-    """The best policy of a stage for a goal; None if all that could be would read `limit` bytes a step or more."""
+    """The best policy of a stage for a goal; None if all that could be would read `limit` bytes a step or more.
+
+    It says what is `published` beside it.
+    """
     layers, settings = ground.layers, stage.settings
     about = {**ground.about, **settings}
     dense = min(2, len(layers) // 8) if effort.dense is None else effort.dense
-    beside = _published(ground, settings)
 
     def score(candidate: Candidate) -> Score:
         if candidate not in stage.known:
@@ -340,7 +330,7 @@ def _find(
     provenance = {
         **about, "goal": goal.to_reach, "reached": reached, "date": datetime.date.today().isoformat(),
         "versions": versions("torch", "transformers"), "interrupted": interrupted, **dataclasses.asdict(best.score),
-        **_cost(ground, policy.roles), "published": beside,
+        **_cost(ground, policy.roles), "published": published,
         "trace": [{**dataclasses.asdict(one), "loss": loss} for one, loss in trace.items()],
     }  # fmt: skip
     return policy.model_copy(update={"calibration": json.loads(json.dumps(provenance))})  # tuples as lists
@@ -349,7 +339,7 @@ def _find(
 def _published(ground: Ground, settings: dict[str, int]) -> dict[str, Any]:
     """Score and cost of the layers that are published for the model, or of those that the preset takes otherwise."""
     roles = Policy.preset(
-        "tidal", ground.num_layers, attention_layers=ground.layers, model=_name(ground.model), **settings
+        "tidal", ground.num_layers, attention_layers=ground.layers, model=name_of(ground.model), **settings
     ).roles  # fmt: skip
     selections = [role.layer for role in roles if role.role == "select"]
     return {"selections": selections, **dataclasses.asdict(_score(ground, roles)), **_cost(ground, roles)}
@@ -416,21 +406,15 @@ def _cost(ground: Ground, roles: Sequence[LayerRole]) -> dict[str, Any]:
     }
 
 
-def _read(memory: str | Path | None, about: dict[str, Any]) -> dict[Candidate, Score]:
+def _read(memory: Path | None, about: dict[str, Any]) -> dict[Candidate, Score]:
     """Scores of an earlier run of the same calibration. Raises `TidalError` for a file of another one."""
-    if memory is None or not Path(memory).exists():
+    if memory is None or not memory.exists():
         return {}
     try:
-        data = json.loads(Path(memory).read_text())
+        data = json.loads(memory.read_text())
     except (OSError, ValueError) as error:
         raise TidalError(f"{memory}: can't read the scores of an earlier run: {error}") from None
-    before = data.get("about", {})
-    for key in about:
-        if before.get(key) != about[key]:
-            raise TidalError(
-                f"{memory}: holds the scores of another calibration ({key} {before.get(key)!r}, now {about[key]!r}); "
-                "remove it, or name another file"
-            )
+    check_same(memory, "the scores of another calibration", data.get("about", {}), about)
     return {_candidate(**one["candidate"]): Score(**one["score"]) for one in data["scores"]}
 
 
@@ -438,7 +422,7 @@ def _candidate(selections: list[int], share: str, nearest: bool, budgets: list[i
     return Candidate(tuple(selections), share, nearest, tuple(budgets))
 
 
-def _write(memory: str | Path | None, about: dict[str, Any], known: dict[Candidate, Score]) -> None:
+def _write(memory: Path | None, about: dict[str, Any], known: dict[Candidate, Score]) -> None:
     if memory is None:
         return
     scores = [{"candidate": dataclasses.asdict(one), "score": dataclasses.asdict(its)} for one, its in known.items()]

@@ -26,6 +26,7 @@ from .common import (
     check_positions,
     err,
     file_name,
+    load,
     make_folder,
     out,
     show_progress,
@@ -78,7 +79,7 @@ def run(
 
     from ..backend import Options
     from ..evaluate.tasks import make_sample
-    from ..models import is_random, load_config, load_model, load_tokenizer
+    from ..models import is_random, load_config
     from ..policy import shipped
     from ..run import Variant, measure, prefill, random_cache, rewind, windows
 
@@ -96,11 +97,9 @@ def run(
         def stage(title: str, steps: int) -> Callable[[], None]:
             return add_stage(progress, title, steps)
 
-        done = stage(f"load {model}", 1)
-        net, tokenizer = load_model(model, device, number), load_tokenizer(model)
+        net, tokenizer = load(progress, model, device, number)
         variants = [Variant(kind.value, kind.value) for kind in baseline if kind != Baseline.none]
         variants += _policy_variants(net, asked)
-        done()
         if is_random(model):
             key, ids = None, torch.randint(net.config.vocab_size, (1, context), generator=torch.manual_seed(seed))
         else:

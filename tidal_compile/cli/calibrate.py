@@ -16,12 +16,12 @@ from .common import (
     DTypeOption,
     JsonOption,
     ModelOption,
-    add_stage,
     check_positions,
     err,
+    load,
     make_folder,
     out,
-    read_text,
+    read_corpus,
     show_progress,
     where,
 )  # fmt: skip
@@ -96,8 +96,7 @@ def calibrate(
     from ..calibrate import calibrate as run_calibration
     from ..calibrate import calibrate_curve
     from ..calibrate.tasks import TEXT_TOKENS
-    from ..models import is_random, load_config, load_model, load_tokenizer
-    from ..text import default_text
+    from ..models import is_random, load_config
 
     hf_logging.disable_progress_bar()
     device, number = where(device, dtype)
@@ -116,11 +115,9 @@ def calibrate(
     make_folder(file.parent)
     if several:
         report.need_matplotlib()
-    corpus = default_text() if not text else "\n".join(read_text(path) for path in text)
+    corpus = read_corpus(text)
     with show_progress() as progress:
-        done = add_stage(progress, f"load {model}", 1)
-        net, tokenizer = load_model(model, device, number), load_tokenizer(model)
-        done()
+        net, tokenizer = load(progress, model, device, number)
         tasks: dict[str, Any] = {}
 
         def show(step: Step) -> None:

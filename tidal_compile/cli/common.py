@@ -1,7 +1,7 @@
 """What the commands share: consoles, options, progress, files."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +64,23 @@ def add_stage(progress: Progress, title: str, steps: int) -> Callable[[], None]:
         err.print(f"{title} ...", markup=False, highlight=False)
     task = progress.add_task(title, total=steps)
     return lambda: progress.advance(task)
+
+
+def load(progress: Progress, model: str, device: str, dtype: Any) -> tuple[Any, Any]:
+    """The model and its tokenizer, with a bar."""
+    from ..models import load_model, load_tokenizer
+
+    done = add_stage(progress, f"load {model}", 1)
+    net, tokenizer = load_model(model, device, dtype), load_tokenizer(model)
+    done()
+    return net, tokenizer
+
+
+def read_corpus(files: Sequence[Path] | None) -> str:
+    """The text of these files, or the default one."""
+    from ..text import default_text
+
+    return "\n".join(read_text(file) for file in files) if files else default_text()
 
 
 def file_name(*parts: str) -> str:

@@ -19,12 +19,12 @@ from .common import (
     DTypeOption,
     JsonOption,
     ModelOption,
-    add_stage,
     check_positions,
     err,
+    load,
     make_folder,
     out,
-    read_text,
+    read_corpus,
     show_progress,
     where,
 )  # fmt: skip
@@ -194,18 +194,11 @@ def _harness(
     from ..evaluate import compared
     from ..evaluate import report as pages
     from ..evaluate.harness import run_tasks
-    from ..models import is_random, load_model, load_tokenizer
 
     device, number = where(device, dtype)
-    if is_random(model):
-        raise TidalError(f"eval: {model} has random weights, whose answers mean nothing")
-    report.need_matplotlib()
-    make_folder(folder)
-    names = _policies(policies, model)
+    names = _policies(policies, model, folder)
     with show_progress() as progress:
-        done = add_stage(progress, f"load {model}", 1)
-        net, tokenizer = load_model(model, device, number), load_tokenizer(model)
-        done()
+        net, tokenizer = load(progress, model, device, number)
         subjects = compared(net, names, budgets or (), model)
     found = run_tasks(net, tokenizer, subjects, tasks, include, limit, batch, folder, model)
     title = {"kind": "harness", "model": Path(model).name, "dtype": str(number).removeprefix("torch.")}
@@ -218,12 +211,18 @@ def _need_harness(extra: str) -> None:
         raise TidalError(f"this needs {', '.join(missing)}: pip install 'tidal-compile[{extra}]'")
 
 
-def _policies(given: list[str] | None, model: str) -> list[str]:
-    """The policies to compare; a bad file is an error before the model is loaded."""
+def _policies(given: list[str] | None, model: str, folder: Path) -> list[str]:
+    """The policies to compare. What can't be done is an error before the model is loaded."""
+    from ..models import is_random
+
+    if is_random(model):
+        raise TidalError(f"eval: {model} has random weights, whose answers mean nothing")
+    report.need_matplotlib()
     names = given or ["tidal", *({model} & set(shipped()))]
     for name in names:
         if not is_preset(name):
             load_any(name)
+    make_folder(folder)
     return names
 
 
@@ -240,22 +239,15 @@ def _evaluate(
     from ..evaluate import Progress, evaluate
     from ..evaluate import report as pages
     from ..evaluate.records import summarize
-    from ..models import is_random, load_config, load_model, load_tokenizer
-    from ..text import default_text
+    from ..models import load_config
 
     hf_logging.disable_progress_bar()
     device, number = where(device, dtype)
-    if is_random(model):
-        raise TidalError(f"eval: {model} has random weights, whose answers mean nothing")
-    report.need_matplotlib()
-    names = _policies(policies, model)
-    make_folder(folder)
+    names = _policies(policies, model, folder)
     check_positions(load_config(model), model, max(lengths), "answers of", 64, "--length")
-    corpus = default_text() if not text else "\n".join(read_text(path) for path in text)
+    corpus = read_corpus(text)
     with show_progress() as progress:
-        done = add_stage(progress, f"load {model}", 1)
-        net, tokenizer = load_model(model, device, number), load_tokenizer(model)
-        done()
+        net, tokenizer = load(progress, model, device, number)
         task = progress.add_task("evaluate", total=None)
         last = ""
 

@@ -19,13 +19,13 @@ from torch import nn
 
 from ..errors import TidalError
 from ..explain import decode_calls
-from ..models import fingerprint
+from ..models import describe
 from ..passes.match import policy_layers
 from ..passes.plan import Plan, kv_share, make_plan
 from ..policy import FILE as POLICY_FILE
 from ..policy import Policy, is_preset, resolve
 from ..provenance import provenance
-from ..text import default_text
+from ..text import default_text, digest
 from . import records
 from .decode import answer, prepare
 from .quality import answer_trial, judge, log_probabilities, text_trial
@@ -91,10 +91,7 @@ def evaluate(
         raise TidalError("evaluate: the text is empty")
     folder = None if folder is None else Path(folder)
     subjects = compared(model, policies, budgets, model_name)
-    about = about_model(model, model_name) | {
-        "text": "sha256:" + hashlib.sha256(text.encode()).hexdigest(),
-        "text_tokens": text_tokens,
-    }
+    about = about_model(model, model_name) | {"text": digest(text), "text_tokens": text_tokens}
     known = {} if folder is None else {records.name_of(one): one for one in records.read(folder, about)}
     found: list[dict[str, Any]] = []
     batches = [
@@ -128,13 +125,7 @@ def evaluate(
 def about_model(model: nn.Module, name: str | None) -> dict[str, Any]:
     """What records are made with: those of another model, format, device or library are not gone on from."""
     made = provenance(model.device.type)
-    return {
-        "model": Path(name or getattr(model.config, "name_or_path", "") or type(model).__name__).name,
-        "fingerprint": fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": made["device"],
-        "versions": made["versions"],
-    }
+    return describe(model, name) | {"device": made["device"], "versions": made["versions"]}
 
 
 def _check(kind: str, given: Sequence[str], valid: Sequence[str]) -> None:
@@ -167,9 +158,9 @@ def compared(
             if plan.problems:
                 raise TidalError(f"evaluate: the model can't follow policy {title!r}: {'; '.join(plan.problems)}")
             roles = json.dumps([dataclasses.asdict(role) for role in policy.roles])
-            digest = hashlib.sha256(roles.encode()).hexdigest()[:12]
+            said = hashlib.sha256(roles.encode()).hexdigest()[:12]
             name = f"{title} @{_budget(policy)}" if any(role.role == "select" for role in policy.roles) else title
-            subjects.append(Subject(name, digest, policy, plan))
+            subjects.append(Subject(name, said, policy, plan))
     return subjects
 
 

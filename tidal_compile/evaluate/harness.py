@@ -133,20 +133,23 @@ def run_tasks(
     for row in records.read(folder, about):
         known.setdefault((row["asked"], row["files"], row["policy"]), []).append(row)
     manager = TaskManager(include_path=None if include is None else str(include))
-    rows: list[dict[str, Any]] = []
-    for task, files in tasks.items():
-        for subject in subjects:
+    for subject in subjects:
+        missing = {task: files for task, files in tasks.items() if (task, files, subject.digest) not in known}
+        if missing:  # compiled once for all tasks
+            lm = TidalLM(model, subject.policy, tokenizer=tokenizer, batch_size=batch)
+        for task, files in missing.items():
+            found = simple_evaluate(
+                lm, tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
+            )
             what = {"asked": task, "files": files, "policy": subject.digest}
-            key = tuple(what.values())
-            if key not in known:
-                lm = TidalLM(model, subject.policy, tokenizer=tokenizer, batch_size=batch)
-                found = simple_evaluate(
-                    lm, tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
-                )
-                known[key] = [what | row for row in _rows(tokenizer, found)]
-                records.append(folder, about, known[key])
-            rows += [{**row, "subject": subject.name} for row in known[key]]
-    return rows
+            new = known[task, files, subject.digest] = [what | row for row in _rows(tokenizer, found)]
+            records.append(folder, about, new)
+    return [
+        {**row, "subject": subject.name}
+        for task, files in tasks.items()
+        for subject in subjects
+        for row in known[task, files, subject.digest]
+    ]
 
 
 def _rows(tokenizer: Any, found: dict[str, Any]) -> Iterator[dict[str, Any]]:

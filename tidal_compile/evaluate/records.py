@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TidalError
+from ..provenance import check_same
 
 FILE = "records.jsonl"
 WHAT = ("task", "length", "depth", "seed", "question", "subject", "policy")  # names a record
@@ -33,13 +34,7 @@ def read(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in whole.split("\n")[:-1]]
     except (OSError, ValueError) as error:
         raise TidalError(f"{file}: can't read the records of an earlier run: {error}") from None
-    before = lines[0] if lines else about
-    for key in about:
-        if before.get(key) != about[key]:
-            raise TidalError(
-                f"{file}: holds records of another evaluation ({key} {before.get(key)!r}, now {about[key]!r}); "
-                "remove it, or name another folder"
-            )
+    check_same(file, "records of another evaluation", lines[0] if lines else about, about)
     return lines[1:]
 
 

@@ -79,12 +79,12 @@ def draw(records: Sequence[Row], rows: Sequence[Row], folder: Path) -> list[Path
         for policy in dict.fromkeys(_policy(one) for one in of_task):
             files.append(folder / f"heat-{task}-{policy}.png")
             _heat_map([one for one in of_task if _policy(one) == policy], f"{task}, {policy}", files[-1])
+    dense = {_panel(row): row["value"] for row in rows if row["subject"] == "dense" and "value" in row}
     kinds = (("kept", "scores.png", "of what dense answers"), ("kl", "kl.png", "KL to dense, nats"))
     for key, file, label in (*kinds, ("value", "harness.png", "metric")):
         having = [row for row in rows if row.get(key) is not None and row["subject"] != "dense"]
         if having:
             files.append(folder / file)
-            dense = {_panel(row): row[key] for row in rows if row["subject"] == "dense" and "value" in row}
             _curves(having, key, label, dense, files[-1])
     return files
 
@@ -166,10 +166,8 @@ def _curves(rows: Sequence[Row], key: str, label: str, dense: dict[str, float], 
             for row in rows:
                 if _panel(row) == task and _policy(row) == policy:
                     points.setdefault(_budget(row), []).append(row[key])
-            places = [budgets.index(budget) for budget in points]
-            means = [sum(values) / len(values) for values in points.values()]
-            order = sorted(zip(places, means, strict=True))
-            panel.plot(*zip(*order, strict=True), marker="o", markersize=3, label=policy)
+            means = sorted((budgets.index(budget), sum(values) / len(values)) for budget, values in points.items())
+            panel.plot(*zip(*means, strict=True), marker="o", markersize=3, label=policy)
         if task in dense:
             panel.axhline(dense[task], color="#888888", linestyle="--", linewidth=1, label="dense")
         panel.set_xticks(range(len(budgets)), budgets)
