@@ -7,8 +7,8 @@ Sums and softmax are float32 whatever the input is. The live length is read on t
 and the slice `[:n]` is what keeps the garbage beyond it out. The Triton kernels read it on the device.
 
 The score of a token is `q @ k * scale`; under a `softcap` c it becomes c tanh(score / c), as in Gemma 2
-(https://arxiv.org/abs/2408.00118). `mask` says which tokens count (bool), or is added to the scores (float), where the
-lowest value of its dtype hides a token, as Hugging Face's eager masks mean it. `sink [Hq]` is the score of a token
+(https://arxiv.org/abs/2408.00118). `mask` says which tokens count (bool), or is added to the scores (float), where
+`HIDES` or less hides a token: models write the lowest value of the dtype, -1e9 or -1e4. `sink [Hq]` is the score of a token
 without a value that takes its share of every softmax, as in GPT-OSS (https://arxiv.org/abs/2508.10925).
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 SHARES = ("query_head", "kv_head", "layer")
+HIDES = -9000.0  # added to a score, it leaves no weight; bfloat16 writes -1e4 as -9984
 
 
 def full_attention(
@@ -120,8 +121,8 @@ def parts_per_million(ratio: float) -> int:
 
 
 def hidden(mask: Tensor) -> Tensor:
-    """Which tokens a mask hides: those that are False, or at the lowest value of an additive mask."""
-    return mask <= torch.finfo(mask.dtype).min if mask.is_floating_point() else ~mask
+    """Which tokens a mask hides: those that are False or, in an additive mask, at `HIDES` or below."""
+    return mask <= HIDES if mask.is_floating_point() else ~mask
 
 
 def importance(scores: Tensor, share: str, sink: Tensor | None = None) -> Tensor:

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .reference import HIDES
+
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -254,12 +256,12 @@ def overlap(device: torch.device) -> dict[str, bool]:
 def mask_args(mask: Tensor | None, batch: int, slots: int) -> tuple[tuple, dict]:
     """How kernels take a mask `[B or 1, 1, 1, S]`: (data, stride along B, stride along S), and MASK and HIDES.
 
-    MASK is "none", "bool" (data are bytes) or "added" to the scores; HIDES is the value that hides a token then.
+    MASK is "none", "bool" (data are bytes) or "added" to the scores; HIDES is the largest value that hides a token.
     """
     if mask is None:
         return (None, 0, 0), {"MASK": "none", "HIDES": 0.0}
     if mask.is_floating_point():
-        data, kind = mask, {"MASK": "added", "HIDES": torch.finfo(mask.dtype).min}
+        data, kind = mask, {"MASK": "added", "HIDES": HIDES}
     else:
         data, kind = mask.view(torch.uint8), {"MASK": "bool", "HIDES": 0.0}
     data = data.expand(batch, 1, 1, slots)

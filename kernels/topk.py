@@ -1,14 +1,18 @@
-"""Choosing tokens in Triton: the positions of the K most important of n, ascending, in four launches after a scan.
+"""Token selection in Triton: the positions of the K most important of n tokens, in ascending order.
 
-    merge     joins the scan's splits; beside it, counts the valid tokens of every tile, and empties the histograms
-    rank      scores -> importance, and a histogram of the largest importance of every run of tokens
-    sift      the K-th run bounds the K-th token from below: what reaches that bound becomes a candidate
-    emit      finds the K-th among the candidates, and writes the positions from that one up
+Four launches follow the scan that has written the scores:
 
-K runs reach the bound, so at least K tokens do, and few more: one token in RUN goes through the histogram, and about K
-are compared. Bins are a guess at where the K-th lies, monotone in importance whatever the guess: a bad one makes more
-candidates, never another answer. No sort and no host read: the live length and count stay on the device. Launches cover
-the whole cache, a tile of TILE tokens a program. Reference: `reference.choose_tokens`.
+    merge     joins the scan's splits; also counts the valid tokens of every tile, and clears the histograms
+    rank      turns scores into importance; builds a histogram of the largest importance in every run of RUN tokens
+    sift      finds the bin of the K-th largest of these maxima; tokens that reach the floor of that bin are candidates
+    emit      finds the K-th most important candidate, and writes the positions of the K most important
+
+K maxima reach the floor of that bin, so at least K tokens do, and not many more. This is cheap because only one token
+in RUN enters the histogram, and only about K candidates are compared. Nothing is sorted, and the host reads nothing:
+the live length and K stay on the device. Launches cover the whole cache, TILE tokens a program.
+
+The importance of a token is its base-2 score where a token set belongs to one query head, and otherwise the sum of its
+probabilities over the MEMBERS query heads that share the set. The definition is `reference.choose_tokens`.
 """
 
 from typing import NamedTuple
@@ -21,65 +25,83 @@ from torch import Tensor
 from .reference import index_width, parts_per_million
 from .split import Splits, after_previous, mask_args, mask_tile, merge_args, merge_part, overlap, parts
 
-NEVER = tl.constexpr(-(2**31))  # a key below all
-BEYOND = tl.constexpr(2**31 - 1)  # and one above all
+LOWEST_CODE = tl.constexpr(-(2**31))  # below what `_encode` returns for any number, as HIGHEST_CODE is above
+HIGHEST_CODE = tl.constexpr(2**31 - 1)
 BINS = tl.constexpr(128)
 RUN = tl.constexpr(8)
-RUN_BLOCK = tl.constexpr(128)  # candidates of a tile, mostly fewer
-INF = tl.constexpr(float("inf"))  # the importance of what is always chosen; -INF of what doesn't count
+SEGMENT_BLOCK = tl.constexpr(128)  # candidates that are read at once: most tiles have fewer
+INF = tl.constexpr(float("inf"))  # the importance of a token that is always chosen; invalid tokens have -INF
 
 
 @triton.jit
-def _encode(worth):
-    """float32 -> int32 in the same order, -0.0 as 0.0."""
-    bits = (worth + 0.0).to(tl.int32, bitcast=True)
+def _encode(importance):
+    """float32 -> int32 codes in the same order; -0.0 and 0.0 have one code."""
+    bits = (importance + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
+# The bins of the histogram. Probabilities add up to 1 a head, so K tokens can't all be more important than a ceiling of
+# MEMBERS / K. The bin of a token is given by how many octaves (factors of 2) its importance lies below that ceiling:
+#
+#     bin           importance                                    width of a bin
+#     127           INF: sinks and recent tokens
+#     126 to 63     above the ceiling, or up to 8 octaves below   1/8 octave
+#     62 to 31      8 to 16 octaves below                         1/4 octave
+#     30 to 1       16 to 76 octaves below                        2 octaves
+#     0             anything lower
+#
+# For one head and K = 1024 the ceiling is a probability of 2^-10. A token of 2^-12.5 lies 20 eighths below it and falls
+# into bin 126 - 20 = 106. A token of 2^-21.3 lies 90 eighths below it: bin 126 - (32 + 90 // 2) = 49.
+#
+# Attention that is spread out has its K-th token just below the ceiling, and very many tokens near it: bins must be
+# narrow there. Attention that is concentrated on few tokens has its K-th token far below, where wide bins suffice.
+#
+# The ceiling is only a guess of where the K-th token lies, since it takes no account of sinks and recent tokens. Any
+# guess gives the right answer: a more important token never has a lower bin, and no token is below the floor of its
+# bin, so the K most important tokens are always candidates. A bad guess only makes more candidates.
+
+
 @triton.jit
-def _most(live, lse_ptr, row, MEMBERS: tl.constexpr):
-    """The largest importance that `live` tokens can all have: probabilities of MEMBERS heads add up to MEMBERS."""
-    live = tl.maximum(live, 1).to(tl.float32)
+def _ceiling(keep, lse_ptr, row, MEMBERS: tl.constexpr):
+    """The largest importance that `keep` tokens can all have."""
+    keep = tl.maximum(keep, 1).to(tl.float32)
     if MEMBERS == 1:  # base-2 scores
-        return tl.load(lse_ptr + row) - tl.log2(live)
-    return MEMBERS / live
+        return tl.load(lse_ptr + row) - tl.log2(keep)
+    return MEMBERS / keep
 
 
 @triton.jit
-def _bin(worth, most, MEMBERS: tl.constexpr):
-    """Bins `[N]` by how far importance is below `most`, in eighths of an octave: 64 bins of 1, 32 of 2, 30 of 16.
-
-    The first bin takes the rest, and the last one what is always chosen.
-    """
-    if MEMBERS == 1:  # base-2 scores: an octave is 1
-        below = tl.minimum(tl.maximum((most - worth) * 8.0, 0.0), 2048.0).to(tl.int32)
-    else:  # the exponent and 3 bits of the mantissa
-        below = tl.maximum((most.to(tl.int32, bitcast=True) >> 20) - (worth.to(tl.int32, bitcast=True) >> 20), 0)
-    below = tl.where(below < 64, below, tl.where(below < 128, 32 + below // 2, 88 + below // 16))
-    return tl.where(worth == INF, BINS - 1, BINS - 2 - tl.minimum(below, BINS - 2))
+def _bin(importance, ceiling, MEMBERS: tl.constexpr):
+    """The bins `[N]` of importance `[N]`: see the table above."""
+    if MEMBERS == 1:  # an octave is a difference of 1 between base-2 scores
+        eighths = tl.minimum(tl.maximum((ceiling - importance) * 8.0, 0.0), 2048.0).to(tl.int32)
+    else:  # the exponent of a float32 counts octaves, and the first 3 bits of its mantissa count eighths of one
+        eighths = tl.maximum((ceiling.to(tl.int32, bitcast=True) >> 20) - (importance.to(tl.int32, bitcast=True) >> 20), 0)
+    steps = tl.where(eighths < 64, eighths, tl.where(eighths < 128, 32 + eighths // 2, 88 + eighths // 16))
+    return tl.where(importance == INF, BINS - 1, BINS - 2 - tl.minimum(steps, BINS - 2))
 
 
 @triton.jit
-def _floor(bin, most, MEMBERS: tl.constexpr):
-    """An importance that all of a bin and of those above it reach."""
-    below = BINS - 2 - bin
-    below = tl.where(below < 64, below, tl.where(below < 96, 2 * below - 63, 16 * below - 1393))
-    if MEMBERS == 1:
-        lowest = most - (below + 2) / 8.0  # one to spare for rounding
+def _bin_floor(bin, ceiling, MEMBERS: tl.constexpr):
+    """An importance that every token in this bin, or in a higher one, reaches: the inverse of `_bin`."""
+    steps = BINS - 2 - bin
+    eighths = tl.where(steps < 64, steps, tl.where(steps < 96, 2 * steps - 63, 16 * steps - 1393))  # the largest
+    if MEMBERS == 1:  # + 1 for the fraction of an eighth that `_bin` cuts off, + 1 for rounding
+        floor = ceiling - (eighths + 2) / 8.0
     else:
-        lowest = (tl.maximum((most.to(tl.int32, bitcast=True) >> 20) - below, 0) << 20).to(tl.float32, bitcast=True)
-    return tl.where(bin == BINS - 1, INF, tl.where(bin <= 0, -INF, lowest))
+        floor = (tl.maximum((ceiling.to(tl.int32, bitcast=True) >> 20) - eighths, 0) << 20).to(tl.float32, bitcast=True)
+    return tl.where(bin == BINS - 1, INF, tl.where(bin <= 0, -INF, floor))
 
 
 @triton.jit
 def _merge_and_prepare(
     acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits,
-    mask_ptr, length_ptr, count_ptr, histogram_ptr, total_ptr, slots, tiles, stride_mb, stride_mn,
+    mask_ptr, length_ptr, valid_count_ptr, histogram_ptr, total_ptr, slots, tiles, stride_mb, stride_mn,
     BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr, SETS: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a part of one head's output; or one tile's valid tokens, and one token set's empty histogram."""
+    """The first programs merge one part of one head each; the others count one tile, and clear one set's histogram."""
     after_previous(PDL)
     batch = tl.program_id(1).to(tl.int64)
     job = tl.program_id(0)
@@ -94,7 +116,7 @@ def _merge_and_prepare(
         length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
         token = job * TILE + tl.arange(0, TILE)
         valid, _ = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token < length, MASK, HIDES)
-        tl.store(count_ptr + batch * tiles + job, tl.sum(valid.to(tl.int32), 0))
+        tl.store(valid_count_ptr + batch * tiles + job, tl.sum(valid.to(tl.int32), 0))
     if job < SETS:
         tl.store(histogram_ptr + (batch * SETS + job) * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
         tl.store(total_ptr + batch * SETS + job, 0)
@@ -102,11 +124,11 @@ def _merge_and_prepare(
 
 @triton.jit
 def _rank(
-    score_ptr, lse_ptr, count_ptr, length_ptr, histogram_ptr, live_ptr, slots, stride_s, tiles,
+    score_ptr, lse_ptr, valid_count_ptr, length_ptr, histogram_ptr, keep_ptr, slots, stride_s, tiles,
     budget, ratio_ppm, sinks, recent,
     SETS: tl.constexpr, MEMBERS: tl.constexpr, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile for one token set of MEMBERS query heads. Importance replaces the first one's scores."""
+    """One program: one tile of one token set. Its importance overwrites the scores of the set's first query head."""
     after_previous(PDL)
     tile = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
@@ -114,48 +136,52 @@ def _rank(
     length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
     if tile > 0 and tile * TILE >= length:
         return
-    each = tl.arange(0, BLOCK_TILES)
-    counts = tl.load(count_ptr + batch * tiles + each, mask=each < tiles, other=0)
+    tile_number = tl.arange(0, BLOCK_TILES)
+    counts = tl.load(valid_count_ptr + batch * tiles + tile_number, mask=tile_number < tiles, other=0)
     token = tile * TILE + tl.arange(0, TILE)
     inside = token < length
     scores = score_ptr + row * MEMBERS * stride_s + token
-    worth = tl.load(scores, mask=inside, other=-INF)
-    valid = worth > -INF
+    importance = tl.load(scores, mask=inside, other=-INF)
+    valid = importance > -INF
     if MEMBERS > 1:  # only probabilities may be added across heads
-        worth = tl.exp2(worth - tl.load(lse_ptr + row * MEMBERS))
+        importance = tl.exp2(importance - tl.load(lse_ptr + row * MEMBERS))
         for member in tl.range(1, MEMBERS, loop_unroll_factor=4):
             score = tl.load(scores + member * stride_s, mask=inside, other=-INF)
-            worth += tl.exp2(score - tl.load(lse_ptr + row * MEMBERS + member))
-        worth = tl.where(valid, worth, -INF)
+            importance += tl.exp2(score - tl.load(lse_ptr + row * MEMBERS + member))
+        importance = tl.where(valid, importance, -INF)
 
-    count = tl.sum(counts, 0)  # valid tokens: of the sequence, before this tile, and up to its end
-    before = tl.sum(tl.where(each < tile, counts, 0), 0)
-    until = tl.sum(tl.where(each <= tile, counts, 0), 0)
-    by_ratio = ((count.to(tl.int64) * ratio_ppm + 999999) // 1000000).to(tl.int32)
-    live = tl.minimum(tl.maximum(by_ratio, budget), count)
-    tl.store(live_ptr + batch, live)
-    ends = before < sinks or until > count - recent
-    if ends:
-        place = before + tl.cumsum(valid.to(tl.int32), 0)  # 1-based among the valid tokens
-        worth = tl.where(valid & ((place <= sinks) | (place > count - recent)), INF, worth)
-    if MEMBERS > 1 or ends:
-        tl.store(scores, worth, mask=inside)
+    num_valid = tl.sum(counts, 0)
+    valid_before = tl.sum(tl.where(tile_number < tile, counts, 0), 0)
+    valid_until = tl.sum(tl.where(tile_number <= tile, counts, 0), 0)  # with this tile
+    by_ratio = ((num_valid.to(tl.int64) * ratio_ppm + 999999) // 1000000).to(tl.int32)
+    keep = tl.minimum(tl.maximum(by_ratio, budget), num_valid)  # K
+    tl.store(keep_ptr + batch, keep)
+    has_ends = valid_before < sinks or valid_until > num_valid - recent
+    if has_ends:  # sinks or recent tokens
+        ordinal = valid_before + tl.cumsum(valid.to(tl.int32), 0)  # 1 for the first valid token
+        always = valid & ((ordinal <= sinks) | (ordinal > num_valid - recent))
+        importance = tl.where(always, INF, importance)
+    if MEMBERS > 1 or has_ends:
+        tl.store(scores, importance, mask=inside)
 
-    most = _most(live, lse_ptr, row, MEMBERS)
-    if count >= 2 * RUN * live:
-        best = tl.max(tl.reshape(worth, [TILE // RUN, RUN]), 1)
-        histogram = tl.histogram(_bin(best, most, MEMBERS), BINS, mask=best > -INF)
-    else:  # too few runs for a bound
-        histogram = tl.histogram(_bin(worth, most, MEMBERS), BINS, mask=valid)
+    ceiling = _ceiling(keep, lse_ptr, row, MEMBERS)
+    if num_valid >= 2 * RUN * keep:
+        largest = tl.max(tl.reshape(importance, [TILE // RUN, RUN]), 1)
+        histogram = tl.histogram(_bin(largest, ceiling, MEMBERS), BINS, mask=largest > -INF)
+    else:  # there may be fewer than K runs, so every token is counted
+        histogram = tl.histogram(_bin(importance, ceiling, MEMBERS), BINS, mask=valid)
     tl.atomic_add(histogram_ptr + row * BINS + tl.arange(0, BINS), histogram, mask=histogram > 0, sem="relaxed")
 
 
 @triton.jit
 def _sift(
-    score_ptr, lse_ptr, length_ptr, live_ptr, histogram_ptr, total_ptr, run_ptr, bound_ptr, candidate_ptr, place_ptr,
+    score_ptr, lse_ptr, length_ptr, keep_ptr, histogram_ptr, total_ptr, segment_ptr, bound_ptr, code_ptr, position_ptr,
     slots, stride_s, tiles, SETS: tl.constexpr, MEMBERS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the candidates of one tile for one token set, ascending: a run, of which slot and size are noted."""
+    """One program: the candidates of one tile of one token set, written as a segment in ascending order of position.
+
+    Segments of a set follow each other in any order, as programs run; the start and the size of each are stored.
+    """
     after_previous(PDL)
     tile = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64) * SETS + tl.program_id(1)
@@ -163,34 +189,39 @@ def _sift(
     if tile > 0 and tile * TILE >= length:
         return
     token = tile * TILE + tl.arange(0, TILE)
-    worth = tl.load(score_ptr + row * MEMBERS * stride_s + token, mask=token < length, other=-INF)
-    live = tl.load(live_ptr + tl.program_id(2))
+    importance = tl.load(score_ptr + row * MEMBERS * stride_s + token, mask=token < length, other=-INF)
+    keep = tl.load(keep_ptr + tl.program_id(2))
     histogram = tl.load(histogram_ptr + row * BINS + tl.arange(0, BINS))
-    at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram  # in this bin or above
-    crossing = tl.sum((at_least >= live).to(tl.int32), 0) - 1
-    bound = _floor(crossing, _most(live, lse_ptr, row, MEMBERS), MEMBERS)
+    at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram  # counted in this bin and those above
+    crossing = tl.sum((at_least >= keep).to(tl.int32), 0) - 1  # the bin of the K-th
+    bound = _bin_floor(crossing, _ceiling(keep, lse_ptr, row, MEMBERS), MEMBERS)
     tl.store(bound_ptr + row, _encode(bound))
 
-    found = (worth >= bound) & (worth > -INF)
-    rank = tl.cumsum(found.to(tl.int32), 0)
-    here = tl.max(rank, 0)
-    first = tl.atomic_add(total_ptr + row, here, sem="relaxed")
-    tl.store(run_ptr + (row * tiles + tile) * 2, first)
-    tl.store(run_ptr + (row * tiles + tile) * 2 + 1, here)
-    slot = row * slots + first + rank - 1
-    tl.store(candidate_ptr + slot, _encode(worth), mask=found)
-    tl.store(place_ptr + slot, token, mask=found)
+    is_candidate = (importance >= bound) & (importance > -INF)
+    rank = tl.cumsum(is_candidate.to(tl.int32), 0)
+    size = tl.max(rank, 0)
+    start = tl.atomic_add(total_ptr + row, size, sem="relaxed")
+    tl.store(segment_ptr + (row * tiles + tile) * 2, start)
+    tl.store(segment_ptr + (row * tiles + tile) * 2 + 1, size)
+    entry = row * slots + start + rank - 1
+    tl.store(code_ptr + entry, _encode(importance), mask=is_candidate)
+    tl.store(position_ptr + entry, token, mask=is_candidate)
 
 
 @triton.jit
-def _bisect(
-    values, candidates, places, total, tied, wanted, low, high, step, BLOCK: tl.constexpr, PLACES: tl.constexpr
+def _find_threshold(
+    values, codes, positions, total, tied_code, wanted, low, high, step, BLOCK: tl.constexpr, OF_POSITIONS: tl.constexpr
 ):  # fmt: skip
-    """A threshold from `low` to `high` that `wanted` of `total` values reach; where they tie, the last that enough do.
+    """Search for a threshold in [low, high] that exactly `wanted` of the `total` candidates' values reach.
 
-    The values are keys or, with PLACES, negated positions of those whose key is `tied`. The first BLOCK of them, nearly
-    always all, are `values`; the rest are read again for every threshold. `step` guesses how far it is from `low`.
-    -> the threshold, how many reach it, how many are above it.
+    Where no threshold has exactly so many, because values are equal, the result is the largest that `wanted` or more
+    reach. At least `wanted` must reach `low`.
+
+    The values of candidates are their codes, or with OF_POSITIONS the negated positions of those with `tied_code`. The
+    first BLOCK values, nearly always all, are given in `values`; the others are read again for every threshold tried.
+    The answer is expected near `low`, so steps from there start at `step` and double, until halving the interval is
+    the shorter step. Returns the threshold, how many values reach it, and, if these are more than `wanted`, how many
+    are above it.
     """
     low = low.to(tl.int64)
     high = high.to(tl.int64)
@@ -202,10 +233,11 @@ def _bisect(
         threshold = middle.to(tl.int32)
         reached = tl.sum((values >= threshold).to(tl.int32), 0)
         for first in range(BLOCK, total, BLOCK):
-            slot = first + tl.arange(0, BLOCK)
-            more = tl.load(candidates + slot, mask=slot < total, other=NEVER)
-            if PLACES:
-                more = tl.where(more == tied, -tl.load(places + slot, mask=slot < total, other=0), NEVER)
+            entry = first + tl.arange(0, BLOCK)
+            more = tl.load(codes + entry, mask=entry < total, other=LOWEST_CODE)
+            if OF_POSITIONS:
+                position = tl.load(positions + entry, mask=entry < total, other=0)
+                more = tl.where(more == tied_code, -position, LOWEST_CODE)
             reached += tl.sum((more >= threshold).to(tl.int32), 0)
         enough = reached >= wanted
         low = tl.where(enough, middle, low)
@@ -217,64 +249,73 @@ def _bisect(
 
 
 @triton.jit
+def _is_chosen(code, position, threshold, last_tied):
+    """Which candidates are chosen: those above the threshold, and those at it up to the position `last_tied`."""
+    return (code > threshold) | ((code == threshold) & (position <= last_tied))
+
+
+@triton.jit
 def _emit(
-    length_ptr, live_ptr, total_ptr, run_ptr, bound_ptr, candidate_ptr, place_ptr, index_ptr, slots, tiles, width,
+    length_ptr, keep_ptr, total_ptr, segment_ptr, bound_ptr, code_ptr, position_ptr, index_ptr, slots, tiles, width,
     SETS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the positions chosen from SPAN tiles for one token set, written where they belong.
+    """One program: the positions chosen from SPAN tiles of one token set, written to their place in the index.
 
-    Each program finds the threshold by itself: one more launch would take longer.
+    Every program searches for the set's threshold itself, since one more launch would take longer.
     """
     after_previous(PDL)
-    tile = tl.program_id(0) * SPAN
+    first_tile = tl.program_id(0) * SPAN
     row = tl.program_id(2).to(tl.int64) * SETS + tl.program_id(1)
-    candidates = candidate_ptr + row * slots
-    places = place_ptr + row * slots
-    slot = tl.arange(0, BLOCK)
-    key = tl.load(candidates + slot, mask=slot < slots, other=0)  # all loads at once, whatever they say
-    place = tl.load(places + slot, mask=slot < slots, other=0)
+    codes = code_ptr + row * slots
+    positions = position_ptr + row * slots
+    # These loads depend on no other load, so all are in flight at once; what isn't needed is discarded afterwards.
+    entry = tl.arange(0, BLOCK)
+    code = tl.load(codes + entry, mask=entry < slots, other=0)
+    position = tl.load(positions + entry, mask=entry < slots, other=0)
     length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
-    live = tl.load(live_ptr + tl.program_id(2))
+    keep = tl.load(keep_ptr + tl.program_id(2))
     total = tl.load(total_ptr + row)
     bound = tl.load(bound_ptr + row)
-    own_tile = tile + tl.arange(0, SPAN)
-    runs = run_ptr + row * tiles * 2
-    here = tl.load(runs + own_tile * 2 + 1, mask=(own_tile < tiles) & (own_tile * TILE < length), other=0)
-    for start in range(tile * TILE, tl.minimum((tile + SPAN) * TILE, width), TILE):
+    own_tile = first_tile + tl.arange(0, SPAN)
+    segments = segment_ptr + row * tiles * 2
+    sizes = tl.load(segments + own_tile * 2 + 1, mask=(own_tile < tiles) & (own_tile * TILE < length), other=0)
+    for start in range(first_tile * TILE, tl.minimum((first_tile + SPAN) * TILE, width), TILE):
         unused = start + tl.arange(0, TILE)
-        tl.store(index_ptr + row * width + unused, -1, mask=(unused >= live) & (unused < width))
-    if tl.sum(here, 0) == 0:
+        tl.store(index_ptr + row * width + unused, -1, mask=(unused >= keep) & (unused < width))
+    if tl.sum(sizes, 0) == 0:
         return
-    key = tl.where(slot < total, key, NEVER)
-    threshold, reach, above = _bisect(
-        key, candidates, places, total, 0, live, bound, bound * 0 + BEYOND - 1, 2**19, BLOCK, False
+    # A constant enters the search as `x * 0 + constant`: a loop needs variables that don't change their type.
+    code = tl.where(entry < total, code, LOWEST_CODE)
+    threshold, reach, above = _find_threshold(
+        code, codes, positions, total, 0, keep, bound, bound * 0 + HIGHEST_CODE - 1, 2**19, BLOCK, False
     )
-    last = slots + total * 0
-    if reach > live:  # ties: the first ones
-        tied = tl.where(key == threshold, -place, NEVER)
+    last_tied = slots + total * 0
+    if reach > keep:  # too many candidates are equal: those at the lowest positions are chosen
+        tied = tl.where(code == threshold, -position, LOWEST_CODE)
         lowest = total * 0 - slots
-        place_threshold, _, _ = _bisect(
-            tied, candidates, places, total, threshold, live - above, lowest, total * 0, slots, BLOCK, True
+        position_threshold, _, _ = _find_threshold(
+            tied, codes, positions, total, threshold, keep - above, lowest, total * 0, slots, BLOCK, True
         )
-        last = -place_threshold
+        last_tied = -position_threshold
 
-    chosen = (key > threshold) | ((key == threshold) & (place <= last))
-    offset = tl.sum((chosen & (place < tile * TILE)).to(tl.int32), 0)
+    # The first position goes behind all that are chosen from earlier tiles.
+    chosen = _is_chosen(code, position, threshold, last_tied)
+    offset = tl.sum((chosen & (position < first_tile * TILE)).to(tl.int32), 0)
     for first in range(BLOCK, total, BLOCK):
-        key = tl.load(candidates + first + slot, mask=first + slot < total, other=NEVER)
-        place = tl.load(places + first + slot, mask=first + slot < total, other=0)
-        chosen = (key > threshold) | ((key == threshold) & (place <= last))
-        offset += tl.sum((chosen & (place < tile * TILE)).to(tl.int32), 0)
-    for each in range(tile, tl.minimum(tile + SPAN, tl.cdiv(length, TILE))):
-        begin = tl.load(runs + each * 2)
-        end = begin + tl.load(runs + each * 2 + 1)
-        for first in range(begin, end, RUN_BLOCK):
-            own = first + tl.arange(0, RUN_BLOCK)
-            own_key = tl.load(candidates + own, mask=own < end, other=NEVER)
-            own_place = tl.load(places + own, mask=own < end, other=0)
-            kept = (own_key > threshold) | ((own_key == threshold) & (own_place <= last))
-            rank = tl.cumsum(kept.to(tl.int32), 0)
-            tl.store(index_ptr + row * width + offset + rank - 1, own_place, mask=kept)
+        code = tl.load(codes + first + entry, mask=first + entry < total, other=LOWEST_CODE)
+        position = tl.load(positions + first + entry, mask=first + entry < total, other=0)
+        chosen = _is_chosen(code, position, threshold, last_tied)
+        offset += tl.sum((chosen & (position < first_tile * TILE)).to(tl.int32), 0)
+    for tile in range(first_tile, tl.minimum(first_tile + SPAN, tl.cdiv(length, TILE))):
+        begin = tl.load(segments + tile * 2)
+        end = begin + tl.load(segments + tile * 2 + 1)
+        for first in range(begin, end, SEGMENT_BLOCK):
+            own = first + tl.arange(0, SEGMENT_BLOCK)
+            own_code = tl.load(codes + own, mask=own < end, other=LOWEST_CODE)
+            own_position = tl.load(positions + own, mask=own < end, other=0)
+            own_chosen = _is_chosen(own_code, own_position, threshold, last_tied)
+            rank = tl.cumsum(own_chosen.to(tl.int32), 0)
+            tl.store(index_ptr + row * width + offset + rank - 1, own_position, mask=own_chosen)
             offset += tl.max(rank, 0)
 
 
@@ -282,13 +323,14 @@ class Prepared(NamedTuple):
     """What a selection of G token sets needs beside its scores."""
 
     lse: Tensor  # [B, Hq] log2-sum-exp of the scores
-    count: Tensor  # [B, tiles] valid tokens
-    histogram: Tensor  # [B, G, BINS], empty
-    total: Tensor  # [B, G] candidates: none yet
+    valid_counts: Tensor  # [B, tiles] valid tokens of each tile
+    histogram: Tensor  # [B, G, BINS] zeros
+    total: Tensor  # [B, G] zeros: the number of candidates so far
 
 
-def _tile(sequences: int, sets: int, slots: int) -> int:
-    return 1024 if sequences * sets * slots < 2**19 else 2048
+def _tile(batch: int, sets: int, slots: int) -> int:
+    """Tokens a program: more where there are programs enough."""
+    return 1024 if batch * sets * slots < 2**19 else 2048
 
 
 def merge_and_prepare(
@@ -298,59 +340,47 @@ def merge_and_prepare(
     batch, num_heads = out.shape[:2]
     tile = _tile(batch, sets, slots)
     tiles = triton.cdiv(slots, tile)
-    count, histogram, total = (
+    valid_counts, histogram, total = (
         out.new_empty(batch, *shape, dtype=torch.int32) for shape in ((tiles,), (sets, BINS.value), (sets,))
     )
     arguments, sizes = merge_args(splits, sink, out)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _merge_and_prepare[(num_heads * parts(sizes) + max(tiles, sets), batch)](
-        *arguments, mask_data, length, count, histogram, total, slots, tiles, *stride_m, **sizes, PARTS=parts(sizes),
-        SETS=sets, TILE=tile, **mask_kind, **overlap(out.device),
+        *arguments, mask_data, length, valid_counts, histogram, total, slots, tiles, *stride_m, **sizes,
+        PARTS=parts(sizes), SETS=sets, TILE=tile, **mask_kind, **overlap(out.device),
     )  # fmt: skip
-    return Prepared(arguments[4], count, histogram, total)
+    return Prepared(arguments[4], valid_counts, histogram, total)
 
 
 def choose_tokens(
     scores: Tensor, prepared: Prepared, length: Tensor, slots: int, budget: int, ratio: float, sinks: int, recent: int
 ) -> Tensor:
-    """Base-2 scores `[B, Hq, >= S]` of a scan, which are overwritten -> `index [B, G, K]` int32."""
-    lse, count, histogram, total = prepared
-    batch, num_heads, stride = scores.shape
-    sets = total.shape[1]
-    width, tile, tiles = index_width(budget, ratio, slots), _tile(batch, sets, slots), count.shape[1]
+    """The chosen positions `[B, G, K]` int32 by base-2 scores `[B, Hq, >= S]`, which are overwritten."""
+    lse, valid_counts, histogram, total = prepared
+    batch, num_heads, stride_s = scores.shape
+    sets, tiles = total.shape[1], valid_counts.shape[1]
+    width, tile = index_width(budget, ratio, slots), _tile(batch, sets, slots)
 
     def empty(*shape: int) -> Tensor:
         return scores.new_empty(batch, *shape, dtype=torch.int32)
 
-    live, index, run, bound = empty(), empty(sets, width), empty(sets, tiles, 2), empty(sets)
-    candidate, place = empty(sets, slots), empty(sets, slots)
+    keep, index = empty(), empty(sets, width)
+    segments, bound = empty(sets, tiles, 2), empty(sets)  # segments: start and size
+    codes, positions = empty(sets, slots), empty(sets, slots)  # of candidates
     common = {"SETS": sets, "TILE": tile, **overlap(scores.device)}
     size = {"MEMBERS": num_heads // sets, "num_warps": tile // 256}
     _rank[(tiles, sets, batch)](
-        scores, lse, count, length, histogram, live, slots, stride, tiles, budget, parts_per_million(ratio), sinks,
-        recent, BLOCK_TILES=max(32, triton.next_power_of_2(tiles)), **common, **size,
+        scores, lse, valid_counts, length, histogram, keep, slots, stride_s, tiles, budget, parts_per_million(ratio),
+        sinks, recent, BLOCK_TILES=max(32, triton.next_power_of_2(tiles)), **common, **size,
     )  # fmt: skip
     _sift[(tiles, sets, batch)](
-        scores,
-        lse,
-        length,
-        live,
-        histogram,
-        total,
-        run,
-        bound,
-        candidate,
-        place,
-        slots,
-        stride,
-        tiles,
-        **common,
-        **size,
-    )
+        scores, lse, length, keep, histogram, total, segments, bound, codes, positions, slots, stride_s, tiles,
+        **common, **size,
+    )  # fmt: skip
     programs = batch * sets * tiles
     span = 1 if programs <= 256 else 2 if programs <= 1024 else 4
     _emit[(triton.cdiv(tiles, span), sets, batch)](
-        length, live, total, run, bound, candidate, place, index, slots, tiles, width, SPAN=span, BLOCK=2048,
+        length, keep, total, segments, bound, codes, positions, index, slots, tiles, width, SPAN=span, BLOCK=2048,
         num_warps=4, **common,
     )  # fmt: skip
     return index

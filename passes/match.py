@@ -14,7 +14,7 @@ Out: an `AttentionSite` for every call of that form, an `Unmatched` with the rea
 
 import operator
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .forms import NoMatch, is_method, is_sdpa, is_softmax, query_length, read_call, shape, target_name
 
+CACHE_LAYER = re.compile(r"\.layers\[(\d+)\]\.keys$")
 LAYER = re.compile(r"\.layers\[(\d+)\]\.\w+$|(?:\.layers|\.h|\.blocks)\.(\d+)$")  # of a cache, or of a module
 CACHED = re.compile(r"past_key_value|cache", re.IGNORECASE)
 PROJECTIONS = {"linear", "matmul", "addmm", "bmm", "einsum", "conv1d"}
@@ -33,7 +34,8 @@ ATTENTION_MODULE = re.compile(r"\.(\d+)\.(?:[a-z_.]+\.)?(?:self_attn|self_attent
 class AttentionSite:
     """One attention call that can be rewritten: q `[B, Hq, 1, D]` over the cache `[B, Hkv, S, D]` of one layer.
 
-    `node` is what the call returns, and `mask`, `scale`, `sink` and `softcap` are arguments of the ops.
+    `node` is what the call returns, and `mask`, `scale`, `sink` and `softcap` are arguments of the ops. `sharded`: its
+    heads are one rank's share of the layer's, under tensor parallelism.
     """
 
     layer: int
@@ -46,6 +48,7 @@ class AttentionSite:
     scale: float
     sink: fx.Node | None
     softcap: float
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,36 @@ class Unmatched:
 
 
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
-    """Every attention call of the graph, in order."""
+    """Every attention call of the graph, in order.
+
+    A call is numbered by the cache layer that it is the first to read: a model may run the same modules in cycles, each
+    time with another cache layer (HRM). Later readers of a cache layer have their module's number: modules may share a
+    cache layer, too (Gemma 4).
+    """
     found: list[AttentionSite | Unmatched] = []
+    sharded = _is_sharded(gm)
+    read: set[str] = set()
     for node in gm.graph.nodes:
         if not _is_attention(node):
             continue
+        keys = _cached_keys(node)
+        layer = _layer_of(node)
+        if keys not in read and (match := CACHE_LAYER.search(keys)):
+            layer = int(match[1])
+        read.add(keys)
         try:
-            found.append(_match(node))
+            site = _match(node, layer)
+            if site.layer in {one.layer for one in found if isinstance(one, AttentionSite)}:
+                raise NoMatch(f"a second attention call of layer {site.layer}")
+            found.append(replace(site, sharded=sharded))
         except NoMatch as problem:
-            found.append(Unmatched(_layer_of(node), node, str(problem), problem.kind))
+            found.append(Unmatched(layer, node, str(problem), problem.kind))
     return found
+
+
+def _is_sharded(gm: fx.GraphModule) -> bool:
+    """Whether ranks exchange results inside the graph, as those of a tensor-parallel model do."""
+    return any("c10d" in str(node.target) or "all_reduce" in target_name(node) for node in gm.graph.nodes)
 
 
 def policy_layers(calls: list[AttentionSite | Unmatched]) -> tuple[int, ...]:
@@ -89,19 +112,19 @@ def count_layers(gm: fx.GraphModule) -> int:
     return max(layers, default=-1) + 1
 
 
-def _match(node: fx.Node) -> AttentionSite:
+def _match(node: fx.Node, layer: int | None) -> AttentionSite:
+    """The call at a node, as one of this layer; None: of its cache layer. Raises `NoMatch`."""
     query_len = query_length(node)
     if isinstance(query_len, torch.SymInt) and free_unbacked_symbols(query_len):
         raise NoMatch("the number of query tokens depends on data; pass attention_mask to the model")
     if query_len not in (1, None):
         raise NoMatch(f"{query_len} query tokens (prefill, or several tokens at once): left exact", "tokens")
     call = read_call(node)
-    if _slides(call.key):
+    if _slides(node):
         raise NoMatch("sliding-window layer: left as it is", "sliding")
     batch, num_heads, _, head_dim = shape(call.query)
-    module_layer = _layer_of(node)
-    key, key_layer = _cache_input(call.key, "keys", num_heads, module_layer)
-    value, value_layer = _cache_input(call.value, "values", num_heads, module_layer)
+    key, key_layer = _cache_input(call.key, "keys", num_heads, layer)
+    value, value_layer = _cache_input(call.value, "values", num_heads, layer)
     if key_layer != value_layer:
         raise NoMatch(f"keys of layer {key_layer}, but values of layer {value_layer}")
     if shape(key) != shape(value) or shape(key)[0] != batch or shape(key)[3] != head_dim:
@@ -110,7 +133,7 @@ def _match(node: fx.Node) -> AttentionSite:
     if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
         raise NoMatch(f"q, keys and values are {dtypes}; one of {', '.join(map(str, DTYPES))} for all is supported")
     return AttentionSite(
-        layer=key_layer if module_layer is None else module_layer,  # a layer may read another's cache, as in Gemma 4
+        layer=key_layer if layer is None else layer,
         node=call.output,
         query=call.query,
         key=key,
@@ -227,35 +250,35 @@ def _checked_mask(mask: fx.Node | None, cache_shape: tuple) -> fx.Node | None:
     return mask
 
 
-def _slides(keys: fx.Node) -> bool:
-    """Whether the cache layer that the keys of a call come from is a sliding window.
+def _slides(node: fx.Node) -> bool:
+    """Whether an attention call reads a sliding-window layer of the cache. The graph shows it by how a token is added:
 
-    Such a layer overwrites its keys with `copy_` once they are full; until then it writes the new key before it
-    advances its counter, where a full-attention layer advances first.
+        full attention             counter.add_(1);  keys.index_copy_(new key)      the counter first
+        window, not yet full       keys.index_copy_(new key);  counter.add_(1)      the key first
+        window, full               keys.copy_(keys rolled by one)
     """
-    for key in _ancestors(keys):
-        if key.op != "placeholder" or not _source(key).endswith(".keys"):
-            continue
-        if any(is_method(user, "copy_") for user in key.users):
-            return True
-        counter = re.sub(r"\.keys$", ".cumulative_length", _source(key))
-        order = [
-            node.target
-            for node in keys.graph.nodes
-            if node.op == "call_method"
-            and (node.target, _source(node.args[0])) in (("index_copy_", _source(key)), ("add_", counter))
-        ]
-        if order == ["index_copy_", "add_"]:
-            return True
-    return False
+    source = _cached_keys(node)
+    counter = source.removesuffix(".keys") + ".cumulative_length"
+    writes = [
+        use.target
+        for use in node.graph.nodes
+        if use.op == "call_method"
+        and (use.target, _source(use.args[0])) in (("copy_", source), ("index_copy_", source), ("add_", counter))
+    ]
+    return source != "" and ("copy_" in writes or writes == ["index_copy_", "add_"])
 
 
-def _ancestors(node: fx.Node) -> list[fx.Node]:
-    """The node and what its first arguments lead back to, through views and copies only (at most eight steps)."""
-    chain = [node]
-    while chain[-1].op != "placeholder" and chain[-1].all_input_nodes and len(chain) < 8:
-        chain.append(chain[-1].all_input_nodes[0])
-    return chain
+def _cached_keys(node: fx.Node) -> str:
+    """The source of the cache's keys that an attention call reads, through views and copies; "" if it can't be told."""
+    try:
+        keys = read_call(node).key
+    except NoMatch:
+        return ""
+    for _ in range(8):  # repeat_kv, casts and copies are fewer
+        if keys.op == "placeholder" or not keys.all_input_nodes:
+            break
+        keys = keys.all_input_nodes[0]
+    return _source(keys) if keys.op == "placeholder" and _source(keys).endswith(".keys") else ""
 
 
 def _is_attention(node: fx.Node) -> bool:

@@ -5,7 +5,7 @@ and the reasons why the graph can't follow the policy.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from .match import AttentionSite, Unmatched
@@ -57,22 +57,28 @@ def make_plan(calls: Sequence[AttentionSite | Unmatched], roles: Sequence[Role])
         layer = call.layer
         role = roles[layer] if layer is not None and layer < len(roles) else None
         reason = call.reason if isinstance(call, Unmatched) else ""
+        if isinstance(call, AttentionSite):
+            reason = _cannot_follow(call, role, selected)
         if role is not None and role.role == "select":
             selected[layer] = None if reason else call
-        if isinstance(call, AttentionSite) and role.role == "reuse":
-            reason = _cannot_reuse(call, role, selected)
         if reason:
             several_tokens = isinstance(call, Unmatched) and call.kind == "tokens"
             if role is not None and role.role != "full" and not several_tokens:
                 problems.append(f"layer {layer} ({role.role}): {reason}")
             role = None
+        elif role.heads == tuple(range(len(role.heads or ()))):
+            role = replace(role, heads=None)  # each head its own: nothing to map
         decisions.append(Decision(layer, call, role, reason))
     problems += _missing(decisions, roles)
     return Plan(tuple(decisions), tuple(problems))
 
 
-def _cannot_reuse(call: AttentionSite, role: Role, selected: dict[int, AttentionSite | None]) -> str:
-    """Why a call can't attend to its source's tokens, or nothing."""
+def _cannot_follow(call: AttentionSite, role: Role, selected: dict[int, AttentionSite | None]) -> str:
+    """Why a call can't have its role, or nothing."""
+    if role.role == "select" and role.share == "layer" and call.sharded:
+        return "share: layer ranks the heads of all ranks together, which tensor parallelism keeps apart; use kv_head"
+    if role.role != "reuse":
+        return ""
     if role.source not in selected:
         return f"its selection, layer {role.source}, is not in this graph (compile with fullgraph=True)"
     source = selected[role.source]

@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
+import tidal_compile as tc
+from tidal_compile.models import with_cache
 from tidal_compile.shapes import FAMILIES, TINY
 
 
@@ -43,7 +45,7 @@ def random_tokens(batch, length, seed=1, vocab=128):
 def prefilled(model, ids, slots, mask=None):
     """A StaticCache of `slots` that holds ids `[B, n]`; padding as `mask [B, n]`."""
     cache = StaticCache(config=model.config, max_cache_len=slots)
-    model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, attention_mask=mask, **with_cache(model, cache))
     return cache
 
 
@@ -61,3 +63,56 @@ def decode_logits(step, cache, tokens, masks=None):
         )
         rows.append(out.logits[:, -1].clone())
     return torch.stack(rows, 1)
+
+
+# Families whose layers, caches or module numbers are unusual; `odd_model` makes a tiny one. Not all are in FAMILIES:
+# what holds for them is said where they are tested.
+_LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2, "head_dim": 16,
+}  # fmt: skip
+_SHARED = {
+    "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2,
+    "num_hidden_layers": 6, "head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128,
+}  # fmt: skip
+ODD = {
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 100, "num_experts": 2, "mamba_d_state": 8},
+    "bamba": {
+        "attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8,
+    },
+    "zamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "n_mamba_heads": 2, "mamba_d_state": 8, "num_key_value_heads": 4,
+    },
+    "zamba2": {
+        "mamba_d_state": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "num_key_value_heads": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2, "adapter_rank": 4, "use_mem_rope": True,
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "head_dim": 16,
+    },
+    "qwen3_5_text": _LINEAR,
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "gemma3n_text": {
+        **_SHARED, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 6, "intermediate_size": [96] * 6,
+        "altup_num_inputs": 2,
+    },
+    "gemma4_text": {**_SHARED, "global_head_dim": 16},
+    "hrm_text": {"num_hidden_layers": 2, "H_cycles": 2, "L_cycles": 1, "head_dim": 16, "prefix_lm": False},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+}  # fmt: skip
+
+
+def odd_model(name, **settings):
+    """A tiny model of a family in `ODD`, of four layers if nothing else is said."""
+    return tiny_model(name, **{"num_hidden_layers": 4, "max_position_embeddings": 2048, **ODD[name], **settings})
+
+
+def sparse_for(model, budget=12, sinks=2, recent=3):
+    """A policy whose first layer that can select does, and whose other ones reuse its tokens; those layers."""
+    explanation = tc.explain(model, "full")
+    layers = [row.layer for row in explanation.rows if row.role]
+    roles = dict.fromkeys(range(explanation.policy.num_layers), "full")
+    roles |= dict.fromkeys(layers, "reuse") | {layers[0]: "select"}
+    defaults = {"budget": budget, "sinks": sinks, "recent": recent}
+    data = {"num_layers": explanation.policy.num_layers, "layers": roles, "defaults": defaults}
+    return tc.Policy.from_dict(data), layers

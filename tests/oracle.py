@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 def scores_of(q, k, length, mask, scale, softcap=0.0):
     """q `[B, Hq, 1, D]`, k `[B, Hkv, S, D]` -> float64 scores `[B, Hq, n]` and valid `[B, n]`, for n live slots.
 
-    mask `[B or 1, 1, 1, S]`: bool, or added to the scores, where its lowest value hides a token.
+    mask `[B or 1, 1, 1, S]`: bool, or added to the scores, where -1e4 (-9984 in bfloat16) and below hides a token.
     """
     batch, num_heads = q.shape[:2]
     group = num_heads // k.shape[1]
@@ -28,7 +28,7 @@ def scores_of(q, k, length, mask, scale, softcap=0.0):
         valid = mask[:, 0, 0, :n].expand(batch, n).clone()
     elif mask is not None:
         bias = mask[:, 0, 0, :n].expand(batch, n).double()
-        valid = bias > torch.finfo(mask.dtype).min
+        valid = bias > -9900
     for b in range(batch):
         for h in range(num_heads):
             keys = k[b, h // group, :n].double()

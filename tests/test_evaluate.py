@@ -17,7 +17,9 @@ from tidal_compile.evaluate import compared, decode, quality, records
 from tidal_compile.evaluate import report as pages
 from tidal_compile.evaluate.decode import answer, prepare
 from tidal_compile.evaluate.tasks import HAS_DEPTH, TASKS, make_sample
+from tidal_compile.explain import decode_calls
 from tidal_compile.replay import Block, make_context, replay, replay_text
+from tidal_compile.step import PolicyStep
 from tidal_compile.text import hide, split_sentences
 
 LAYERS = {"0-1": "full", "2": "select", "3": "reuse", "4": "select", "5": "reuse"}
@@ -80,9 +82,9 @@ def test_a_padded_batch_answers_as_the_oracle(name):
     policy, model = sparse_policy(name), tiny_model()
     contexts = [random_tokens(1, length, seed=length)[0].tolist() for length in (50, 90, 71)]
     questions = [random_tokens(1, 5, seed=seed)[0].tolist() for seed in (1, 2, 3)]
-    prompts = prepare(model, contexts, questions, 6)
+    prompts, step = prepare(model, contexts, questions, 6), PolicyStep(model)
     for sparse in (True, False, True):  # from one prefill, on what the last one wrote
-        answers = answer(model, prompts, policy.roles, sparse, [])
+        answers = answer(model, step, prompts, policy.roles, sparse, [])
         for context, question, got in zip(contexts, questions, answers, strict=True):
             assert len(got) == 6
             oracle = OracleModel(model, oracle_roles(policy))
@@ -100,7 +102,7 @@ def test_softcaps_sinks_and_windows(family):
     policy = tc.explain(model, "tidal", budget=12, sinks=2, recent=4).policy
     contexts = [random_tokens(1, length, seed=length)[0].tolist() for length in (60, 47)]
     questions = [random_tokens(1, 4, seed=seed)[0].tolist() for seed in (1, 2)]
-    answers = answer(model, prepare(model, contexts, questions, 4), policy.roles, True, [])
+    answers = answer(model, PolicyStep(model), prepare(model, contexts, questions, 4), policy.roles, True, [])
     for context, question, got in zip(contexts, questions, answers, strict=True):
         oracle = OracleModel(model, oracle_roles(policy))
         logits = oracle.logits(torch.tensor([context]), torch.tensor([[*question, *got[:-1]]]))
@@ -110,10 +112,10 @@ def test_softcaps_sinks_and_windows(family):
 def test_an_answer_ends_at_a_stop_token():
     model, policy = tiny_model(), sparse_policy()
     contexts = [random_tokens(1, 40, seed=seed)[0].tolist() for seed in (1, 2)]
-    prompts = prepare(model, contexts, [[5], [7]], 8)
-    whole = answer(model, prompts, policy.roles, True, [])
+    prompts, step = prepare(model, contexts, [[5], [7]], 8), PolicyStep(model)
+    whole = answer(model, step, prompts, policy.roles, True, [])
     stop = whole[0][3]
-    ended = answer(model, prompts, policy.roles, True, [stop])
+    ended = answer(model, step, prompts, policy.roles, True, [stop])
     assert ended == [row[: row.index(stop)] if stop in row else row for row in whole]
     with pytest.raises(ValueError, match="equally long"):
         prepare(model, contexts, [[5], [7, 8]], 8)
@@ -122,7 +124,8 @@ def test_an_answer_ends_at_a_stop_token():
 def test_many_positions_and_single_steps_predict_the_same():
     model, policy = tiny_model(), sparse_policy()
     ids = random_tokens(1, 90)[0].tolist()
-    fast, steps = (quality.text_trial(model, ids, 40, one) for one in (False, True))
+    decoder = quality.Decoder(PolicyStep(model), replays=True)
+    fast, steps = (quality.text_trial(model, ids, 40, decoder, compiled) for compiled in (False, True))
     assert fast.labels.tolist() == ids[41:]
     expected = OracleModel(model, oracle_roles(policy)).logits(torch.tensor([ids[:40]]), torch.tensor([ids[40:-1]]))[0]
     for trial in (fast, steps, fast):  # the third on what was written before
@@ -169,7 +172,7 @@ def test_evaluate_compares_and_goes_on(tmp_path, monkeypatch):
     assert all(one["output_tokens"] == len(one["output"]) for one in answers)
 
     for part in (decode, quality):
-        monkeypatch.setattr(part, "prefill", lambda *_: pytest.fail("prefilled again"))
+        monkeypatch.setattr(part, "filled", lambda *_: pytest.fail("prefilled again"))
     again = tc.evaluate(model, Words(), ["tidal"], tasks=tasks, **small, **SETTINGS)
     assert again == found
     monkeypatch.undo()
@@ -205,7 +208,7 @@ def test_policies_are_named_by_their_files(tmp_path):
     for file in files:
         file.parent.mkdir(exist_ok=True)
         sparse_policy().save(file)
-    names = [one.name for one in compared(tiny_model(), [files[0], files[1].parent, *files[2:]], (16, 64, 16), None)]
+    names = [one.name for one in compared(*decode_calls(tiny_model()), [files[0], files[1].parent, *files[2:]], (16, 64, 16), None)]
     each = [f"{name} @{budget}" for name in ("my.v1", "Qwen2.5-7B", "other") for budget in (16, 64)]
     assert names == ["dense", *each]
 

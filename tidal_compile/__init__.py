@@ -8,21 +8,64 @@ best = tidal_compile.calibrate(model, tokenizer, text, budget=1024, selections=3
 records = tidal_compile.evaluate(model, tokenizer, [best, "tidal"], text=text)
 """
 
-from .backend import compile_config
-from .calibrate import calibrate, calibrate_curve
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from .errors import PolicyError, TidalError, UnsupportedModelError
-from .evaluate import evaluate
-from .explain import explain
-from .policy import Policy
+
+if TYPE_CHECKING:
+    from .backend import compile_config
+    from .calibrate import calibrate, calibrate_curve
+    from .evaluate import evaluate
+    from .explain import explain
+    from .policy import Policy
+
+__version__ = "0.2.0"
 
 __all__ = [
     "Policy",
     "PolicyError",
     "TidalError",
     "UnsupportedModelError",
+    "__version__",
     "calibrate",
     "calibrate_curve",
     "compile_config",
     "evaluate",
     "explain",
 ]
+
+_HOMES = {
+    "Policy": "policy",
+    "calibrate": "calibrate",
+    "calibrate_curve": "calibrate",
+    "compile_config": "backend",
+    "evaluate": "evaluate",
+    "explain": "explain",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch takes seconds, which `--help` and policy files don't need."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Importing the submodule `explain` would bind its name here, over the function `explain` that is meant."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -3,9 +3,11 @@
 Registered by the entry point in pyproject.toml alone: `torch.compile(model, backend="tidal")` finds it unimported.
 """
 
+import contextlib
+import functools
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch._inductor
 from torch import fx
+from torch._dynamo.exc import ShortenTraceback
+from transformers.integrations import sdpa_attention
 
 from .errors import TidalError, UnsupportedModelError
 from .kernels import ops as _ops  # noqa: F401  registers the ops that `rewrite` inserts
@@ -31,6 +35,10 @@ log = logging.getLogger(__name__)
 # A sliding-window layer counts tokens in a Python int, for which Dynamo would compile anew at every value
 _sources = (torch.compiler.config.dynamic_sources, rf".*\{COUNTER}$")
 torch.compiler.config.dynamic_sources = ",".join(filter(None, _sources))
+
+# With output_attentions=True it warns, which Dynamo would refuse in its own words before `refuse_output_attentions` can
+for _name in ("ignore_logging_functions", "ignore_logger_methods"):  # its name in different versions
+    getattr(torch._dynamo.config, _name, set()).add(sdpa_attention.logger.warning_once)
 
 OWN_OPTIONS = ("policy", "strict", "cuda_graphs", "linears", "inductor")
 
@@ -70,11 +78,41 @@ class Options:
             raise TidalError(
                 f"option 'inductor': no Inductor setting {unknown[0]!r}; see torch._inductor.list_options()"
             )
-        if not is_preset(own.setdefault("policy", "full")):
-            load_any(own["policy"])  # a bad file is an error now, not at the first decode step
-        return cls(**own, overrides={name: options[name] for name in Defaults.model_fields if name in options})
+        overrides = {name: options[name] for name in Defaults.model_fields if name in options}
+        # What is wrong with a policy is an error now, not at the first decode step
+        if is_preset(own.setdefault("policy", "full")):
+            Policy.preset(own["policy"], 32, **overrides)
+        else:
+            load_any(own["policy"]).with_defaults(**overrides)
+        return cls(**own, overrides=overrides)
 
 
+def _past_dynamo(backend: Callable) -> Callable:
+    """A backend whose `TidalError`s reach the caller: Dynamo hands on what is a `ShortenTraceback`, and wraps the rest."""
+
+    @functools.wraps(backend)
+    def compile_graph(*args: Any, **kwargs: Any) -> Callable:
+        try:
+            return backend(*args, **kwargs)
+        except TidalError as error:
+            raise _as_dynamos(type(error))(error.message) from None
+
+    return compile_graph
+
+
+@functools.cache
+def _as_dynamos(kind: type[TidalError]) -> type[TidalError]:
+    """A subclass of an error of ours that Dynamo takes for one of its own; it keeps the name."""
+
+    def init(self: Any, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+        self.message = message
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind, ShortenTraceback), {"__init__": init, **names})
+
+
+@_past_dynamo
 def tidal(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
 ) -> Callable:
@@ -86,6 +124,8 @@ def tidal(
     from torch._inductor.compile_fx import compile_fx
 
     parsed = Options.parse(options or {})
+    make_room(options or {})
+    refuse_output_attentions()
     plan = plan_graph(gm, parsed)
     if plan is not None:
         log.info("tidal: %d attention calls, %d rewritten", len(plan.decisions), apply_plan(gm, plan))
@@ -105,6 +145,53 @@ def tidal(
     return counters.around(compile_fx(gm, counters.as_tensors(example_inputs), config_patches=settings))
 
 
+_compiled: dict[tuple[int, str], int] = {}  # how often, by function as Dynamo numbers them, and options
+_limit = {"users": torch._dynamo.config.recompile_limit, "set": torch._dynamo.config.recompile_limit}
+
+
+def make_room(options: dict[str, Any]) -> None:
+    """Let Dynamo compile a function for any number of policies, as often for each as its limit says.
+
+    Dynamo keeps `recompile_limit` graphs of a function, by default 8, whatever options they were compiled with. Beyond
+    it, the function runs uncompiled, that is densely, or with fullgraph=True fails without naming a reason. So the
+    limit is kept one ahead of what this backend has compiled. Raises `TidalError` where one policy exceeds it.
+    """
+    config, here = torch._dynamo.config, torch._guards.CompileContext.current_compile_id()
+    if here is None or here.frame_id is None or here.frame_compile_id is None:  # the backend was called by hand
+        return
+    if config.recompile_limit != _limit["set"]:  # by somebody else
+        _limit["users"] = config.recompile_limit
+    if here.frame_compile_id == 0:  # a new function, or its number is given anew after torch._dynamo.reset()
+        for key in [key for key in _compiled if key[0] == here.frame_id]:
+            del _compiled[key]
+    key = here.frame_id, repr(sorted(options.items()))
+    _compiled[key] = _compiled.get(key, 0) + 1
+    if _compiled[key] > _limit["users"]:
+        raise TidalError(
+            f"a function was compiled {_limit['users']} times under the same policy, and its inputs differ again: see "
+            "TORCH_LOGS=recompiles, pass dynamic=True, or raise torch._dynamo.config.recompile_limit; "
+            "torch._dynamo.reset() begins anew"
+        )
+    needed = here.frame_compile_id + 2  # for this graph, and for the next one
+    config.recompile_limit = _limit["set"] = max(config.recompile_limit, needed)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, needed)
+
+
+def refuse_output_attentions() -> None:
+    """Raises `UnsupportedModelError` if the call that Dynamo traces asks for attention weights, which no op returns."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        given = InstructionTranslator.current_tx().output.root_tx.f_locals
+    except AttributeError:  # the backend was called by hand
+        return
+    if given.get("output_attentions") or (given.get("kwargs") or {}).get("output_attentions"):
+        raise UnsupportedModelError(
+            "output_attentions=True: a rewritten step returns no attention weights, and neither does "
+            "attn_implementation='sdpa'; leave it out, or decode with set_attn_implementation('eager') uncompiled"
+        )
+
+
 def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
     """The plan for a decode step, even if it changes nothing; None for other graphs. Raises, or warns if not strict."""
     calls = find_attention(gm)
@@ -119,7 +206,7 @@ def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
     asks_for_more = is_preset(options.policy) and options.policy != "full"
     if not plan.rewritten:
         reasons = "; ".join(dict.fromkeys(decision.reason for decision in plan.decisions))
-        if asks_for_more or any(call.kind == "unsupported" for call in calls):
+        if asks_for_more or any(isinstance(call, Unmatched) and call.kind == "unsupported" for call in calls):
             _refuse(options, f"no attention call of the graph can be rewritten: {reasons}")
         return plan
     if asks_for_more and not any(role.role == "reuse" for role in policy.roles):

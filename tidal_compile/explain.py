@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .backend import Options, lay_over
-from .errors import UnsupportedModelError
-from .models import empty_cache
+from .errors import TidalError, UnsupportedModelError
+from .models import empty_cache, with_cache
 from .passes.match import AttentionSite, Unmatched, count_layers, find_attention
 from .passes.plan import Decision
 from .policy import Policy
@@ -57,8 +57,8 @@ def explain(model: nn.Module, policy: Policy | dict | str | Path, **overrides: A
     """Match a model's decode step against a policy, without running it.
 
     `model` is a Hugging Face decoder on any device, `meta` included; `policy` any form that the backend takes, and
-    `overrides` its defaults. Raises `PolicyError` if the policy doesn't fit, and `UnsupportedModelError` if the decode
-    step can't be traced as one graph.
+    `overrides` its defaults. Raises `PolicyError` if the policy doesn't fit, `UnsupportedModelError` if the decode
+    step can't be traced as one graph, and `TidalError` for what is no model.
     """
     options = Options.parse({"policy": policy, **overrides})
     calls, num_layers = decode_calls(model)
@@ -86,21 +86,33 @@ def decode_calls(model: nn.Module) -> tuple[list[AttentionSite | Unmatched], int
         raise _Traced
 
     model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise TidalError(
+            f"a loaded Hugging Face decoder is needed, found {type(model).__name__} {str(model)[:40]!r}; "
+            "tidal_compile.models.load_model loads one by its name"
+        )
     cache = empty_cache(model, CACHE_SLOTS)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    try:
-        with torch.no_grad():
-            torch.compile(model, backend=stop_here, fullgraph=True)(
-                input_ids=token, past_key_values=cache, use_cache=True
-            )
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        if not isinstance(error.inner_exception, _Traced):
-            raise
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise UnsupportedModelError(f"the decode step can't be traced as one graph: {error}") from error
-    if not captured:
-        raise UnsupportedModelError("Dynamo traced no graph (is TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE set?)")
-    return captured[0]
+    # Some models count their tokens by the mask (OPT); others branch on what it says, which can't be traced (Jamba)
+    masks = ({}, {"attention_mask": token.new_ones(1, CACHE_SLOTS)})
+    problems = []
+    for mask in masks:
+        try:
+            with torch.no_grad():
+                torch.compile(model, backend=stop_here, fullgraph=True)(
+                    input_ids=token, **with_cache(model, cache), **mask
+                )
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if not isinstance(error.inner_exception, _Traced):
+                raise
+        except torch._dynamo.exc.TorchDynamoException as error:
+            problems.append(error)
+        if captured:
+            return captured[0]
+    if problems:
+        said = str(problems[0]).partition("\n\n")[0]
+        raise UnsupportedModelError(f"the decode step can't be traced as one graph: {said}") from problems[0]
+    raise UnsupportedModelError("Dynamo traced no graph (is TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE set?)")
 
 
 class _Traced(Exception):

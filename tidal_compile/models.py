@@ -1,29 +1,23 @@
-"""Models by the name that a user types: `smollm2`, `random:<shape>`, or a Hugging Face name or folder."""
+"""Models by the name that a user types, and what is to be known of one: its cache, and how it takes one."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
+import inspect
+import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import TidalError, UnsupportedModelError
-from .shapes import FAMILIES, PUBLISHED
-
-SHAPES = PUBLISHED | FAMILIES
-FORMS = (
-    "smollm2, gemma3-270m, a Hugging Face name or folder, or random:<shape>: "
-    f"{', '.join(PUBLISHED)}; tiny {', '.join(FAMILIES)}; any other model_type of transformers at its default size"
-)
-
-
-def is_random(name: str) -> bool:
-    """Whether the model has random weights: good for latency, and for nothing that it says."""
-    return name.startswith("random:")
-
+from .shapes import FORMS, SHAPES, is_random
 
 def load_model(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, num_layers: int | None = None
@@ -99,6 +93,16 @@ def _fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The arguments of a forward pass that goes on from a cache; transformers 5.24 gave the first another name."""
+    return {_cache_keyword(type(model)): cache, "use_cache": True}
+
+
+@functools.cache
+def _cache_keyword(kind: type) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def empty_cache(model: nn.Module, slots: int, batch: int = 1) -> Any:
     """A StaticCache of `slots` tokens for the model, allocated and empty, without running it.
@@ -112,20 +116,83 @@ def empty_cache(model: nn.Module, slots: int, batch: int = 1) -> Any:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _batched_experts(model):
             tokens = torch.zeros(batch, 2, dtype=torch.long, device=model.device)
-            model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            model(input_ids=tokens, **with_cache(model, cache))
     except Exception as error:  # whatever it is, it is about this model
         raise UnsupportedModelError(
             f"{type(model).__name__} can't be run with fake tensors, to see what it caches: {error}"
         ) from error
     for layer in cache.layers:
         for name, value in vars(layer).items():
-            setattr(layer, name, torch.utils._pytree.tree_map_only(FakeTensor, _zeros_like_fake, value))
+            setattr(layer, name, tree_map_only(FakeTensor, _zeros_like_fake, value))
         if hasattr(layer, "cumulative_length_int"):
             layer.cumulative_length_int = 0
         for name in ("keys", "values", "cumulative_length"):  # as the layers do in a real prefill, for CUDA graphs
             if isinstance(getattr(layer, name, None), torch.Tensor):
                 torch._dynamo.mark_static_address(getattr(layer, name))
     return cache
+
+
+def forgets(layer: Any) -> bool:
+    """Whether a static cache layer can't be set back by its counter: a sliding window, or a recurrent state."""
+    from transformers.cache_utils import StaticLayer
+
+    return type(layer) is not StaticLayer and bool(_states(layer))
+
+
+def is_recurrent(layer: Any) -> bool:
+    """Whether a cache layer holds the state of a recurrent layer, such as Mamba or linear attention."""
+    return hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states")
+
+
+def is_recurrent_model(model: nn.Module) -> bool:
+    """Whether some layer of a model is recurrent."""
+    from transformers import StaticCache
+
+    return any(map(is_recurrent, StaticCache(config=model.config, max_cache_len=1).layers))
+
+
+_continues: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def continues(model: nn.Module) -> bool:
+    """Whether several tokens at once can follow what a cache holds, as when a prompt is prefilled in chunks.
+
+    Attention can. Some recurrent layers of transformers go on for one token at a time only: given several, those of
+    Jamba, Bamba and Zamba begin anew, from nothing or from half of their state. A prefill in one part is compared with
+    one in two, the second as short as what a convolution looks back, after inputs so small that the layer's own output
+    is what the next one sees.
+    """
+    if model not in _continues:
+        _continues[model] = _states_continue(model)
+    return _continues[model]
+
+
+def _states_continue(model: nn.Module, tokens: int = 32, last: int = 4, most: float = 0.01) -> bool:
+    from transformers import StaticCache
+
+    layers = StaticCache(config=model.config, max_cache_len=tokens).layers
+    recurrent = [number for number, layer in enumerate(layers) if is_recurrent(layer)]
+    if not recurrent:
+        return True
+    width = model.get_input_embeddings().weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    inputs = (1e-3 * torch.randn(1, tokens, width, generator=generator)).to(model.device, model.dtype)
+    whole, parts = (StaticCache(config=model.config, max_cache_len=tokens) for _ in range(2))
+    model(inputs_embeds=inputs, **with_cache(model, whole))
+    for part in (inputs[:, :-last], inputs[:, -last:]):
+        model(inputs_embeds=part, **with_cache(model, parts))
+    return all(
+        (one.double() - other.double()).norm() <= most * one.double().norm()
+        for pair in zip(whole.layers[: recurrent[0] + 2], parts.layers, strict=False)
+        for one, other in zip(*map(_states, pair), strict=True)
+    )
+
+
+def _states(layer: Any) -> list[torch.Tensor]:
+    """The floating tensors that a cache layer keeps."""
+    kept = tree_leaves(list(vars(layer).values()))
+    return [value for value in kept if isinstance(value, torch.Tensor) and value.is_floating_point()]
 
 
 def _zeros_like_fake(fake: FakeTensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ class LayerRole:
     """What one layer does, everything resolved.
 
     `source` is the selection whose tokens a reuse layer attends to; the budget of a reuse layer is its source's.
-    `heads` are None for the identity. A selection keeps max(budget, ratio x live tokens) tokens.
+    `heads`: None, or as `Layer` says. A selection keeps max(budget, ratio x live tokens) tokens.
     """
 
     layer: int
@@ -352,7 +352,7 @@ def _role(layer: int, key: str, entry: Layer, defaults: Defaults, earlier: dict[
         raise ValueError(
             f"layers.{key}.heads: layer {source.layer} shares its tokens by {source.share}; a head map needs kv_head"
         )
-    heads = None if entry.heads in (None, list(range(len(entry.heads or ())))) else tuple(entry.heads)
+    heads = None if entry.heads is None else tuple(entry.heads)
     return dataclasses.replace(source, layer=layer, role="reuse", source=source.layer, heads=heads)
 
 

@@ -12,6 +12,7 @@ Plain PyTorch over Hugging Face's attention interface, with the definitions of `
 policy can be tried without compiling it.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,82 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import attention_function
+from .errors import UnsupportedModelError
 from .kernels import reference
+from .models import continues, with_cache
+from .passes.match import AttentionSite, Unmatched
 from .policy import LayerRole
 from .run import rewind, windows
+
+NAME = "tidal_function"  # of an attention function, for transformers
+
+
+@contextlib.contextmanager
+def attention_function(model: nn.Module, function: Callable) -> Iterator[None]:
+    """`function` in place of the model's attention, through transformers' attention interface; masks are bool.
+
+    Raises `UnsupportedModelError` in a forward pass that never called it: some models keep attention of their own.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    called = False
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        nonlocal called
+        called = True
+        return function(*args, **kwargs)
+
+    def check(*_: Any) -> None:
+        if not called:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not take its attention from transformers' attention interface, through "
+                "which policies are calibrated and evaluated"
+            )
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = NAME
+    hook = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+        model.config._attn_implementation = before
+        AttentionInterface.register(NAME, _gone)  # the function holds a cache
+
+
+def _gone(*_: Any, **__: Any) -> None:
+    raise RuntimeError(f"attention implementation {NAME!r} outside of attention_function")
+
+
+@torch.no_grad()
+def cannot_replay(model: nn.Module, calls: Sequence[AttentionSite | Unmatched]) -> str:
+    """Why a pass over many tokens would not give what decode steps with these attention calls give; "" if it does.
+
+    A replay finds a layer's role by the number that the layer's attention module has for itself, where the decode step
+    goes by the cache layer: they differ in models that run modules in cycles or share one between layers.
+    """
+    from transformers import StaticCache
+
+    if not continues(model):
+        return "its recurrent layers can't go on with several tokens at once"
+    numbers = []
+
+    def note(module, query, key, value, attention_mask, **_):
+        numbers.append(getattr(module, "layer_idx", None))
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    cache = StaticCache(config=model.config, max_cache_len=2)
+    try:
+        with attention_function(model, note):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), **with_cache(model, cache))
+    except UnsupportedModelError as error:
+        return error.message
+    if numbers != [call.layer for call in calls]:
+        return f"its attention modules are numbered {numbers}, and their cache layers {[call.layer for call in calls]}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +212,7 @@ def _one_pass(
     with attention_function(model, attend):
         out = model(
             input_ids=tokens.ids[None], position_ids=(context.length + tokens.place)[None],
-            past_key_values=context.cache, use_cache=True,
+            **with_cache(model, context.cache),
         )  # fmt: skip
     return out.logits[0].float()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models import empty_cache
+from .models import continues, empty_cache, forgets, with_cache
 from .passes.plan import Plan, kv_share
 from .policy import Policy
 
@@ -55,16 +55,26 @@ def prefill(
 ) -> Iterator[Any]:
     """Fill a StaticCache of `slots` with input_ids `[B, n]`; `mask [B, slots]` bool leaves out padding on the left.
 
-    Yields the cache after every chunk; the last one is complete.
+    Yields the cache after every chunk; the last one is complete. A model that can't go on with several tokens
+    (`models.continues`) gets all of them at once.
     """
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=slots)
-    for start in range(0, input_ids.shape[1], chunk):
-        part = slice(start, min(start + chunk, input_ids.shape[1]))
+    length = input_ids.shape[1]
+    chunk = chunk if length <= chunk or continues(model) else length
+    for start in range(0, length, chunk):
+        part = slice(start, min(start + chunk, length))
         padded = {} if mask is None else {"attention_mask": mask, "position_ids": positions(mask)[:, part]}
-        model(input_ids=input_ids[:, part], past_key_values=cache, use_cache=True, logits_to_keep=1, **padded)
+        model(input_ids=input_ids[:, part], logits_to_keep=1, **with_cache(model, cache), **padded)
         yield cache
+
+
+def filled(model: nn.Module, input_ids: Tensor, slots: int, mask: Tensor | None = None) -> Any:
+    """The complete cache of `prefill`."""
+    for cache in prefill(model, input_ids, slots, mask):  # noqa: B007  the last one is complete
+        pass
+    return cache
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -77,7 +87,7 @@ def random_cache(model: nn.Module, length: int, slots: int, batch: int = 1) -> A
     cache = empty_cache(model, slots, batch)
     for layer in cache.layers:
         for name in ("keys", "values"):
-            if hasattr(layer, name):
+            if getattr(layer, name, None) is not None:
                 getattr(layer, name)[:, :, :length].normal_()
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length.fill_(length)
@@ -88,17 +98,15 @@ def random_cache(model: nn.Module, length: int, slots: int, batch: int = 1) -> A
 
 def windows(cache: Any) -> dict[int, Any]:
     """Copies of the cache layers that forget what they held, such as sliding windows, for `rewind`."""
-    from transformers.cache_utils import StaticLayer
-
-    return {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if type(layer) is not StaticLayer}
+    return {number: copy.deepcopy(layer) for number, layer in enumerate(cache.layers) if forgets(layer)}
 
 
 def rewind(cache: Any, length: int, saved: Mapping[int, Any] = MappingProxyType({})) -> None:
-    """Make a static cache hold its first `length` tokens only; `saved` are its `windows` of that time."""
-    for i, layer in enumerate(cache.layers):
-        if i in saved:
-            cache.layers[i] = copy.deepcopy(saved[i])
-        else:
+    """Make a static cache hold its first `length` tokens only; `saved` are its `windows` at that length."""
+    for number, layer in enumerate(cache.layers):
+        if number in saved:
+            cache.layers[number] = copy.deepcopy(saved[number])
+        elif hasattr(layer, "cumulative_length"):
             layer.cumulative_length.fill_(length)
 
 
@@ -125,7 +133,7 @@ def decode(model: nn.Module, variant: Variant, cache: Any, token: Tensor, steps:
         torch.compiler.cudagraph_mark_step_begin()
         _synchronize(model.device)
         start = time.perf_counter()
-        logits = step(input_ids=token, past_key_values=cache, use_cache=True).logits
+        logits = step(input_ids=token, **with_cache(model, cache)).logits
         token = logits[:, -1].argmax(-1, keepdim=True)
         _synchronize(model.device)
         yield token.item(), (time.perf_counter() - start) * 1e3
@@ -139,7 +147,7 @@ def decode_given(model: nn.Module, variant: Variant, cache: Any, tokens: Tensor)
     for token in tokens.split(1, dim=1):
         torch.compiler.cudagraph_mark_step_begin()
         token = token.clone(memory_format=torch.contiguous_format)
-        yield step(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].clone()
+        yield step(input_ids=token, **with_cache(model, cache)).logits[:, -1].clone()
 
 
 def measure(

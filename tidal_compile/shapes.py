@@ -95,3 +95,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "exaone4": _MIXED,
     }.items()
 }  # fmt: skip
+
+SHAPES = PUBLISHED | FAMILIES
+FORMS = (
+    "smollm2, gemma3-270m, a Hugging Face name or folder, a .gguf file, or random:<shape>: "
+    f"{', '.join(PUBLISHED)}; tiny {', '.join(FAMILIES)}; any other model_type of transformers at its default size"
+)
+
+
+def is_random(name: str) -> bool:
+    """Whether a model has random weights: good for latency, and for nothing that it says."""
+    return name.startswith("random:")

@@ -22,6 +22,7 @@ from ..backend import Options, followed, plan_graph
 from ..errors import TidalError
 from ..explain import decode_calls
 from ..kernels import reference
+from ..models import with_cache
 from ..passes.match import AttentionSite
 from ..passes.plan import Plan, kv_share
 from ..passes.rewrite import apply_plan
@@ -143,7 +144,7 @@ def run_case(
 
         def one() -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
-            return step(input_ids=token, past_key_values=cache, use_cache=True).logits
+            return step(input_ids=token, **with_cache(model, cache)).logits
 
         compile_seconds = None
         for length, logits in zip(lengths, expected, strict=True):
@@ -221,7 +222,7 @@ def expected_logits(
     for length in lengths:
         rewind(cache, length, saved)
         with _kept(cache, length):
-            found.append(forward(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].clone())
+            found.append(forward(input_ids=token, **with_cache(model, cache)).logits[:, -1].clone())
     return found
 
 
@@ -270,7 +271,7 @@ def generate_ms(
         rewind(cache, length, saved)
         marks = _Marks()
         model.generate(
-            ids, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False, streamer=marks, eos_token_id=None,
+            ids, **with_cache(model, cache), max_new_tokens=new_tokens, do_sample=False, streamer=marks, eos_token_id=None,
             pad_token_id=0, attention_mask=torch.ones_like(ids), **how,
         )  # fmt: skip
     times = marks.times[3:]

@@ -25,7 +25,7 @@ from ..passes.match import Unmatched, policy_layers
 from ..passes.plan import kv_share, make_plan
 from ..policy import LayerRole, Policy, fitting
 from ..provenance import check_same, versions
-from ..replay import Context
+from ..replay import Context, cannot_replay
 from ..text import default_text, digest
 from .search import Candidate, Found, Score, dense_predictions, explore, measure, sources
 from .statistics import Statistics, head_maps, layer_losses
@@ -262,6 +262,8 @@ def _layers(model: nn.Module, selections: Sequence[int]) -> tuple[list, int, tup
             f"calibrate: {asked} selections, but the model has {len(layers)} layers that could select, and one at "
             "least must reuse"
         )
+    if reason := cannot_replay(model, calls):
+        raise UnsupportedModelError(f"calibrate: {type(model).__name__} can't be calibrated: {reason}")
     return calls, num_layers, layers
 
 

@@ -79,7 +79,8 @@ def run(
 
     from ..backend import Options
     from ..evaluate.tasks import make_sample
-    from ..models import is_random, load_config
+    from ..models import load_config
+    from ..shapes import is_random
     from ..policy import shipped
     from ..run import Variant, measure, prefill, random_cache, rewind, windows
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import report
-from ..models import FORMS
+from ..shapes import FORMS
 from ..provenance import provenance
 from .common import (
     DeviceOption,

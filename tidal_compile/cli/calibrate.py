@@ -96,7 +96,8 @@ def calibrate(
     from ..calibrate import calibrate as run_calibration
     from ..calibrate import calibrate_curve
     from ..calibrate.tasks import TEXT_TOKENS
-    from ..models import is_random, load_config
+    from ..models import load_config
+    from ..shapes import is_random
 
     hf_logging.disable_progress_bar()
     device, number = where(device, dtype)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..errors import TidalError
-from ..models import FORMS
+from ..shapes import FORMS
 
 out = Console()
 err = Console(stderr=True)

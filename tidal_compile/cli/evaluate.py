@@ -194,12 +194,13 @@ def _harness(
     from ..evaluate import compared
     from ..evaluate import report as pages
     from ..evaluate.harness import run_tasks
+    from ..explain import decode_calls
 
     device, number = where(device, dtype)
     names = _policies(policies, model, folder)
     with show_progress() as progress:
         net, tokenizer = load(progress, model, device, number)
-        subjects = compared(net, names, budgets or (), model)
+        subjects = compared(*decode_calls(net), names, budgets or (), model)
     found = run_tasks(net, tokenizer, subjects, tasks, include, limit, batch, folder, model)
     title = {"kind": "harness", "model": Path(model).name, "dtype": str(number).removeprefix("torch.")}
     finish(title | {"rows": found}, pages.draw([], found, folder), device, folder, as_json)
@@ -213,7 +214,7 @@ def _need_harness(extra: str) -> None:
 
 def _policies(given: list[str] | None, model: str, folder: Path) -> list[str]:
     """The policies to compare. What can't be done is an error before the model is loaded."""
-    from ..models import is_random
+    from ..shapes import is_random
 
     if is_random(model):
         raise TidalError(f"eval: {model} has random weights, whose answers mean nothing")

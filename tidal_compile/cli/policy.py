@@ -9,7 +9,7 @@ import typer
 
 from .. import presets, report
 from ..errors import TidalError
-from ..models import FORMS
+from ..shapes import FORMS
 from ..policy import Policy, is_preset, load_any, resolve, shipped
 from .common import (
     BudgetOption,

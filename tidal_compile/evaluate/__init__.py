@@ -1,7 +1,7 @@
 """What policies cost in quality, beside the dense model: `evaluate`.
 
 The way through: tasks -> batches of questions, each with one dense prefill -> every policy at every budget -> records.
-Answers are decoded greedily with the ops of deployment (`decode`); predictions are compared token by token (`quality`).
+Answers are decoded greedily by the step of deployment (`decode`); predictions are compared token by token (`quality`).
 `records` keeps and sums up what was found, `report` draws it.
 """
 
@@ -19,16 +19,18 @@ from torch import nn
 
 from ..errors import TidalError
 from ..explain import decode_calls
-from ..models import describe
-from ..passes.match import policy_layers
+from ..models import describe, is_recurrent_model
+from ..passes.match import AttentionSite, Unmatched, policy_layers
 from ..passes.plan import Plan, kv_share, make_plan
 from ..policy import FILE as POLICY_FILE
 from ..policy import Policy, is_preset, resolve
 from ..provenance import provenance
+from ..replay import cannot_replay
+from ..step import PolicyStep
 from ..text import default_text, digest
 from . import records
 from .decode import answer, prepare
-from .quality import answer_trial, judge, log_probabilities, text_trial
+from .quality import Decoder, answer_trial, judge, log_probabilities, text_trial
 from .tasks import HAS_DEPTH, TASKS, make_sample
 
 PREDICTIONS = ("text", "text_steps", "answers")
@@ -53,6 +55,18 @@ class Place:
     length: int
     depth: float | None
     seed: int
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What every prompt of an evaluation shares; `dense` is the policy that everything is compared with."""
+
+    model: nn.Module
+    tokenizer: Any
+    text: str
+    text_tokens: int
+    decoder: Decoder
+    dense: Policy
 
 
 @dataclass(frozen=True)
@@ -89,37 +103,42 @@ def evaluate(
     text = default_text() if text is None else text
     if not text.split():
         raise TidalError("evaluate: the text is empty")
-    folder = None if folder is None else Path(folder)
-    subjects = compared(model, policies, budgets, model_name)
+    calls, num_layers = decode_calls(model)
+    subjects = compared(calls, num_layers, policies, budgets, model_name)
+    decoder = Decoder(PolicyStep(model), replays=not cannot_replay(model, calls))
+    ground = Ground(model, tokenizer, text, text_tokens, decoder, subjects[0].policy)
     about = about_model(model, model_name) | {"text": digest(text), "text_tokens": text_tokens}
-    known = {} if folder is None else {records.name_of(one): one for one in records.read(folder, about)}
-    found: list[dict[str, Any]] = []
-    batches = [
-        places[start : start + (batch if task in TASKS else 1)]
+    folder = None if folder is None else Path(folder)
+    known = {} if folder is None else {records.name_of(record): record for record in records.read(folder, about)}
+
+    seeds_asked = range(first_seed, first_seed + seeds)
+    jobs = [
+        (ask, places, [(subject, question) for subject in subjects for question in asked])
         for task in tasks
         for length in lengths
-        for places in [_places(task, length, depths, range(first_seed, first_seed + seeds))]
-        for start in range(0, len(places), batch if task in TASKS else 1)
+        for ask, size, asked in [(_answers, batch, questions) if task in TASKS else (_predictions, 1, (None,))]
+        for places in _batches(_places(task, length, depths, seeds_asked), size)
     ]
-    total = sum(len(places) * len(subjects) * (len(questions) if places[0].task in TASKS else 1) for places in batches)
-    for places in batches:
-        ask = _answers if places[0].task in TASKS else _predictions
-        asked = [
-            (subject, question)
-            for subject in subjects
-            for question in (questions if places[0].task in TASKS else [None])
-        ]
-        names = [[_name(place, *pair) for place in places] for pair in asked]
-        missing = [any(name not in known for name in each) for each in names]
-        to_ask = [pair for pair, lacks in zip(asked, missing, strict=True) if lacks]
-        new = ask(model, tokenizer, text, places, to_ask, subjects[0].policy, text_tokens) if to_ask else iter(())
-        for each, lacks in zip(names, missing, strict=True):
-            fresh = next(new) if lacks else []
-            if folder is not None and fresh:
-                records.append(folder, about, fresh)
-            found += fresh or [known[name] for name in each]
-            report(Progress(f"{places[0].task}, {places[0].length} tokens", len(found), total))
-    return found
+    total = sum(len(places) * len(pairs) for _, places, pairs in jobs)
+    results: list[dict[str, Any]] = []
+    for ask, places, pairs in jobs:
+        names = {pair: [_name(place, *pair) for place in places] for pair in pairs}
+        missing = [pair for pair in pairs if not known.keys() >= set(names[pair])]
+        measured = ask(ground, places, missing) if missing else iter(())
+        for pair in pairs:
+            if pair in missing:
+                rows = next(measured)
+                if folder is not None:
+                    records.append(folder, about, rows)
+            else:
+                rows = [known[name] for name in names[pair]]
+            results += rows
+            report(Progress(f"{places[0].task}, {places[0].length} tokens", len(results), total))
+    return results
+
+
+def _batches(places: list[Place], size: int) -> list[list[Place]]:
+    return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def about_model(model: nn.Module, name: str | None) -> dict[str, Any]:
@@ -134,10 +153,13 @@ def _check(kind: str, given: Sequence[str], valid: Sequence[str]) -> None:
 
 
 def compared(
-    model: nn.Module, policies: Sequence[Any], budgets: Sequence[int], model_name: str | None
-) -> list[Subject]:
-    """Dense, then each policy at each budget. Raises `PolicyError` and `TidalError`."""
-    calls, num_layers = decode_calls(model)
+    calls: list[AttentionSite | Unmatched], num_layers: int, policies: Sequence[Any], budgets: Sequence[int],
+    model_name: str | None,
+) -> list[Subject]:  # fmt: skip
+    """Dense, then each policy at each budget, for a model with these attention calls.
+
+    Raises `PolicyError` and `TidalError`.
+    """
     layers = policy_layers(calls)
     subjects: list[Subject] = []
     titles: set[str] = set()
@@ -194,13 +216,19 @@ def _name(place: Place, subject: Subject, question: str | None) -> tuple:
 
 
 def _answers(
-    model: nn.Module, tokenizer: Any, text: str, places: Sequence[Place], asked: Sequence[tuple[Subject, str]], *_: Any
+    ground: Ground, places: Sequence[Place], asked: Sequence[tuple[Subject, str]]
 ) -> Iterator[list[dict[str, Any]]]:
     """The records of each pair that is asked: greedy answers to the prompts at these places, and their scores."""
-    samples = [make_sample(one.task, tokenizer, text, one.length, one.depth or 0.0, one.seed) for one in places]
-    groups: dict[int, list[int]] = {}  # questions of a batch are equally long
+    model, tokenizer = ground.model, ground.tokenizer
+    samples = [
+        make_sample(place.task, tokenizer, ground.text, place.length, place.depth or 0.0, place.seed)
+        for place in places
+    ]
+    groups: dict[tuple[int, int], list[int]] = {}  # questions of a batch are equally long; recurrent layers see padding
+    unpadded = is_recurrent_model(model)
     for number, sample in enumerate(samples):
-        groups.setdefault(len(sample.question), []).append(number)
+        size = len(sample.question), len(sample.context) if unpadded else 0
+        groups.setdefault(size, []).append(number)
     prompts = {
         tuple(group): prepare(
             model, [samples[i].context for i in group], [samples[i].question for i in group], samples[0].new_tokens
@@ -210,10 +238,11 @@ def _answers(
     stop = _stop_tokens(model)
     for subject, question in asked:
         rows: dict[int, dict[str, Any]] = {}
-        for group, made in prompts.items():
-            for number, tokens in zip(
-                group, answer(model, made, subject.policy.roles, question == "sparse", stop), strict=True
-            ):
+        for group, prompt in prompts.items():
+            answers = answer(
+                model, ground.decoder.step, prompt, subject.policy.roles, question == "sparse", stop
+            )
+            for number, tokens in zip(group, answers, strict=True):
                 output = tokenizer.decode(tokens)
                 rows[number] = _record(places[number], subject, question) | {
                     "score": samples[number].score(output), "output_tokens": len(tokens), "output": output,
@@ -223,20 +252,21 @@ def _answers(
 
 
 def _predictions(
-    model: nn.Module, tokenizer: Any, text: str, places: Sequence[Place], asked: Sequence[tuple[Subject, None]],
-    full: Policy, text_tokens: int,
-) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
+    ground: Ground, places: Sequence[Place], asked: Sequence[tuple[Subject, None]]
+) -> Iterator[list[dict[str, Any]]]:
     """The record of each policy that is asked, at one place."""
     (place,) = places
+    model, tokenizer = ground.model, ground.tokenizer
     if place.task == "answers":
-        sample = make_sample("passkey", tokenizer, text, place.length, place.depth, place.seed)
-        trial = answer_trial(model, tokenizer, sample)
+        sample = make_sample("passkey", tokenizer, ground.text, place.length, place.depth, place.seed)
+        trial = answer_trial(model, tokenizer, sample, ground.decoder)
     else:
-        ids = _passage(tokenizer, text, place.length, place.seed)
-        trial = text_trial(model, ids, max(1, place.length - text_tokens), place.task == "text_steps")
-    dense = log_probabilities(trial, full)
+        ids = _passage(tokenizer, ground.text, place.length, place.seed)
+        start = max(1, place.length - ground.text_tokens)
+        trial = text_trial(model, ids, start, ground.decoder, compiled=place.task == "text_steps")
+    dense = log_probabilities(trial, ground.dense)
     for subject, question in asked:
-        parts = [dense] if subject.policy == full else trial.logits(subject.policy)
+        parts = [dense] if subject.policy == ground.dense else trial.logits(subject.policy)
         yield [_record(place, subject, question) | dataclasses.asdict(judge(parts, dense, trial.labels))]
 
 

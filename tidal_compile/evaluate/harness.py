@@ -27,10 +27,12 @@ from ..explain import decode_calls
 from ..models import empty_cache, load_model, load_tokenizer
 from ..passes.match import policy_layers
 from ..policy import resolve
-from ..replay import Block, make_context, replay, replay_text
-from ..run import prefill, rewind, windows
+from ..replay import Block, cannot_replay, make_context, replay, replay_text
+from ..run import filled, rewind, windows
+from ..step import PolicyStep
 from ..text import ids_of
 from . import Subject, about_model, records
+from .quality import decode_steps
 
 MOST_STEPS = 256  # tokens of a pass: more are decoded in parts
 
@@ -54,6 +56,7 @@ class TidalLM(HFLM):
         calls, num_layers = decode_calls(model)
         found = resolve(policy, num_layers, attention_layers=policy_layers(calls), model=name)
         self.policy = found if budget is None else found.with_budget(int(budget))
+        self._step, self._replays = PolicyStep(model), not cannot_replay(model, calls)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         compiled = {"cache_implementation": "static", "compile_config": compile_config(self.policy)}
@@ -81,26 +84,37 @@ class TidalLM(HFLM):
     @torch.no_grad()
     def _continuations(self, given: list[int], wanted: Sequence[list[int]]) -> list[tuple[float, bool]]:
         """Each continuation of the same tokens, as if it were decoded after their prefill."""
+        length = len(given) - 1
         slots = len(given) + sum(map(len, wanted))
-        cache = empty_cache(self.model, slots) if len(given) == 1 else None
-        for cache in prefill(self.model, self._row(given[:-1]), slots):  # noqa: B007  the last one is complete
-            pass
-        blocks = [Block("continuation", self._row([given[-1], *one[:-1]])) for one in wanted]
-        rows: list[torch.Tensor] = []
-        saved, roles = windows(cache), self.policy.roles
-        for part in _parts(blocks):
-            rewind(cache, len(given) - 1, saved)
-            if part[0].steps > MOST_STEPS:
-                logits = [torch.cat(list(replay_text(self.model, cache, len(given) - 1, part[0].tokens, roles)))]
-            else:
-                logits = replay(self.model, make_context(self.model, cache, len(given) - 1, part), roles)
-            rows += [one.log_softmax(-1) for one in logits]
+        cache = filled(self.model, self._row(given[:-1]), slots) if length else empty_cache(self.model, slots)
+        saved = windows(cache)
+        tokens = [self._row([given[-1], *continuation[:-1]]) for continuation in wanted]
         answers = []
-        for one, row in zip(wanted, rows, strict=True):
-            labels = self._row(one)[0]
-            total = row.gather(1, labels[:, None]).sum().item()
-            answers.append((total, torch.equal(row.argmax(-1), labels)))
+        for continuation, logits in zip(wanted, self._logits(cache, length, saved, tokens), strict=True):
+            row, labels = logits.float().log_softmax(-1), self._row(continuation)[0]
+            likelihood = row.gather(1, labels[:, None]).sum().item()
+            answers.append((likelihood, torch.equal(row.argmax(-1), labels)))
         return answers
+
+    def _logits(
+        self, cache: Any, length: int, saved: dict[int, Any], tokens: Sequence[torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """Logits `[n, vocab]` of each row of tokens `[1, n]`, decoded after the cache's first `length` tokens.
+
+        Many tokens share a pass where the model allows it, as a block or, if there are too many, in parts.
+        """
+        roles = self.policy.roles
+        if not self._replays:
+            for row in tokens:
+                rewind(cache, length, saved)
+                yield torch.cat(list(decode_steps(self.model, self._step, cache, row, self.policy)))
+            return
+        for part in _parts([Block("continuation", row) for row in tokens]):
+            rewind(cache, length, saved)
+            if part[0].steps > MOST_STEPS:
+                yield torch.cat(list(replay_text(self.model, cache, length, part[0].tokens, roles)))
+            else:
+                yield from replay(self.model, make_context(self.model, cache, length, part), roles)
 
     def _row(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor([ids], dtype=torch.long, device=self.device)
