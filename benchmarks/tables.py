@@ -1,14 +1,37 @@
-"""Write the tables of README.md and benchmarks/README.md from the results: `python benchmarks/tables.py`."""
+"""Write the tables of README.md, benchmarks/README.md and docs/ from the results, and the chart of docs/images/.
+
+`python benchmarks/tables.py`. A table stands between two markers that name it, and says which commit its numbers were
+measured at: in a column of its own or, where all rows share one, in the lines above it.
+"""
 
 import json
 from pathlib import Path
 
 from tidal_compile.bench.tables import DECODE_COLUMNS, KERNEL_COLUMNS, about, decode_rows, kernel_rows, markdown
+from tidal_compile.policy import Policy, resolve
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 RESULTS = HERE / "results"
-READMES = (HERE.parent / "README.md", HERE / "README.md")
-OURS = ("dense", "select", "sparse", "SDPA flash", "SDPA cuDNN", "dense + torch.topk")
+READMES = (ROOT / "README.md", HERE / "README.md")
+PAGES = (*READMES, *sorted((ROOT / "docs").glob("*.md")))
+CHART = ROOT / "docs/images/decode-8b-100k.png"
+
+HEADLINE = "decode-random-llama-3.1-8b-100k-nvidia-h200"  # the result that the chart shows
+VARIANTS = {  # of it, in the words of the chart
+    "reduce-overhead": "torch.compile,\nmode reduce-overhead",
+    "flash": "the same with SDPA flash,\nwritten by hand, no mask",
+    "tidal: full": "tidal_compile, policy full\n(exact)",
+    "tidal: tidal 1024": "tidal_compile, policy tidal\n(sparse, budget 1,024)",
+}
+OPS = ("dense", "select", "sparse", "SDPA flash", "SDPA cuDNN", "dense + torch.topk")
+POLICIES = {  # of the evaluations: a name in words, and the policy
+    "l13": ("layers published for Llama-3-8B", HERE / "policies/l13.yaml"),
+    "tidal": ("preset `tidal`", "tidal"),
+    "two": ("calibrated, two selections", RESULTS / "calibrate-smollm2/256-2.yaml"),
+    "smollm2": ("calibrated, four selections: the shipped file `smollm2`", "smollm2"),
+}
+LENGTH, BUDGET, LAYERS = 4096, 256, 30  # of the evaluations' summary: prompt, policies, SmolLM2
 
 
 def results(kind):
@@ -17,15 +40,43 @@ def results(kind):
     return {file.stem: json.loads(file.read_text()) for file in files}
 
 
+def evaluation(name):
+    """The rows of an evaluation of SmolLM2, and a line that says where they come from."""
+    file = RESULTS / "eval-smollm2" / name / "results.json"
+    found = json.loads(file.read_text())
+    return found["rows"], f"`{file.relative_to(ROOT)}` ({found['device']}, {found['dtype']}, commit {found['commit']})"
+
+
+def headline():
+    """ms of each variant that the chart shows, and the whole result."""
+    result = json.loads((RESULTS / f"{HEADLINE}.json").read_text())
+    ms = {one["name"]: one["ms"]["median"] for one in result["decode"]}
+    return {name: ms[name] for name in VARIANTS}, result
+
+
+def headline_caption():
+    """What the chart shows, in words."""
+    ms, result = headline()
+    eager, flash, full, sparse = ms.values()
+    return (
+        f"The time of one decode step of a model with the shape of Llama-3.1-8B and random weights, at 100,000 tokens "
+        f"and batch size 1, on one {result['device']} in {result['dtype']}. `torch.compile` with `reduce-overhead` "
+        f"takes {eager:.2f} ms. The same with SDPA's flash attention, written by hand for one known length and without "
+        f"a mask, takes {flash:.2f} ms. `tidal_compile` takes {full:.2f} ms under the exact policy `full` and "
+        f"{sparse:.2f} ms under the sparse policy `tidal`: {eager / sparse:.1f} times as fast as `reduce-overhead`, "
+        f"and {flash / sparse:.1f} times as fast as flash attention. "
+        f"Source: `benchmarks/results/{HEADLINE}.json`, commit {result['commit']}.\n"
+    )
+
+
 def decode_summary():
     """Every variant of every model in one table: ms, against the floor, and what a user sees through generate."""
     rows = []
     for result in [*results("decode").values(), *results("figures").values()]:
-        shape = result["model"].removeprefix("random:") + (
-            f", {result['layers']} layers" if result.get("layers") else ""
-        )
-        rows += [(shape, *row) for row in decode_rows(result)]
-    return markdown(("shape", *DECODE_COLUMNS), rows)
+        depth = f", {result['layers']} layers" if result.get("layers") else ""
+        shape = result["model"].removeprefix("random:") + depth
+        rows += [(shape, *row, result["commit"]) for row in decode_rows(result)]
+    return markdown(("shape", *DECODE_COLUMNS, "commit"), rows)
 
 
 def kernel_summary():
@@ -35,7 +86,9 @@ def kernel_summary():
     for one in result["kernels"]:
         size = f"{one['heads']}/{one['kv_heads']} heads, {one['context']:,} tokens"
         rows.setdefault(size, {})[one["op"]] = f"{one['us']['median']:.1f}"
-    return markdown(("us", *OURS), [(size, *(us[op] for op in OURS)) for size, us in rows.items()])
+    return markdown(
+        ("us", *OPS, "commit"), [(size, *(us[op] for op in OPS), result["commit"]) for size, us in rows.items()]
+    )
 
 
 def full_tables(kinds, columns, rows):
@@ -56,9 +109,138 @@ def kernel_tables():
     return full_tables(("kernels",), KERNEL_COLUMNS, kernel_rows)
 
 
+def demo():
+    """What `make demo` found on each device."""
+    return run_table("run-smollm2")
+
+
+def demo_gemma():
+    """The same command with Gemma 3 270M."""
+    return run_table("run-gemma3-270m")
+
+
+def run_table(name):
+    """Results of `tidal-compile run` on one model: a row a variant, and two columns a device."""
+    runs = results(name)
+    devices = [result["device"] for result in runs.values()]
+    rows = {}  # by what a variant is called in words
+    for result in runs.values():
+        for one in result["variants"]:
+            row = rows.setdefault(_variant(one), {"share": f"{one['kv_share']:.0%}"})
+            row[result["device"]] = (_found(result, one), f"{one['median_ms']:.1f}")
+    columns = [f"{what}, {device}" for device in devices for what in ("found", "ms per token")]
+    cells = [
+        (name, row["share"], *(cell for one in devices for cell in row.get(one, "--"))) for name, row in rows.items()
+    ]
+    sources = "; ".join(
+        f"{one['device']}: {one['dtype']}, {one['context']:,} tokens, `benchmarks/results/{file}.json`, commit "
+        f"{one.get('commit', 'not recorded')}"
+        for file, one in runs.items()
+    )
+    return f"{markdown(('variant', 'KV cache read', *columns), cells)}\nSources: {sources}.\n"
+
+
+def _variant(one):
+    """A variant of a run in words: a policy by the layers that select."""
+    if one["policy"] is None:
+        return {"eager": "eager", "inductor": "`torch.compile` (on a GPU: `reduce-overhead`)"}[one["name"]]
+    policy = Policy.from_dict(one["policy"])
+    name, selections = one["name"].removeprefix("tidal: "), _selections(policy)
+    return f"policy `{name}`" + (
+        f" (selections at {selections}; budget {policy.defaults.budget})" if selections else ""
+    )
+
+
+def _found(result, one):
+    """How many of the hidden numbers a variant of a run found; before version 0.2, a run hid one."""
+    return f"{one['found']} of {len(result['prompts'])}" if "prompts" in result else f"{one['found_key']:d} of 1"
+
+
+def _selections(policy):
+    return ", ".join(str(role.layer) for role in policy.roles if role.role == "select")
+
+
+def quality_summary():
+    """What each policy costs in quality, in one row: answers kept, and how far its predictions are from dense."""
+    needles, needle_source = evaluation("needle")
+    predictions, prediction_source = evaluation("perplexity")
+    rows = [("dense: every layer reads everything", "100%", "100% / 100%", "100% / 100%", "0", "0")]
+    for name in POLICIES:
+        kept = [" / ".join(_kept(needles, task, LENGTH, how, name) for how in ("dense", "sparse")) for task in NEEDLES]
+        kl = {task: _row(predictions, task, LENGTH, None, name) for task in ("text", "answers")}
+        share = f"{kl['text']['kv_share']:.0%}"
+        rows.append((_policy(name), share, *kept, *(f"{one['kl']:.3f}" for one in kl.values())))
+    columns = ("policy", "KV cache read", "pass keys kept", "needles kept", "KL on prose", "KL on answers")
+    return f"{markdown(columns, rows)}\nSources: answers from {needle_source}; KL from {prediction_source}.\n"
+
+
+NEEDLES = {"passkey": "pass key", "needle": "needle in a text"}
+ASKED = {"dense": "with the prompt", "sparse": "decoded"}
+
+
+def needle_summary():
+    """Of what dense answers, the share that a policy answers too, by the length of the prompt."""
+    found, source = evaluation("needle")
+    lengths = sorted({row["length"] for row in found})
+    rows = [
+        (f"{words}, `{name}`", how, *(_kept(found, task, length, question, name) for length in lengths))
+        for task, words in NEEDLES.items()
+        for question, how in ASKED.items()
+        for name in ("tidal", "smollm2")
+    ]
+    table = markdown(("task, policy", "question", *(f"{length:,} tokens" for length in lengths)), rows)
+    return f"{table}\nSource: {source}.\n"
+
+
+def steps_summary():
+    """The same predictions from one pass over many tokens, and token by token with the compiled step."""
+    found, source = evaluation("perplexity-steps")
+    how = {"text": "many tokens in a pass", "text_steps": "token by token, compiled"}
+    rows = [
+        (how[row["task"]], row["subject"], f"{row['perplexity']:.3f}", f"{row['kl']:.4f}", f"{row['agreement']:.1%}")
+        for row in found
+        if row["task"] in how
+    ]
+    return f"{markdown(('decoded', 'policy', 'perplexity', 'KL', 'agreement'), rows)}\nSource: {source}.\n"
+
+
+def _policy(name):
+    """A policy of the evaluations in words."""
+    words, given = POLICIES[name]
+    policy = resolve(given, LAYERS)
+    return f"{words} (selections at {_selections(policy)})"
+
+
+def _row(rows, task, length, question, name):
+    """The row of a policy at `BUDGET`; None if it was not evaluated."""
+    wanted = (task, length, question, f"{name} @{BUDGET}")
+    return next(
+        (one for one in rows if tuple(one[key] for key in ("task", "length", "question", "subject")) == wanted), None
+    )
+
+
+def _kept(rows, task, length, question, name):
+    row = _row(rows, task, length, question, name)
+    return "-" if row is None else f"{row['kept']:.0%}"
+
+
+def index():
+    """Every result, with the command that made it."""
+    rows = []
+    for file in sorted(RESULTS.rglob("*.json")):
+        result = json.loads(file.read_text())
+        command = f"`{result['command']}`" if "command" in result else "-"
+        rows.append(
+            (f"`{file.relative_to(RESULTS)}`", command, result["device"], result.get("commit", "-"), result["date"])
+        )
+    return markdown(("file", "command", "device", "commit", "date"), rows)
+
+
 SECTIONS = {
+    "headline": headline_caption, "quality summary": quality_summary, "demo": demo, "demo gemma": demo_gemma,
     "decode summary": decode_summary, "kernel summary": kernel_summary,
     "decode tables": decode_tables, "kernel tables": kernel_tables,
+    "needle summary": needle_summary, "steps summary": steps_summary, "index": index,
 }  # fmt: skip
 
 
@@ -72,6 +254,43 @@ def with_tables(text):
     return text
 
 
+def chart_data():
+    """What the chart shows, as text that is kept in the picture, so that a test can see whether it is of today."""
+    ms, result = headline()
+    return json.dumps({"ms": ms, "device": result["device"], "commit": result["commit"]})
+
+
+def draw_chart(file):
+    """The headline's variants as bars, on a background of its own: readable on light and on dark pages."""
+    from matplotlib.figure import Figure
+
+    ms, result = headline()
+    slowest, flash = ms["reduce-overhead"], ms["flash"]
+    figure = Figure(figsize=(9, 3.6), layout="constrained", facecolor="#fbfbf9", edgecolor="#c8ccd0", linewidth=2)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    axes = figure.subplots()
+    axes.set_facecolor("none")
+    colours = ["#9aa3ab", "#9aa3ab", "#3b7ea1", "#c8572f"]
+    bars = axes.barh(list(VARIANTS.values()), ms.values(), color=colours, height=0.62)
+    labels = []
+    for name, time in ms.items():
+        faster = "" if name == "reduce-overhead" else f"   {slowest / time:.1f} times as fast"
+        beside = f" ({flash / time:.1f} times as fast as flash)" if name.startswith("tidal") else ""
+        labels.append(f"{time:.2f} ms{faster}{beside}")
+    axes.bar_label(bars, labels, padding=6, fontsize=10, color="#1f2429")
+    axes.invert_yaxis()
+    axes.set_xlim(0, slowest * 1.13)
+    axes.set_xlabel("ms for each token (shorter is better)", color="#1f2429")
+    axes.tick_params(colors="#1f2429", left=False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    title = "One decode step of the Llama-3.1-8B shape at 100,000 tokens"
+    under = f"{result['device']}, {result['dtype']}, batch 1, random weights; commit {result['commit']}"
+    axes.set_title(f"{title}\n", loc="left", fontsize=12, fontweight="bold", color="#1f2429")
+    axes.text(0, 1.04, under, transform=axes.transAxes, fontsize=9, color="#4a5258")
+    figure.savefig(file, dpi=150, metadata={"Description": chart_data(), "Software": None})
+
+
 if __name__ == "__main__":
-    for file in READMES:
+    for file in PAGES:
         file.write_text(with_tables(file.read_text()))
+    draw_chart(CHART)

@@ -28,7 +28,7 @@ from .split import (
 
 @triton.jit
 def _unmasked(mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether the mask changes nothing from `begin` to `end`, as it doesn't but where a row is padded."""
+    """Whether the mask changes no score from `begin` to `end`. In most models it only changes those of padding."""
     changed = begin * 0
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
@@ -43,7 +43,7 @@ def _attend(
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr, WRITE_SCORES: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of one query group over the tokens from `begin` to `end`: m, l, acc (see split.py)."""
+    """The running softmax (m, l, acc: see split.py) of one query group over the tokens from `begin` to `end`."""
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -60,8 +60,9 @@ def _attend(
         score = score_tile(q, k, valid, bias, scale, CAP)
         if WRITE_SCORES:
             rows = score_ptr + row.to(tl.int64)[:, None] * stride_s + token[None, :]
-            inner = (row[:, None] < GROUP) & inside[None, :]
-            tl.store(rows, score, mask=inner, eviction_policy="evict_last")  # to stay in L2, beside a larger stream
+            stored = (row[:, None] < GROUP) & inside[None, :]
+            # The selection reads scores back from L2, which the much larger stream of keys and values would push out.
+            tl.store(rows, score, mask=stored, eviction_policy="evict_last")
         m, l, acc = weigh_tile(score, v, valid, m, l, acc, MASK)
         keys += BLOCK_N * stride_kn
         values += BLOCK_N * stride_vn
@@ -86,7 +87,7 @@ def _scan(
 
     length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
     tiles = tl.cdiv(length, BLOCK_N)
-    chunk = tl.cdiv(tiles, splits) * BLOCK_N  # bounds from the device: equal splits of what is alive
+    chunk = tl.cdiv(tiles, splits) * BLOCK_N  # equal splits of the live length, which only the device knows
     begin = split * chunk
     end = tl.minimum(begin + chunk, length)
 
@@ -118,16 +119,17 @@ def scan(
     q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float, softcap: float,
     write_scores: bool = False,
 ) -> Splits:  # fmt: skip
-    """Attend to all the live cache, in splits."""
+    """Attend to the whole live cache, in splits."""
     check_rows(k, v)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
-    large = head_dim > 64 and batch * num_kv_heads * slots >= 2**17  # long tiles, a program a processor
+    # A large cache keeps every processor busy with one program of long tiles; a small one needs more, shorter programs.
+    large = head_dim > 64 and batch * num_kv_heads * slots >= 2**17
     block_n = tile_tokens(k, stage_bytes=2**16 if large else 2**15)
     splits = num_splits(q.device, batch * num_kv_heads, triton.cdiv(slots, block_n), per_processor=1 if large else 2)
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
-    stride_s = triton.cdiv(slots, 16) * 16  # rows that wide loads are aligned to
+    stride_s = triton.cdiv(slots, 16) * 16  # aligned rows, for wide loads
     scores = q.new_empty(batch, num_heads, stride_s, dtype=torch.float32) if write_scores else None
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _scan[(splits, num_kv_heads, batch)](

@@ -1,8 +1,9 @@
-"""`linear` in Triton: products of a weight and a few tokens at the speed of memory. Reference: `reference.linear`.
+"""`linear` in Triton: products of weights and a few tokens, at the speed of memory. Reference: `reference.linear`.
 
-For a few tokens a linear layer is bound by reading its weight once. One token: one program an output row; its loads are
-independent and all in flight at once. Several: a tile of rows a program, for the tensor cores. On Hopper, first loads
-start while the kernel before still runs, as that writes no weight.
+A linear layer of a few tokens takes as long as reading its weight once. For one token, a program computes one output
+row: its loads don't depend on each other, and are all in flight at once. For several tokens, a program computes a tile
+of rows on the tensor cores. On Hopper the first weights are loaded while the previous kernel still runs, which is safe
+because no kernel writes weights.
 """
 
 import triton
@@ -18,7 +19,7 @@ def _row(
     x_ptr, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_ptr, rows_0, rows_01, columns,
     BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row of one of three weights, times x."""
+    """One program: one row of one of three weights, times x. `rows_01` are the rows of the first two."""
     row = tl.program_id(0)
     weight, bias, within = weight_0, bias_0, row
     if row >= rows_01:
@@ -30,7 +31,7 @@ def _row(
     w = tl.load(weight + column, mask=column < columns, other=0.0, eviction_policy="evict_first").to(tl.float32)
     wait_for_previous(PDL)
     x = tl.load(x_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    product = w * x  # summed at the end: a sum over threads is slow
+    product = w * x  # summed once, at the end, because a sum over threads is slow
     for first in range(BLOCK, columns, BLOCK):
         inside = first + column < columns
         w = tl.load(weight + first + column, mask=inside, other=0.0).to(tl.float32)
@@ -83,7 +84,7 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     """See `reference.linear`."""
     columns = x.shape[-1]
     tokens = x.numel() // columns
-    spare = 3 - len(weights)
+    spare = 3 - len(weights)  # the kernels take three weights, of which the last may have no rows
     rows = [weight.shape[0] for weight in weights] + [0] * spare
     out = x.new_empty(*x.shape[:-1], sum(rows))
     tensors = x.contiguous(), *weights, *weights[:1] * spare, *(biases or [None] * 3), *biases[:1] * spare
@@ -94,7 +95,7 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
             num_warps=warps if block > 1024 else 1, **overlap(x.device),
         )  # fmt: skip
         return out
-    block_n, stages = (64, 5) if sum(rows) >= 6144 else (32, 8)  # fewer, longer rows: a program a processor
+    block_n, stages = (64, 5) if sum(rows) >= 6144 else (32, 8)  # small tiles leave no processor idle if rows are few
     _rows[(sum(triton.cdiv(n, block_n) for n in rows),)](
         *tensors, out, tokens, *rows, columns, TOKENS=most_tokens(x.dtype), BLOCK_N=block_n, BLOCK=128,
         HAS_BIAS=bool(biases), num_warps=4, num_stages=stages, **overlap(x.device),

@@ -1,22 +1,22 @@
-"""The three attention ops in plain PyTorch: their definition, and what a CPU runs.
+"""The ops in plain PyTorch: their definition, and what a CPU runs.
 
 `B` batch, `Hq` query heads, `Hkv` key/value heads (`g = Hq / Hkv` query heads share one), `S` slots of the static
 cache, `n` live slots, `D` head size, `G` token sets (1, `Hkv` or `Hq`), `K` slots of a token set.
 
-Sums and softmax are float32 whatever the input is. The live length is read on the host: on a CPU that costs nothing,
-and the slice `[:n]` is what keeps the garbage beyond it out. The Triton kernels read it on the device.
+Sums and softmax are float32 whatever the dtype of the input is. The reference reads the live length on the host, which
+costs nothing on a CPU, and slices `[:n]` to keep out the garbage beyond it. The Triton kernels read it on the device.
 
 The score of a token is `q @ k * scale`; under a `softcap` c it becomes c tanh(score / c), as in Gemma 2
-(https://arxiv.org/abs/2408.00118). `mask` says which tokens count (bool), or is added to the scores (float), where
-`HIDES` or less hides a token: models write the lowest value of the dtype, -1e9 or -1e4. `sink [Hq]` is the score of a token
-without a value that takes its share of every softmax, as in GPT-OSS (https://arxiv.org/abs/2508.10925).
+(https://arxiv.org/abs/2408.00118). A bool `mask` says which tokens count. A floating mask is added to the scores, and
+hides tokens at `HIDES` or below: models write the lowest value of the dtype, -1e9 or -1e4. `sink [Hq]` is the score of
+a token without a value, which takes its share of every softmax, as in GPT-OSS (https://arxiv.org/abs/2508.10925).
 """
 
 import torch
 from torch import Tensor
 
 SHARES = ("query_head", "kv_head", "layer")
-HIDES = -9000.0  # added to a score, it leaves no weight; bfloat16 writes -1e4 as -9984
+HIDES = -9000.0  # leaves no weight to a score that it is added to; above -9984, which is -1e4 in bfloat16
 
 
 def full_attention(
@@ -49,10 +49,9 @@ def select_attention(
     sink: Tensor | None = None,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to every live token, and choose the ones that matter: -> `[B, Hq, 1, D]`, `index [B, G, K]` int32.
+    """Attend to every live token, and choose the most important ones: -> `[B, Hq, 1, D]`, `index [B, G, K]` int32.
 
-    TidalDecode's selection layer (https://arxiv.org/abs/2410.05076). The first `sinks` and the last `recent` live
-    tokens are always chosen, inside the budget; the rest by `importance`, ties to the lower position.
+    TidalDecode's selection layer (https://arxiv.org/abs/2410.05076). See `choose_tokens` for which ones.
     """
     scores, live_v = _score_live_tokens(q, k, v, length, mask, scale, softcap)
     out = (probabilities(scores, sink) @ live_v).view(q.shape).to(q.dtype)
@@ -76,42 +75,42 @@ def sparse_attention(
     """Attend to the tokens in `index [B, G, K]` only, exactly: -> `[B, Hq, 1, D]`."""
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
-    heads = max(index.shape[1], num_kv_heads)  # one gather a head of this many
+    pairs = max(index.shape[1], num_kv_heads)  # of a token set and a kv head: each gathers rows of the cache once
     live = (index >= 0) & (index < length)
     token = index.clamp(0, slots - 1).long()
     bias = None
     if mask is not None:
-        here = mask.expand(batch, 1, 1, slots)[:, 0].expand(-1, index.shape[1], -1).gather(2, token)
-        live = live & ~hidden(here)
-        bias = here if mask.is_floating_point() else None
-    kv_head = torch.arange(heads, device=q.device) // (heads // num_kv_heads)
+        token_mask = mask.expand(batch, 1, 1, slots)[:, 0].expand(-1, index.shape[1], -1).gather(2, token)
+        live = live & ~hidden(token_mask)
+        bias = token_mask if mask.is_floating_point() else None
+    kv_head = torch.arange(pairs, device=q.device) // (pairs // num_kv_heads)
     first_row = (torch.arange(batch, device=q.device)[:, None] * num_kv_heads + kv_head)[..., None] * slots
-    rows = first_row + token  # [B, heads, K] of the cache as [B * Hkv * S, D]
+    rows = first_row + token  # [B, pairs, K] of the cache as [B * Hkv * S, D]
     keys = torch.nn.functional.embedding(rows, k.reshape(-1, head_dim)).float()
     values = torch.nn.functional.embedding(rows, v.reshape(-1, head_dim)).float()
-    grouped = q.float().reshape(batch, heads, num_heads // heads, head_dim)
+    grouped = q.float().reshape(batch, pairs, num_heads // pairs, head_dim)
     scores = _cap(grouped @ keys.mT * scale, softcap)
     if bias is not None:
         scores = scores + bias[:, :, None]
-    if not live.all():  # what a dead slot names may be garbage
+    if not live.all():  # a padded, dead or hidden entry of the index may have gathered garbage
         scores = scores.masked_fill(~live[:, :, None], -torch.inf)
         values = values.masked_fill(~live[..., None], 0.0)
     return (probabilities(scores, sink) @ values).view(q.shape).to(q.dtype)
 
 
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """Up to 3 linear layers of a few tokens side by side: `x [..., K]`, weights `[Ni, K]` -> `[..., N1 + N2 + N3]`."""
-    outs = [torch.nn.functional.linear(x, *layer) for layer in zip(weights, biases or [None] * 3, strict=False)]
-    return torch.cat(outs, -1)
+    """Up to 3 linear layers of a few tokens: `x [..., K]`, weights `[Ni, K]` -> joined `[..., N1 + N2 + N3]`."""
+    outputs = [torch.nn.functional.linear(x, *layer) for layer in zip(weights, biases or [None] * 3, strict=False)]
+    return torch.cat(outputs, -1)
 
 
 def most_tokens(dtype: torch.dtype) -> int:
-    """Tokens that `linear` takes: a tile of the tensor cores, which have no float32."""
+    """The most tokens that `linear` takes: a tile of the tensor cores, or 1 in float32, which these don't multiply."""
     return 16 if dtype.itemsize == 2 else 1
 
 
 def index_width(budget: int, ratio: float, slots: int) -> int:
-    """`K`, the slots that a token set needs in a cache of `slots`: the budget at a full cache, at most all."""
+    """`K`, the slots of a token set over a cache of `slots`: what the budget grants when the cache is full."""
     return min(slots, max(budget, -(-slots * parts_per_million(ratio) // 1_000_000)))
 
 
@@ -126,9 +125,10 @@ def hidden(mask: Tensor) -> Tensor:
 
 
 def importance(scores: Tensor, share: str, sink: Tensor | None = None) -> Tensor:
-    """How much each token set wants each token: scores `[B, Hkv, g, n]` -> `[B, G, n]`.
+    """How important each token is for each token set: scores `[B, Hkv, g, n]` -> `[B, G, n]`.
 
-    Within one head raw scores rank as probabilities do; across heads only probabilities may be added.
+    A set of one query head ranks tokens by score, which orders them as probabilities do and doesn't underflow. A set of
+    several heads ranks them by the sum of probabilities, since the scores of different heads have no common scale.
     """
     members = {"query_head": 1, "kv_head": scores.shape[2], "layer": scores.shape[1] * scores.shape[2]}[share]
     if members == 1:
@@ -140,40 +140,46 @@ def importance(scores: Tensor, share: str, sink: Tensor | None = None) -> Tensor
 def choose_tokens(
     importance: Tensor, valid: Tensor, width: int, budget: int, ratio: float, sinks: int, recent: int
 ) -> Tensor:
-    """The positions of the chosen tokens, ascending, padded with -1: `[B, G, n]`, valid `[B, n]` -> `[B, G, K]`."""
+    """The chosen positions, ascending and padded with -1: importance `[B, G, n]`, valid `[B, n]` -> `[B, G, K]` int32.
+
+    Of `num_valid` tokens, max(budget, ratio * num_valid) are chosen, or all if there are fewer: the first `sinks` and
+    the last `recent` valid ones, then the most important ones. Equal ones are chosen from the lowest position up.
+    """
     index = valid.new_full((*importance.shape[:2], width), -1, dtype=torch.int32)
     if valid.shape[-1] == 0:
         return index
-    rank = valid.cumsum(-1)  # 1-based among the valid tokens
-    count = rank[:, -1:]
-    always = valid & ((rank <= sinks) | (rank > count - recent))
-    wish = importance.masked_fill(always[:, None], torch.inf).masked_fill(~valid[:, None], -torch.inf)
+    ordinal = valid.cumsum(-1)  # [B, n]: 1 for the first valid token, 2 for the second
+    num_valid = ordinal[:, -1:]
+    always = valid & ((ordinal <= sinks) | (ordinal > num_valid - recent))
+    ranked = importance.masked_fill(always[:, None], torch.inf).masked_fill(~valid[:, None], -torch.inf)
 
-    live = (-(-count * parts_per_million(ratio) // 1_000_000)).clamp(min=budget).minimum(count)[:, None]  # [B, 1, 1]
-    best = wish.topk(min(width, wish.shape[-1])).values
-    last = best.gather(-1, (live - 1).clamp(min=0).expand(-1, best.shape[1], 1))  # the least important that is kept
-    better, tie = wish > last, wish == last
-    chosen = better | (tie & (tie.cumsum(-1) <= live - better.sum(-1, keepdim=True)))
-    b, g, token = chosen.nonzero(as_tuple=True)
-    index[b, g, chosen.cumsum(-1)[b, g, token] - 1] = token.int()
+    by_ratio = -(-num_valid * parts_per_million(ratio) // 1_000_000)  # rounded up
+    keep = by_ratio.clamp(min=budget).minimum(num_valid)[:, None]  # [B, 1, 1]
+    largest = ranked.topk(min(width, ranked.shape[-1])).values
+    threshold = largest.gather(-1, (keep - 1).clamp(min=0).expand(-1, largest.shape[1], 1))  # [B, G, 1]: the last kept
+    above, tied = ranked > threshold, ranked == threshold
+    chosen = above | (tied & (tied.cumsum(-1) <= keep - above.sum(-1, keepdim=True)))  # [B, G, n]
+    batch, token_set, position = chosen.nonzero(as_tuple=True)
+    column = chosen.cumsum(-1)[batch, token_set, position] - 1
+    index[batch, token_set, column] = position.int()
     return index
 
 
 def probabilities(scores: Tensor, sink: Tensor | None = None) -> Tensor:
-    """Softmax over the tokens `[B, H, g, n]`, less what the sink takes; zeros where no token is left to attend to."""
+    """Softmax over the tokens of `[B, Hkv, g, n]`, less the sink's share; zeros where no token is left to attend to."""
     if scores.shape[-1] == 0:
         return scores
     if sink is not None:
-        beside = sink.float().view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
-        return torch.cat([scores, beside], -1).softmax(-1)[..., :-1]
-    nothing = scores.amax(-1, keepdim=True) == -torch.inf
-    return scores.softmax(-1).masked_fill(nothing, 0.0)
+        sink_scores = sink.float().view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sink_scores], -1).softmax(-1)[..., :-1]
+    no_token = scores.amax(-1, keepdim=True) == -torch.inf
+    return scores.softmax(-1).masked_fill(no_token, 0.0)
 
 
 def _score_live_tokens(
     q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """Scores `[B, Hkv, g, n]` in float32, -inf where masked, and the live values `[B, Hkv, n, D]`."""
+    """Scores `[B, Hkv, g, n]` in float32, -inf for hidden tokens, and the live values `[B, Hkv, n, D]`."""
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
     n = min(int(length), slots)
@@ -184,10 +190,10 @@ def _score_live_tokens(
         live_mask = mask.expand(batch, 1, 1, slots)[..., :n]
         if mask.is_floating_point():
             scores = scores + live_mask
-        dead = hidden(live_mask)
-        if dead.any():  # padding: nothing that stands there may count, not even NaN
-            scores = scores.masked_fill(dead, -torch.inf)
-            values = values.masked_fill(dead.mT, 0.0)
+        masked = hidden(live_mask)
+        if masked.any():  # a weight of 0 is not enough: padding may hold NaN
+            scores = scores.masked_fill(masked, -torch.inf)
+            values = values.masked_fill(masked.mT, 0.0)
     return scores, values
 
 

@@ -31,20 +31,20 @@ def _gather(
     q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, length_ptr, acc_ptr, stat_ptr, scale, slots,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ib, stride_ig, stride_ik, stride_mb, stride_mn, width, splits,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SHARED_BY: tl.constexpr, ONE_SET: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr,
-    CAP: tl.constexpr, PDL: tl.constexpr,
+    PAIRS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PAIRS_PER_KV_HEAD: tl.constexpr,
+    ONE_SET: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
+    HIDES: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: GROUP query heads that share a token set and a kv head, against one split of that set."""
+    """One program: the GROUP query heads of one pair of a token set and a kv head, against one split of that set."""
     after_previous(PDL)
     split = tl.program_id(0)
-    h = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    kv_head = h // SHARED_BY
-    token_set = 0 if ONE_SET else h
+    kv_head = pair // PAIRS_PER_KV_HEAD
+    token_set = 0 if ONE_SET else pair
     length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
 
-    q = load_group(q_ptr + batch * stride_qb + h * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D)
+    q = load_group(q_ptr + batch * stride_qb + pair * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -53,17 +53,18 @@ def _gather(
     chunk = tl.cdiv(width, splits)
     end = tl.minimum(split * chunk + chunk, width)
     for start in range(split * chunk, end, BLOCK_N):
-        slot = start + tl.arange(0, BLOCK_N)
-        inside = slot < end
-        token = tl.load(index_ptr + batch * stride_ib + token_set * stride_ig + slot * stride_ik, mask=inside, other=-1)
+        column = start + tl.arange(0, BLOCK_N)
+        inside = column < end
+        entry = index_ptr + batch * stride_ib + token_set * stride_ig + column * stride_ik
+        token = tl.load(entry, mask=inside, other=-1)
         alive = (token >= 0) & (token < length)
-        where = token.to(tl.int64)
-        k = load_keys(keys, where * stride_kn, alive, D, BLOCK_D)
-        v = load_values(values, where * stride_vn, alive, D, BLOCK_D)
+        cache_row = token.to(tl.int64)
+        k = load_keys(keys, cache_row * stride_kn, alive, D, BLOCK_D)
+        v = load_values(values, cache_row * stride_vn, alive, D, BLOCK_D)
         valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, alive, MASK, HIDES)
         score = score_tile(q, k, valid, bias, scale, CAP)
         m, l, acc = weigh_tile(score, v, valid, m, l, acc, MASK)
-    store_split(m, l, acc, acc_ptr, stat_ptr, (batch * HEADS + h) * GROUP, split, splits, GROUP, ROWS, D, BLOCK_D)
+    store_split(m, l, acc, acc_ptr, stat_ptr, (batch * PAIRS + pair) * GROUP, split, splits, GROUP, ROWS, D, BLOCK_D)
 
 
 def sparse_attention(
@@ -75,21 +76,21 @@ def sparse_attention(
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
     sets, width = index.shape[1:]
-    heads = max(sets, num_kv_heads)  # programs a sequence and split
-    group = num_heads // heads
-    # Few programs: short ones, with all loads in flight. Many: longer ones, in a pipeline
-    most, stages, per_processor = (64, 1, 8) if batch * heads < 32 else (128, 2, 2)
+    pairs = max(sets, num_kv_heads)
+    group = num_heads // pairs
+    # Few pairs: short programs, whose loads are all in flight at once. Many pairs: longer programs, with a pipeline.
+    most, stages, per_processor = (64, 1, 8) if batch * pairs < 32 else (128, 2, 2)
     block_n = tile_tokens(k, most * 2**9, most)
-    splits = num_splits(q.device, batch * heads, triton.cdiv(width, block_n), per_processor)
+    splits = num_splits(q.device, batch * pairs, triton.cdiv(width, block_n), per_processor)
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
-    _gather[(splits, heads, batch)](
+    _gather[(splits, pairs, batch)](
         q, k, v, index, mask_data, length, acc, stats, scale, slots,
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *index.stride(), *stride_m,
         width, splits,
-        HEADS=heads, GROUP=group, ROWS=padded_rows(group), SHARED_BY=heads // num_kv_heads, ONE_SET=sets == 1,
-        D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n,
+        PAIRS=pairs, GROUP=group, ROWS=padded_rows(group), PAIRS_PER_KV_HEAD=pairs // num_kv_heads,
+        ONE_SET=sets == 1, D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n,
         **mask_kind, CAP=softcap, num_warps=4, num_stages=stages, **overlap(q.device),
     )  # fmt: skip
     out = q.new_empty(q.shape)

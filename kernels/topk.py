@@ -57,8 +57,8 @@ def _encode(importance):
 # narrow there. Attention that is concentrated on few tokens has its K-th token far below, where wide bins suffice.
 #
 # The ceiling is only a guess of where the K-th token lies, since it takes no account of sinks and recent tokens. Any
-# guess gives the right answer: a more important token never has a lower bin, and no token is below the floor of its
-# bin, so the K most important tokens are always candidates. A bad guess only makes more candidates.
+# guess gives the right answer: bins never decrease with importance, and no token lies below the floor of its bin, so
+# the K most important tokens are always candidates. A bad guess only makes more candidates.
 
 
 @triton.jit
@@ -71,25 +71,31 @@ def _ceiling(keep, lse_ptr, row, MEMBERS: tl.constexpr):
 
 
 @triton.jit
+def _eighths(probability):
+    """A float32 in eighths of octaves: the exponent counts octaves, and the first 3 bits of the mantissa eighths."""
+    return probability.to(tl.int32, bitcast=True) >> 20
+
+
+@triton.jit
 def _bin(importance, ceiling, MEMBERS: tl.constexpr):
     """The bins `[N]` of importance `[N]`: see the table above."""
     if MEMBERS == 1:  # an octave is a difference of 1 between base-2 scores
         eighths = tl.minimum(tl.maximum((ceiling - importance) * 8.0, 0.0), 2048.0).to(tl.int32)
-    else:  # the exponent of a float32 counts octaves, and the first 3 bits of its mantissa count eighths of one
-        eighths = tl.maximum((ceiling.to(tl.int32, bitcast=True) >> 20) - (importance.to(tl.int32, bitcast=True) >> 20), 0)
+    else:
+        eighths = tl.maximum(_eighths(ceiling) - _eighths(importance), 0)
     steps = tl.where(eighths < 64, eighths, tl.where(eighths < 128, 32 + eighths // 2, 88 + eighths // 16))
     return tl.where(importance == INF, BINS - 1, BINS - 2 - tl.minimum(steps, BINS - 2))
 
 
 @triton.jit
 def _bin_floor(bin, ceiling, MEMBERS: tl.constexpr):
-    """An importance that every token in this bin, or in a higher one, reaches: the inverse of `_bin`."""
-    steps = BINS - 2 - bin
-    eighths = tl.where(steps < 64, steps, tl.where(steps < 96, 2 * steps - 63, 16 * steps - 1393))  # the largest
+    """An importance that every token in this bin, or in a higher one, reaches: `_bin` backwards, rounded down."""
+    steps = BINS - 2 - bin  # 64 steps of one eighth, 32 of two, 30 of 16; `eighths` is the largest of a step
+    eighths = tl.where(steps < 64, steps, tl.where(steps < 96, 2 * steps - 63, 16 * steps - 1393))
     if MEMBERS == 1:  # + 1 for the fraction of an eighth that `_bin` cuts off, + 1 for rounding
         floor = ceiling - (eighths + 2) / 8.0
     else:
-        floor = (tl.maximum((ceiling.to(tl.int32, bitcast=True) >> 20) - eighths, 0) << 20).to(tl.float32, bitcast=True)
+        floor = (tl.maximum(_eighths(ceiling) - eighths, 0) << 20).to(tl.float32, bitcast=True)
     return tl.where(bin == BINS - 1, INF, tl.where(bin <= 0, -INF, floor))
 
 

@@ -1,4 +1,4 @@
-"""The spellings of attention in a decode graph, read into one form.
+"""Read the spellings of attention in a decode graph into one form.
 
 Graph in: Dynamo's graph, and a node of it that is attention in one of two spellings,
 
@@ -7,10 +7,11 @@ Graph in: Dynamo's graph, and a node of it that is attention in one of two spell
             scores = tanh(scores / softcap) * softcap            (Gemma 2)
             scores = scores + mask
             scores = cat([scores, sink]);  scores - scores.max()  (GPT-OSS)
-            weights = dropout(softmax(scores).to(dtype))[..., :-1 if sink]
+            weights = dropout(softmax(scores).to(dtype))
+            weights = weights[..., :-1]                           (GPT-OSS: without the sink)
             matmul(weights, v)
 
-Out: a `Call`, or `NoMatch` with the reason. Changes nothing.
+Out: a `Call`, or `NoMatch` with the reason. The graph is not changed.
 """
 
 import operator
@@ -25,7 +26,7 @@ CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
 
 @dataclass(frozen=True)
 class Call:
-    """Attention of q `[B, Hq, T, D]` to k, v `[B, Hkv or Hq, S, D]`: softmax(cap(q k^T scale) + mask) v -> `output`."""
+    """Attention of q `[B, Hq, T, D]` to k, v `[B, Hkv or Hq, S, D]`: `output` = softmax(cap(q k^T scale) + mask) v."""
 
     output: fx.Node
     query: fx.Node
@@ -46,7 +47,7 @@ class NoMatch(Exception):
 
 
 def query_length(node: fx.Node) -> int | None:
-    """T of an attention call `[B, Hq, T, ...]`, None where it can't be told."""
+    """T of an attention call `[B, Hq, T, ...]`; None if the node doesn't show it."""
     if is_sdpa(node):
         return shape(_sdpa_arguments(node)["query"])[2]
     return shape(node)[2] if is_softmax(node) and len(shape(node)) == 4 else None
@@ -62,24 +63,31 @@ def read_call(node: fx.Node) -> Call:
 
 
 def _read_sdpa(node: fx.Node) -> Call:
-    given = _sdpa_arguments(node)
-    if given["is_causal"] or given["dropout_p"]:
-        raise NoMatch(f"is_causal={given['is_causal']}, dropout_p={given['dropout_p']}: a decode step has neither")
-    query, key, value = (given[name] for name in ("query", "key", "value"))
-    scale = shape(query)[3] ** -0.5 if given["scale"] is None else _number(given["scale"])
-    return Call(node, query, key, value, given["attn_mask"], scale)
+    arguments = _sdpa_arguments(node)
+    if arguments["is_causal"] or arguments["dropout_p"]:
+        raise NoMatch(
+            f"attention with is_causal={arguments['is_causal']} and dropout_p={arguments['dropout_p']}: "
+            "a decode step has neither"
+        )
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    scale = shape(query)[3] ** -0.5 if arguments["scale"] is None else _number(arguments["scale"])
+    return Call(node, query, key, value, arguments["attn_mask"], scale)
 
 
 def _sdpa_arguments(node: fx.Node) -> dict:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None} | given
+    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
+    return defaults | _arguments(node, ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"))
+
+
+def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict:
+    """The arguments of a call by name, where `names` are those of the positional ones."""
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _read_eager(softmax: fx.Node) -> Call:
     dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
     if dim not in (-1, 3):
-        raise NoMatch(f"eager attention with a softmax over dimension {dim}, not over the tokens")
+        raise NoMatch(f"eager attention with a softmax over dimension {dim}, not over the tokens, the last dimension")
     scores, sink = _strip_sink(softmax.args[0])
     scores, mask = _strip_mask(scores)
     scores, softcap = _strip_softcap(scores)
@@ -92,7 +100,7 @@ def _read_eager(softmax: fx.Node) -> Call:
 
 
 def _strip_sink(scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """Scores without the sink's column `[B, Hq, 1, 1]`, and not less their maximum: no softmax needs it."""
+    """cat([scores, sink]) -> scores, sink `[Hq]`; a maximum that is subtracted is dropped, as it changes no softmax."""
     scores = _uncast(scores)
     if _is_function(scores, operator.sub) and _is_maximum_of(scores.args[1], scores.args[0]):
         scores = scores.args[0]
@@ -111,66 +119,71 @@ def _strip_sink(scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 
 def _is_maximum_of(node: fx.Node, scores: fx.Node) -> bool:
-    """scores.max(dim=-1, keepdim=True).values"""
-    pair = node.args[0] if _is_function(node, operator.getitem) and node.args[1] == 0 else None
-    if pair is None or target_name(pair) != "max" or pair.args[0] is not scores:
+    """Whether a node is scores.max(dim=-1, keepdim=True).values."""
+    maximum = node.args[0] if _is_function(node, operator.getitem) and node.args[1] == 0 else None
+    if maximum is None or target_name(maximum) != "max" or maximum.args[0] is not scores:
         return False
-    given = dict(zip(("input", "dim", "keepdim"), pair.args, strict=False)) | dict(pair.kwargs)
-    return given.get("dim") in (-1, 3) and given.get("keepdim") is True
+    arguments = _arguments(maximum, ("input", "dim", "keepdim"))
+    return arguments.get("dim") in (-1, 3) and arguments.get("keepdim") is True
 
 
 def _strip_mask(scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """scores + mask -> scores, mask"""
     scores = _uncast(scores)
     if not _is_function(scores, operator.add):
         return scores, None
-    inner, mask = scores.args
-    if not all(isinstance(arg, fx.Node) for arg in scores.args) or shape(inner) != shape(scores):
-        raise NoMatch("eager attention that adds something else than a mask to its scores")
-    if not mask.meta["example_value"].is_floating_point():
-        raise NoMatch(f"eager attention that adds a {mask.meta['example_value'].dtype} mask to its scores, as numbers")
-    return inner, mask
+    unmasked, mask = scores.args
+    if not all(isinstance(arg, fx.Node) for arg in scores.args) or shape(unmasked) != shape(scores):
+        raise NoMatch("eager attention that adds something other than a mask to its scores")
+    dtype = mask.meta["example_value"].dtype
+    if not dtype.is_floating_point:
+        raise NoMatch(f"eager attention that adds a {dtype} mask to its scores; floating masks may be added")
+    return unmasked, mask
 
 
 def _strip_softcap(scores: fx.Node) -> tuple[fx.Node, float]:
     """tanh(scores / cap) * cap -> scores, cap"""
     scores = _uncast(scores)
-    inner, cap = _times_number(scores)
-    if inner is None or not _is_function(inner, torch.tanh):
+    tanh, cap = _times_number(scores)
+    if tanh is None or not _is_function(tanh, torch.tanh):
         return scores, 0.0
-    divided = inner.args[0]
+    divided = tanh.args[0]
     if not _is_function(divided, operator.truediv) or _number(divided.args[1]) != cap:
-        raise NoMatch(f"eager attention with a tanh that is no soft cap of {cap}")
+        raise NoMatch(
+            f"eager attention with a tanh that is no soft cap: tanh(x) * {cap}, where x is not scores / {cap}"
+        )
     return divided.args[0], cap
 
 
 def _strip_scale(scores: fx.Node) -> tuple[fx.Node, float]:
+    """scores * a / b -> scores, a / b"""
     scores, scale = _uncast(scores), 1.0
     while True:
-        inner, factor = _times_number(scores)
-        if inner is None:
+        unscaled, factor = _times_number(scores)
+        if unscaled is None:
             return scores, scale
-        scores, scale = _uncast(inner), scale * factor
+        scores, scale = _uncast(unscaled), scale * factor
 
 
 def _times_number(node: fx.Node) -> tuple[fx.Node | None, float]:
-    """x * number or x / number -> x, the factor; None for anything else."""
+    """x * number or x / number -> x, the factor; None, 1.0 for anything else."""
     if node.op == "call_function" and node.target in (operator.mul, operator.truediv, operator.itruediv):
-        inner, number = node.args[0], _number(node.args[1])
-        overwritten = node.target is operator.itruediv and len(inner.users) > 1
-        if number is not None and not overwritten:
-            return inner, number if node.target is operator.mul else 1.0 / number
+        x, number = node.args[0], _number(node.args[1])
+        read_elsewhere = node.target is operator.itruediv and len(x.users) > 1  # other users see x divided, too
+        if number is not None and not read_elsewhere:
+            return x, number if node.target is operator.mul else 1.0 / number
     return None, 1.0
 
 
 def _number(value: object) -> float | None:
-    """A number of the graph; None if it is a tensor. One that Dynamo keeps symbolic is fixed here, under a guard."""
+    """A number of the graph, None for a tensor. A number that Dynamo keeps symbolic is fixed by this, under a guard."""
     if isinstance(value, fx.Node):
         value = value.meta["example_value"]
     return float(value) if isinstance(value, int | float | torch.SymInt | torch.SymFloat) else None
 
 
 def _untransposed(node: fx.Node) -> fx.Node:
-    """k `[B, H, S, D]` of k^T `[B, H, D, S]`"""
+    """k^T `[B, H, D, S]` -> k `[B, H, S, D]`"""
     dims = tuple(dim % 4 for dim in node.args[1:]) if is_method(node, "transpose") else ()
     if set(dims) != {2, 3}:
         raise NoMatch(f"eager attention that multiplies q with {target_name(node)}, not with k.transpose(2, 3)")
@@ -178,12 +191,12 @@ def _untransposed(node: fx.Node) -> fx.Node:
 
 
 def _weighted_sum(softmax: fx.Node, has_sink: bool) -> tuple[fx.Node, fx.Node]:
-    """From the softmax to matmul(weights, v): that node, and v."""
+    """Follow the weights from the softmax to matmul(weights, v): that node, and v."""
     node, sink_dropped = softmax, False
     while True:
         if len(node.users) != 1:
             raise NoMatch("eager attention whose weights are used elsewhere too (output_attentions=True?)")
-        before, node = node, next(iter(node.users))
+        weights, node = node, next(iter(node.users))
         if node.op == "call_method" and node.target in CASTS:
             continue
         if _is_function(node, torch.nn.functional.dropout) and _is_off(node):
@@ -193,17 +206,18 @@ def _weighted_sum(softmax: fx.Node, has_sink: bool) -> tuple[fx.Node, fx.Node]:
                 raise NoMatch("eager attention that drops the weight of a token")
             sink_dropped = True
             continue
-        if _is_function(node, torch.matmul) and node.args[0] is before and sink_dropped == has_sink:
+        if _is_function(node, torch.matmul) and node.args[0] is weights and sink_dropped == has_sink:
             return node, node.args[1]
         raise NoMatch(f"eager attention that hands its weights to {target_name(node)}, not to matmul(weights, v)")
 
 
 def _is_off(dropout: fx.Node) -> bool:
-    given = dict(zip(("input", "p", "training"), dropout.args, strict=False)) | dict(dropout.kwargs)
-    return given.get("p", 0.5) == 0.0 or given.get("training", True) is False
+    arguments = _arguments(dropout, ("input", "p", "training"))
+    return arguments.get("p", 0.5) == 0.0 or arguments.get("training", True) is False
 
 
 def _uncast(node: fx.Node) -> fx.Node:
+    """The node before any casts."""
     while node.op == "call_method" and node.target in CASTS:
         node = node.args[0]
     return node

@@ -1,15 +1,16 @@
-"""Put the linear layers of a decode step through `tidal::linear`, those of one input in one launch.
+"""Put the linear layers of a decode step through `tidal::linear`; those that share an input share a launch.
 
 Graph in: Dynamo's decode graph, in which every layer calls
 
     linear(x, weight, bias)            x [B, 1, K], the weight [N, K] a graph input
 
-Graph out: the same graph object, edited in place, where up to three of them that read the same x are
+Graph out: the same graph object, edited in place, where up to three of them that read the same x become
 
     joined = tidal::linear(x, [weights], [biases]);  joined[..., :N1], joined[..., N1:N1 + N2], ...
 
 A product with few tokens is bound by reading the weight, which the libraries' kernels do well only for large weights.
-Left alone: more than 16 sequences (one in float32), weights that are quantized, computed or of another dtype than x.
+Left alone are layers with more than 16 sequences (one in float32), and those whose weight is quantized, computed in the
+graph, or of another dtype than x.
 """
 
 import itertools
@@ -23,14 +24,14 @@ from ..kernels.reference import most_tokens
 from .forms import target_name
 from .rewrite import insert_call
 
-MOST = 3  # weights a launch
+MOST = 3  # weights in one launch
 
 
 def join_linears(gm: fx.GraphModule) -> int:
     """Rewrite every linear layer of that form; returns how many there were."""
-    groups: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
+    groups: dict[tuple[fx.Node, bool], list[fx.Node]] = {}  # by input, and by whether there is a bias
     for node in gm.graph.nodes:
-        if _streams_a_weight(node):
+        if _is_supported(node):
             groups.setdefault((node.args[0], _bias(node) is not None), []).append(node)
     for nodes in groups.values():
         for first in range(0, len(nodes), MOST):
@@ -40,16 +41,19 @@ def join_linears(gm: fx.GraphModule) -> int:
     return sum(len(nodes) for nodes in groups.values())
 
 
-def _streams_a_weight(node: fx.Node) -> bool:
+def _is_supported(node: fx.Node) -> bool:
+    """Whether a node is a linear layer that `tidal::linear` can compute, with other layers of the same input."""
     if node.op != "call_function" or target_name(node) != "linear":
         return False
     x, weight, bias = node.args[0], node.args[1], _bias(node)
-    values = [one.meta.get("example_value") for one in (x, weight, bias) if one is not None]
+    parameters = [weight] if bias is None else [weight, bias]
+    values = [argument.meta.get("example_value") for argument in (x, *parameters)]
+    x_value = values[0]
     return (
-        all(one.op in ("placeholder", "get_attr") for one in (weight, bias) if one is not None)
-        and all(_is_plain(value) and value.dtype == values[0].dtype and value.is_contiguous() for value in values)
-        and values[0].numel() <= most_tokens(values[0].dtype) * values[0].shape[-1]
-        and not any(user.op == "call_method" and user.target.endswith("_") for user in x.users)
+        all(parameter.op in ("placeholder", "get_attr") for parameter in parameters)
+        and all(_is_plain(value) and value.dtype == x_value.dtype and value.is_contiguous() for value in values)
+        and x_value.numel() <= most_tokens(x_value.dtype) * x_value.shape[-1]
+        and not any(user.op == "call_method" and user.target.endswith("_") for user in x.users)  # overwrites x
     )
 
 
@@ -58,23 +62,24 @@ def _bias(node: fx.Node) -> fx.Node | None:
 
 
 def _is_plain(value) -> bool:
-    """Not a quantized weight, which is a tensor subclass."""
-    inner = value.data if isinstance(value, torch.nn.Parameter) else value
-    return type(inner) in (torch.Tensor, FakeTensor) and inner.is_floating_point()
+    """Whether a value is a floating tensor and no subclass of one, as quantized weights are."""
+    tensor = value.data if isinstance(value, torch.nn.Parameter) else value
+    return type(tensor) in (torch.Tensor, FakeTensor) and tensor.is_floating_point()
 
 
 def _join(gm: fx.GraphModule, nodes: list[fx.Node]) -> None:
+    """Replace linear layers of one input by one call, and slices of its output where there are several."""
     weights = [node.args[1] for node in nodes]
     biases = [_bias(node) for node in nodes if _bias(node) is not None]
     with gm.graph.inserting_before(nodes[0]):
-        outs = [insert_call(gm, nodes[0], torch.ops.tidal.linear.default, (nodes[0].args[0], weights, biases))]
+        joined = insert_call(gm, nodes[0], torch.ops.tidal.linear.default, (nodes[0].args[0], weights, biases))
+        outputs = [joined]
         if len(nodes) > 1:
             ends = list(itertools.accumulate((node.meta["example_value"].shape[-1] for node in nodes), initial=0))
             spans = [(..., slice(begin, end)) for begin, end in itertools.pairwise(ends)]
-            outs = [
-                insert_call(gm, node, operator.getitem, (outs[0], span))
-                for node, span in zip(nodes, spans, strict=True)
+            outputs = [
+                insert_call(gm, node, operator.getitem, (joined, span)) for node, span in zip(nodes, spans, strict=True)
             ]
-    for node, out in zip(nodes, outs, strict=True):
-        node.replace_all_uses_with(out)
+    for node, output in zip(nodes, outputs, strict=True):
+        node.replace_all_uses_with(output)
         gm.graph.erase_node(node)

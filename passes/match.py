@@ -253,9 +253,9 @@ def _checked_mask(mask: fx.Node | None, cache_shape: tuple) -> fx.Node | None:
 def _slides(node: fx.Node) -> bool:
     """Whether an attention call reads a sliding-window layer of the cache. The graph shows it by how a token is added:
 
-        full attention             counter.add_(1);  keys.index_copy_(new key)      the counter first
-        window, not yet full       keys.index_copy_(new key);  counter.add_(1)      the key first
-        window, full               keys.copy_(keys rolled by one)
+    full attention             counter.add_(1);  keys.index_copy_(new key)      the counter first
+    window, not yet full       keys.index_copy_(new key);  counter.add_(1)      the key first
+    window, full               keys.copy_(keys rolled by one)
     """
     source = _cached_keys(node)
     counter = source.removesuffix(".keys") + ".cumulative_length"

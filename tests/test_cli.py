@@ -18,7 +18,7 @@ from tidal_compile.evaluate import tasks
 
 def cli(*arguments):
     """Run in a process of its own, as a user does: exit code, standard output, standard error."""
-    command = [sys.executable, "-m", "tidal_compile.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "tidal_compile", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     """A tiny model with a word tokenizer that knows the pass-key prompt, saved as Hugging Face does."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_model(num_hidden_layers=4).save_pretrained(folder)
-    text = tasks.HEAD + tasks.FILLER + tasks.NEEDLE + tasks.QUESTION
+    text = tasks.FILLER + tasks.MAGIC + " ".join(map(str, range(10))) + tasks.HEAD + tasks.NEEDLE + tasks.QUESTION
     words = pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text)
     vocab = {word: number for number, word in enumerate(dict.fromkeys(["?", *(word for word, _ in words)]))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 
 def test_run_writes_what_it_prints(folder, tmp_path):
     code, out, err = cli(
-        "run", "--model", folder, "--context", 200, "--new-tokens", 8, "--budget", 70, "--policy", "full", "--policy", "tidal",
+        "run", "--model", folder, "--context", 200, "--new-tokens", 8, "--budget", 70, "--policy", "full", "--policy", "tidal", "--prompts", 2,
         "--baseline", "eager", "--device", "cpu", "--out", tmp_path, "--json",
     )  # fmt: skip
     assert code == 0, err
@@ -71,6 +71,8 @@ def test_run_writes_what_it_prints(folder, tmp_path):
     eager, full, tidal = record["variants"]
     assert [variant["name"] for variant in record["variants"]] == ["eager", "tidal: full", "tidal: tidal"]
     assert eager["tokens"] == full["tokens"] and len(full["tokens"]) == 8
+    assert len(record["prompts"]) == 2 == len(set(record["prompts"])) and len(tidal["answers"]) == 2
+    assert eager["answers"] == full["answers"] and full["found"] == 0  # random weights, whose answers are looked at
     assert full["kv_share"] == 1.0 and tidal["kv_share"] == pytest.approx((3 + 70 / (record["context"] + 7)) / 4)
     assert tidal["roles"] == ["full", "full", "select", "reuse"]
     assert all(variant["median_ms"] > 0 for variant in record["variants"]) and record["versions"]["torch"]
@@ -158,11 +160,11 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, folder, fails):
         (("policy", "show", "tidal"), "say which with --model or --num-layers"),
         (("policy", "init", bad, "--num-layers", 4), "--force overwrites it"),
         (("explain", "--model", "random:nope"), "unknown shape (valid: smollm2, gemma3-270m"),
-        (("explain", "--model", tmp_path / "no-model"), "can't be loaded"),
+        (("explain", "--model", tmp_path / "no-model"), "no such folder"),
         (("explain", "--model", folder, "--policy", "smollm2"), "num_layers is 30, but the model has 4 decoder layers"),
         (("run", "--model", folder, "--policy", "tidla"), "unknown policy 'tidla'"),
         (("run", "--model", folder, "--device", "tpu"), "valid devices are auto, cpu and cuda"),
-        (("run", "--model", folder, "--out", bad), "can't make this folder"),
+        (("run", "--model", folder, "--out", bad), "can't make or write this folder"),
         (
             ("run", "--model", folder, "--context", 100, "--policy", "tidal", "--budget", 5),
             "budget 5 is smaller than sinks + recent",

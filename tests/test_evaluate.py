@@ -208,7 +208,10 @@ def test_policies_are_named_by_their_files(tmp_path):
     for file in files:
         file.parent.mkdir(exist_ok=True)
         sparse_policy().save(file)
-    names = [one.name for one in compared(*decode_calls(tiny_model()), [files[0], files[1].parent, *files[2:]], (16, 64, 16), None)]
+    names = [
+        one.name
+        for one in compared(*decode_calls(tiny_model()), [files[0], files[1].parent, *files[2:]], (16, 64, 16), None)
+    ]
     each = [f"{name} @{budget}" for name in ("my.v1", "Qwen2.5-7B", "other") for budget in (16, 64)]
     assert names == ["dense", *each]
 

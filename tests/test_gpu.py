@@ -11,6 +11,7 @@ from tidal_compile.bench.decode import reference_backend
 from tidal_compile.evaluate.decode import answer, prepare
 from tidal_compile.models import load_model
 from tidal_compile.run import rewind
+from tidal_compile.step import PolicyStep
 
 pytestmark = pytest.mark.gpu
 
@@ -194,7 +195,7 @@ def test_uncompiled_ops_answer_as_the_compiled_step(cudagraph_or_error):
     contexts = [random_tokens(1, length, seed=length)[0].tolist() for length in (50, 70, 61)]
     questions = [random_tokens(1, 5, seed=seed)[0].tolist() for seed in (1, 2, 3)]
     prompts = prepare(model, contexts, questions, 8)
-    answers = answer(model, prompts, policy.roles, sparse_question=True, stop=[])
+    answers = answer(model, PolicyStep(model), prompts, policy.roles, sparse_question=True, stop=[])
     for context, question, got in zip(contexts, questions, answers, strict=True):
         torch._dynamo.reset()
         step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})

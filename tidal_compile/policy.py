@@ -424,7 +424,7 @@ def _title(policy: Any, found: Policy) -> str:
     return str(policy) if isinstance(policy, str | Path) else f"policy {found.name!r}"
 
 
-class _NoDuplicates(yaml.SafeLoader):
+class _NoDuplicates(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the parser in C, where there is one
     """YAML keeps the last of two equal keys; in a policy that hides a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -41,11 +40,14 @@ def check_same(file: Path, what: str, before: dict[str, Any], about: dict[str, A
 
 
 def versions(*packages: str) -> dict[str, str]:
-    found = {}
+    """The versions of those packages that are installed: a CPU build of torch has no triton."""
+    from importlib import metadata
+
+    numbers = {}
     for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a CPU build of torch has no triton
-            found[package] = importlib.metadata.version(package)
-    return found
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            numbers[package] = metadata.version(package)
+    return numbers
 
 
 def _commit() -> str:

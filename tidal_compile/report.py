@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import TidalError
-from .policy import ROLES, Policy
 
 if TYPE_CHECKING:
     from .explain import Explanation
+    from .policy import Policy
     from .run import Result
 
 
@@ -54,15 +54,17 @@ def explanation_text(explanation: "Explanation") -> str:
     return capture.get().rstrip()
 
 
-def roles_line(policy: Policy) -> str:
+def roles_line(policy: "Policy") -> str:
     """The layers of each role in one line."""
+    from .policy import ROLES
+
     groups = {kind: [role.layer for role in policy.roles if role.role == kind] for kind in ROLES}
     return f"policy {policy.name}: " + "; ".join(
         f"{kind} {_spans(layers)}" for kind, layers in groups.items() if layers
     )
 
 
-def calibration_table(policy: Policy) -> Table:
+def calibration_table(policy: "Policy") -> Table:
     """What a calibrated policy costs in quality, beside the published layers."""
     found = policy.calibration
     rows = []
@@ -74,7 +76,7 @@ def calibration_table(policy: Policy) -> Table:
     return table(("policy", "loss", *kinds, "answers kept", "KV cache read"), rows)
 
 
-def pareto_points(policies: Sequence[Policy]) -> list[dict[str, Any]]:
+def pareto_points(policies: Sequence["Policy"]) -> list[dict[str, Any]]:
     """Each calibrated policy: bytes of a step, KL, and whether no other one is better in both."""
     points = []
     for policy in policies:
@@ -124,8 +126,8 @@ def run_record(measured: Sequence["Result"], **about: Any) -> dict[str, Any]:
         "variants": [
             {
                 "name": result.variant.name,
-                "answer": result.text,
-                "found_key": None if about["key"] is None else about["key"] in result.text,
+                "answers": list(result.texts),
+                "found": result.found,
                 "kv_share": result.kv_share,
                 "median_ms": result.median_ms,
                 "p10_ms": summary(result.milliseconds)["p10"],
@@ -141,17 +143,22 @@ def run_record(measured: Sequence["Result"], **about: Any) -> dict[str, Any]:
 
 
 def run_table(record: dict[str, Any]) -> Table:
-    """Variant, answer, share of the KV cache read a step, and latency; the JSON has more."""
-    verdicts = {True: "found", False: "missed", None: "-"}
+    """Variant, share of the KV cache read a step, numbers found, latency, first answer; the JSON has more."""
     rows = []
     for variant in record["variants"]:
-        answer = " ".join(variant["answer"].split())
+        answer = " ".join((variant["answers"] or [""])[0].split())
         rows.append((
-            variant["name"].removeprefix("tidal: "), answer if len(answer) <= 18 else answer[:17] + "…",
-            verdicts[variant["found_key"]], f"{variant['kv_share']:.0%}", f"{variant['median_ms']:.2f}",
-            f"{variant['first_step_s']:.1f}",
+            variant["name"].removeprefix("tidal: "), f"{variant['kv_share']:.0%}", found_of(record, variant),
+            f"{variant['median_ms']:.2f}", f"{variant['first_step_s']:.1f}",
+            answer if len(answer) <= 24 else answer[:23] + "…",
         ))  # fmt: skip
-    return table(("variant", "answer", f"key {record['key'] or ''}".strip(), "KV read", "ms/token", "compile s"), rows)
+    first = f"answer ({record['prompts'][0]})" if record["prompts"] else "answer"
+    return table(("variant", "KV read", "found", "ms/token", "compile s", first), rows)
+
+
+def found_of(record: dict[str, Any], variant: dict[str, Any]) -> str:
+    """How many of the hidden numbers a variant of a run found."""
+    return "-" if variant["found"] is None else f"{variant['found']} of {len(record['prompts'])}"
 
 
 def need_matplotlib() -> None:
@@ -170,9 +177,8 @@ def run_chart(record: dict[str, Any], file: Path) -> None:
     medians = [variant["median_ms"] for variant in variants]
     bars = axes.barh(range(len(variants)), medians, color="#3b7ea1")
     axes.set_yticks(range(len(variants)), [variant["name"] for variant in variants])
-    verdict = {True: ", key found", False: ", key missed", None: ""}
     labels = [
-        f"{variant['median_ms']:.2f} ms, {variant['kv_share']:.0%} of KV{verdict[variant['found_key']]}"
+        f"{variant['median_ms']:.2f} ms, {variant['kv_share']:.0%} of KV, {found_of(record, variant)} found"
         for variant in variants
     ]
     axes.bar_label(bars, labels, padding=4, fontsize=8)

@@ -1,13 +1,13 @@
-"""The main job of the command line: one prompt, decoded by several variants of one model, compared.
+"""The main job of the command line: a few prompts, decoded by several variants of one model, compared.
 
-Every variant decodes from one prefilled cache, rewound in between: a static layer by setting its token counter back, so
-that what an earlier variant wrote becomes garbage beyond the live length, and a sliding window from a copy.
+Every variant decodes from the same prefilled caches, rewound in between: a static layer by setting its token counter
+back, so that what an earlier variant wrote becomes garbage beyond the live length, and a sliding window from a copy.
 """
 
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,7 @@ from .models import continues, empty_cache, forgets, with_cache
 from .passes.plan import Plan, kv_share
 from .policy import Policy
 
+ANSWER_TOKENS = 12  # a number of seven digits, and what a model may say before it
 WARM_UP = 3  # steps that are not timed: compilation, CUDA-graph warm-up and recording
 
 
@@ -33,12 +34,29 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A prompt whose `length` tokens but for the last one, `token [1, 1]`, were prefilled; `answer`: what it asks for.
+
+    `windows` are copies of the cache layers that forget, of this state. Random weights have no answer.
+    """
+
+    token: Tensor
+    length: int
+    cache: Any
+    windows: Mapping[int, Any]
+    answer: str | None
+
+
+@dataclass(frozen=True)
 class Result:
-    """What a variant did: tokens and their text, ms of each timed step, share of the KV cache read, compile time."""
+    """What a variant did: a text for each prompt and how many of them hold the answer, None for random weights; the
+    tokens of the first prompt, ms of each of its timed steps, the share of the KV cache read, and the compile time.
+    """
 
     variant: Variant
     tokens: tuple[int, ...]
-    text: str
+    texts: tuple[str, ...]
+    found: int | None
     milliseconds: tuple[float, ...]
     kv_share: float
     compile_seconds: float
@@ -121,19 +139,15 @@ def make_step(model: nn.Module, variant: Variant) -> Callable:
 
 
 @torch.no_grad()
-def decode(model: nn.Module, variant: Variant, cache: Any, token: Tensor, steps: int) -> Iterator[tuple[int, float]]:
-    """Greedy decoding from `token [1, 1]` after what the cache holds: yields (next token, ms of the step).
-
-    The first step compiles.
-    """
-    torch._dynamo.reset()  # guards of other variants on the same forward would only slow this one down
-    step = make_step(model, variant)
-    token = token.clone(memory_format=torch.contiguous_format)  # a slice has other strides, and would compile twice
+def decode(model: nn.Module, step: Callable, prompt: Prompt, steps: int) -> Iterator[tuple[int, float]]:
+    """Greedy decoding after a prompt: yields (next token, ms of the step). The first step may compile."""
+    rewind(prompt.cache, prompt.length - 1, prompt.windows)
+    token = prompt.token.clone(memory_format=torch.contiguous_format)  # a slice has other strides, and would recompile
     for _ in range(steps):
         torch.compiler.cudagraph_mark_step_begin()
         _synchronize(model.device)
         start = time.perf_counter()
-        logits = step(input_ids=token, **with_cache(model, cache)).logits
+        logits = step(input_ids=token, **with_cache(model, prompt.cache)).logits
         token = logits[:, -1].argmax(-1, keepdim=True)
         _synchronize(model.device)
         yield token.item(), (time.perf_counter() - start) * 1e3
@@ -151,18 +165,27 @@ def decode_given(model: nn.Module, variant: Variant, cache: Any, tokens: Tensor)
 
 
 def measure(
-    model: nn.Module, variant: Variant, cache: Any, token: Tensor, length: int, steps: int,
-    tokenizer: Any = None, on_step: Callable[[], None] = lambda: None,
+    model: nn.Module, variant: Variant, prompts: Sequence[Prompt], steps: int, tokenizer: Any = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Result:  # fmt: skip
-    """Decode `steps` tokens from `token [1, 1]` after the cache's `length` tokens, all but the first few timed."""
+    """Decode `steps` tokens after the first prompt, all but the first few timed, and the answers to the other ones."""
+    torch._dynamo.reset()  # guards of other variants on the same forward would only slow this one down
+    step = make_step(model, variant)
     tokens, milliseconds = [], []
-    for next_token, ms in decode(model, variant, cache, token, steps):
-        tokens.append(next_token)
+    for token, ms in decode(model, step, prompts[0], steps):
+        tokens.append(token)
         milliseconds.append(ms)
         on_step()
-    share = 1.0 if variant.plan is None else kv_share(variant.plan, length + steps)
-    text = tokenizer.decode(tokens) if tokenizer is not None else ""
-    return Result(variant, tuple(tokens), text, tuple(milliseconds[WARM_UP:]), share, milliseconds[0] / 1e3)
+    decoded = [tokens]
+    for prompt in prompts[1:]:
+        decoded.append([token for token, _ in decode(model, step, prompt, min(steps, ANSWER_TOKENS))])
+        on_step()
+    texts = [] if tokenizer is None else [tokenizer.decode(ids) for ids in decoded]
+    right = [prompt.answer in text for prompt, text in zip(prompts, texts, strict=False) if prompt.answer is not None]
+    return Result(
+        variant, tuple(tokens), tuple(texts), sum(right) if right else None, tuple(milliseconds[WARM_UP:]),
+        1.0 if variant.plan is None else kv_share(variant.plan, prompts[0].length + steps - 1), milliseconds[0] / 1e3,
+    )  # fmt: skip
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """Decode steps of a whole model: the backend's policies beside what else a user could run, at one context and batch.
 
-Random weights and a random cache: latency means something, the text does not. Every variant's logits are compared with
-a plain run of the same computation before it is timed: dense variants with the eager model, a policy with its rewritten
-graph over the reference ops, neither of them compiled.
+Weights and cache are random, so that only the latency means something. Every variant's logits are compared with an
+uncompiled run of the same computation before the variant is timed: those of dense variants with the eager model, those
+of a policy with its rewritten graph over the reference ops.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ from ..policy import Policy
 from ..run import random_cache, rewind, windows
 from .timing import relative_error, summary, time_steps
 
-WARM_UP = 6  # steps: compilation, CUDA-graph warm-up and recording
-ROUNDING = {torch.float32: 5e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}  # relative error of logits a layer
+WARM_UP = 6  # steps that are not timed: compilation, CUDA-graph warm-up and recording
+ROUNDING = {torch.float32: 5e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}  # relative error of logits from one layer
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a decode step of a model must read: bytes of weights, and of the KV cache a token."""
+    """A model's attention calls, and what its decode step must read: bytes of weights, and of the KV cache a token."""
 
     calls: tuple[Any, ...]
     num_layers: int
     weight_bytes: int
-    streamed_bytes: int
+    streamed_bytes: int  # of the weights, those that every step reads
     kv_bytes_per_token: int
     largest_layer_bytes_per_token: int
-    group: int
-    width: int
+    group: int  # query heads a kv head
+    width: int  # bytes of one number
 
 
 @dataclass(frozen=True)
@@ -58,53 +58,59 @@ class Case:
 
 
 def read_shape(model: nn.Module, dtype: torch.dtype) -> Shape:
-    """From a model on the meta device.
+    """The shape of a model on the meta device.
 
-    An untied embedding table is not streamed: a step reads one row of it. Experts count as if all were read.
+    An untied embedding table is not streamed, since a step reads one row of it. Experts count as if all were read.
     """
     calls, num_layers = decode_calls(model)
     sites = [call for call in calls if isinstance(call, AttentionSite)]
     if not sites:
         raise TidalError("bench: the model has no attention call over a static cache that could be rewritten")
-    kv = [_elements(site.key) + _elements(site.value) for site in sites]
+    kv_elements = [_elements_per_token(site.key) + _elements_per_token(site.value) for site in sites]
     heads, kv_heads = (node.meta["example_value"].shape[1] for node in (sites[0].query, sites[0].key))
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    looked_up = 0 if head is not None and head.weight is table else table.numel() * dtype.itemsize
+    not_streamed = 0 if head is not None and head.weight is table else table.numel() * dtype.itemsize
     return Shape(
-        calls=tuple(calls), num_layers=num_layers, weight_bytes=weights, streamed_bytes=weights - looked_up,
-        kv_bytes_per_token=sum(kv) * dtype.itemsize, largest_layer_bytes_per_token=max(kv) * dtype.itemsize,
+        calls=tuple(calls), num_layers=num_layers, weight_bytes=weights, streamed_bytes=weights - not_streamed,
+        kv_bytes_per_token=sum(kv_elements) * dtype.itemsize,
+        largest_layer_bytes_per_token=max(kv_elements) * dtype.itemsize,
         group=heads // kv_heads, width=dtype.itemsize,
     )  # fmt: skip
 
 
-def _elements(node: fx.Node) -> int:
+def _elements_per_token(node: fx.Node) -> int:
+    """Numbers that a cache tensor `[B, H, S, D]` holds for each token."""
     _, heads, _, head_dim = node.meta["example_value"].shape
     return heads * head_dim
 
 
 def cases_of(shape: Shape, baselines: Sequence[str], asked: Sequence[Options]) -> list[Case]:
-    """The variants to run. Raises `TidalError` where the model can't follow a policy."""
+    """The variants to run: `baselines` by name, and a policy for each of the options that are `asked` for.
+
+    Raises `TidalError` where the model can't follow a policy.
+    """
     cases = [Case(name) for name in baselines]
     for options in asked:
         policy, plan = followed(list(shape.calls), shape.num_layers, options)
-        budget = {role.budget for role in policy.roles if role.role == "select"}
-        cases.append(Case(f"tidal: {policy.name}" + (f" {max(budget)}" if budget else ""), policy, plan))
+        budgets = {role.budget for role in policy.roles if role.role == "select"}
+        name = f"tidal: {policy.name}" + (f" {max(budgets)}" if budgets else "")
+        cases.append(Case(name, policy, plan))
     return cases
 
 
 def need_memory(shape: Shape, cases: Sequence[Case], batch: int, slots: int, free: int) -> None:
-    """Raises `TidalError` with the bytes, before anything is allocated, where a case can't fit into `free` bytes."""
+    """Raise `TidalError` with the bytes, before anything is allocated, where a case can't fit into `free` bytes."""
     cache = batch * slots * shape.kv_bytes_per_token
     layer = batch * slots * shape.largest_layer_bytes_per_token
-    repeated = 2 * layer * shape.group  # repeat_kv writes out keys and values for each head
-    in_float32 = 3 * layer * 4 // shape.width  # the reference ops
+    repeated = 2 * layer * shape.group  # repeat_kv copies keys and values for every query head
+    in_float32 = 3 * layer * 4 // shape.width  # the reference ops copy a layer's cache to float32
     working = max(repeated if any(case.policy is None for case in cases) else 0, in_float32) + 2**30 * (free > 2**35)
     needed = shape.weight_bytes + cache + working
     if needed > free:
         raise TidalError(
             f"bench: batch {batch} with {slots} tokens needs {needed:,} bytes (weights {shape.weight_bytes:,}, "
-            f"KV cache {cache:,}, working memory {working:,}), and {free:,} are free: take a smaller --context or "
+            f"KV cache {cache:,}, working memory {working:,}), and {free:,} are free; take a smaller --context or "
             "--batch, fewer --layers, or fewer baselines"
         )
 
@@ -114,14 +120,14 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # caches that can be dropped count as free there
+    if meminfo.exists():  # it counts droppable caches as available, which `sysconf` doesn't
         available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
         return int(available[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def floor_bytes(shape: Shape, case: Case, batch: int, length: int) -> tuple[int, int]:
-    """The fewest bytes that a step can move: of weights, and of the KV cache under the policy."""
+    """The fewest bytes that a step can read: of weights, and of the KV cache under the policy."""
     share = 1.0 if case.plan is None else kv_share(case.plan, length)
     return shape.streamed_bytes, round(batch * length * shape.kv_bytes_per_token * share)
 
@@ -131,39 +137,40 @@ def run_case(
     model: nn.Module, shape: Shape, case: Case, cache: Any, lengths: Sequence[int], token: Tensor, steps: int,
     rate: float, saved: dict[int, Any],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Check and time one variant from `token [B, 1]` after each number of cached tokens, compiled once: records.
+    """Compile one variant, then check and time it from `token [B, 1]` after each number of cached tokens: records.
 
-    Raises `TidalError` where its logits are not those expected; a recompilation while it is timed raises, too.
+    `rate`: bytes a second that the device's memory moves. `saved`: copies of the cache layers that forget tokens, from
+    `make_cache`. Raises `TidalError` where the logits are wrong; a recompilation while steps are timed raises, too.
     """
-    lengths = sorted(lengths, reverse=True)  # a step writes beyond its length: no shorter one will read that
+    lengths = sorted(lengths, reverse=True)  # longest first: steps write beyond their length, where no later one reads
     expected = expected_logits(model, case, cache, lengths, token, saved)
     torch._dynamo.reset()
     start = time.perf_counter()
     with _as_baseline(model, case, lengths[0] + 1) as forward:
         step = _compiled(forward, case, model.device)
 
-        def one() -> Tensor:
+        def decode_step() -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
             return step(input_ids=token, **with_cache(model, cache)).logits
 
         compile_seconds = None
         for length, logits in zip(lengths, expected, strict=True):
             rewind(cache, length, saved)
-            error = relative_error(one()[:, -1], logits)
+            error = relative_error(decode_step()[:, -1], logits)
             compile_seconds = compile_seconds or time.perf_counter() - start
             limit = tolerance(case, shape.num_layers, model.dtype)
             if not error <= limit:
                 raise TidalError(
-                    f"bench: the logits of {case.name} after {length} tokens are off by {error:.3g} (relative; at most "
-                    f"{limit:.3g})"
+                    f"bench: the logits of {case.name} after {length} tokens are off by a relative error of "
+                    f"{error:.3g}; at most {limit:.3g} is expected"
                 )
             for _ in range(WARM_UP - 1):
-                one()
+                decode_step()
             yield {
                 "name": case.name,
                 "batch": len(token),
                 "context": length + 1,
-                **_timed(one, shape, case, length, len(token), steps, rate, model.device),
+                **_timed(decode_step, shape, case, length, len(token), steps, rate, model.device),
                 "relative_error": error,
                 "compile_s": compile_seconds,
                 "policy": case.policy and case.policy.to_dict(),
@@ -171,26 +178,26 @@ def run_case(
 
 
 def tolerance(case: Case, num_layers: int, dtype: torch.dtype) -> float:
-    """How far apart two right runs may be: the rounding of layers adds up as a random walk does.
+    """The relative error between two right runs, at most: rounding in layers adds up as a random walk does.
 
-    Random weights attend almost evenly, so that rounding also moves tokens in and out of a token set: three times that
-    for a sparse policy. Wrong sets, or wrong attention, are off by about 1.
+    A sparse policy gets three times as much: random weights attend almost evenly, so that rounding also moves tokens in
+    and out of a token set. Wrong sets, or wrong attention, are off by about 1.
     """
     sparse = case.policy is not None and any(role.role == "reuse" for role in case.policy.roles)
     return ROUNDING[dtype] * num_layers**0.5 * (3 if sparse else 1)
 
 
 def _timed(
-    one: Callable[[], Tensor], shape: Shape, case: Case, length: int, batch: int, steps: int, rate: float,
+    decode_step: Callable[[], Tensor], shape: Shape, case: Case, length: int, batch: int, steps: int, rate: float,
     device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
-    """Time warm steps: ms, beside the bytes that they must move, and what should stay as it is in the meantime."""
+    """Time warm steps: ms, the bytes that a step must read, and counts of what should not happen in the meantime."""
     counters = torch._dynamo.utils.counters["inductor"]
     before = counters["cudagraph_skips"], _recorded(counters), _allocated(device)
     with torch.compiler.set_stance("fail_on_recompile") if case.name != "eager" else contextlib.nullcontext():
-        ms = time_steps(one, steps, device)
+        ms = time_steps(decode_step, steps, device)
     after = counters["cudagraph_skips"], _recorded(counters), _allocated(device)
-    skips, recorded, grown = (now - then for now, then in zip(after, before, strict=True))
+    skips, recorded, grown = (end - start for start, end in zip(before, after, strict=True))
     weights, kv = floor_bytes(shape, case, batch, length + WARM_UP + steps // 2)
     timing, tenth = summary(ms), max(1, steps // 10)
     return {
@@ -213,34 +220,34 @@ def _timed(
 def expected_logits(
     model: nn.Module, case: Case, cache: Any, lengths: Sequence[int], token: Tensor, saved: dict[int, Any]
 ) -> list[Tensor]:
-    """The last logits `[B, V]` of a plain run at each length: eager for dense cases, reference ops for a policy."""
+    """The last logits `[B, V]` at each length, uncompiled: eager for dense cases, the reference ops for a policy."""
     torch._dynamo.reset()
     forward = model.forward
     if case.policy is not None:
         forward = torch.compile(forward, backend=reference_backend(case.policy), fullgraph=True)
-    found = []
+    expected = []
     for length in lengths:
         rewind(cache, length, saved)
-        with _kept(cache, length):
-            found.append(forward(input_ids=token, **with_cache(model, cache)).logits[:, -1].clone())
-    return found
+        with _restored(cache, length):
+            expected.append(forward(input_ids=token, **with_cache(model, cache)).logits[:, -1].clone())
+    return expected
 
 
 @contextlib.contextmanager
-def _kept(cache: Any, slot: int) -> Iterator[None]:
-    """What stands in a slot of a static cache, put back at the end."""
-    sides = [side for layer in cache.layers for side in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-    views = [side[:, :, slot : slot + 1] for side in sides if side is not None and side.dim() == 4]
-    before = [view.clone() for view in views]
+def _restored(cache: Any, slot: int) -> Iterator[None]:
+    """Restore one slot of a static cache at the end, whatever a step writes to it."""
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    views = [tensor[:, :, slot : slot + 1] for tensor in tensors if tensor is not None and tensor.dim() == 4]
+    copies = [view.clone() for view in views]
     yield
-    for view, kept in zip(views, before, strict=True):
-        view.copy_(kept)
+    for view, copy in zip(views, copies, strict=True):
+        view.copy_(copy)
 
 
 def reference_backend(policy: Policy) -> Callable:
-    """A backend that rewrites by the policy, puts `kernels/reference.py` behind the ops, and compiles nothing."""
+    """A backend that rewrites by the policy, puts `kernels/reference.py` in place of the ops, and compiles nothing."""
 
-    def run_plainly(gm: fx.GraphModule, _: Sequence[Any]) -> Callable:
+    def run_uncompiled(gm: fx.GraphModule, _: Sequence[Any]) -> Callable:
         apply_plan(gm, plan_graph(gm, Options.parse({"policy": policy})))
         for node in gm.graph.nodes:
             if node.op == "call_function" and "tidal" in str(node.target):
@@ -248,14 +255,14 @@ def reference_backend(policy: Policy) -> Callable:
         gm.recompile()
         return gm.forward
 
-    return run_plainly
+    return run_uncompiled
 
 
 @torch.no_grad()
 def generate_ms(
     model: nn.Module, case: Case, cache: Any, length: int, token: Tensor, new_tokens: int, saved: dict[int, Any]
 ) -> dict[str, float]:
-    """ms/token that `model.generate` takes for the same step: between tokens of a streamer, batch 1, warm."""
+    """ms a token that `model.generate` takes for the same step: between tokens of a streamer, batch 1, warm."""
     from transformers import CompileConfig
 
     from ..backend import compile_config
@@ -263,23 +270,23 @@ def generate_ms(
     torch._dynamo.reset()
     model._last_compile_config = None
     if case.policy is not None:
-        how = {"compile_config": compile_config(case.policy)}
+        options = {"compile_config": compile_config(case.policy)}
     else:
-        how = {"disable_compile": True} if case.name == "eager" else {"compile_config": CompileConfig()}
+        options = {"disable_compile": True} if case.name == "eager" else {"compile_config": CompileConfig()}
     ids = torch.cat([token.new_ones(1, length), token], 1)
     for _ in range(2):  # the first call compiles
         rewind(cache, length, saved)
-        marks = _Marks()
+        clock = _Clock()
         model.generate(
-            ids, **with_cache(model, cache), max_new_tokens=new_tokens, do_sample=False, streamer=marks, eos_token_id=None,
-            pad_token_id=0, attention_mask=torch.ones_like(ids), **how,
+            ids, **with_cache(model, cache), max_new_tokens=new_tokens, do_sample=False, streamer=clock,
+            eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(ids), **options,
         )  # fmt: skip
-    times = marks.times[3:]
+    times = clock.times[3:]
     return summary([(after - before) * 1e3 for before, after in itertools.pairwise(times)])
 
 
-class _Marks:
-    """A streamer that notes when each token came; `generate` has brought it to the host by then."""
+class _Clock:
+    """A streamer that records when each token arrives, by which time `generate` has brought it to the host."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -300,7 +307,7 @@ def keeps_everything(model: nn.Module) -> bool:
 
 
 def make_cache(model: nn.Module, batch: int, length: int, slots: int) -> tuple[Any, dict[int, Any]]:
-    """A cache with `length` random tokens, and copies of what forgets."""
+    """A cache with `length` random tokens, and copies of its layers that forget tokens, such as sliding windows."""
     cache = random_cache(model, length, slots, batch)
     return cache, windows(cache)
 
@@ -316,9 +323,9 @@ def _compiled(forward: Callable, case: Case, device: torch.device) -> Callable:
 
 @contextlib.contextmanager
 def _as_baseline(model: nn.Module, case: Case, live: int) -> Iterator[Callable]:
-    """The model's forward; for `flash`, with attention over the live part of the cache, unrepeated and without a mask.
+    """The model's forward; for `flash`, with SDPA over the first `live` slots, without `repeat_kv` and without a mask.
 
-    That is what a careful user of PyTorch could write by hand for a known length: the strong dense baseline.
+    `flash` is the strong dense baseline: what a careful user of PyTorch could write by hand for a known length.
     """
     if case.name != "flash":
         yield model.forward
@@ -344,6 +351,7 @@ def _as_baseline(model: nn.Module, case: Case, live: int) -> Iterator[Callable]:
 
 
 def _recorded(counters: dict[str, int]) -> int:
+    """A count that rises with every CUDA graph that is recorded."""
     return counters["cudagraph_recorded_non_static_inputs"]
 
 

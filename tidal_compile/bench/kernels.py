@@ -1,7 +1,7 @@
 """The attention ops one by one, beside what else does the same: us, GB/s, and the share of the device's copy rate.
 
-Data is random and rotates through copies larger together than any L2 cache. Each op is compared with the reference op
-on the same inputs before it is timed.
+Data is random. Calls rotate through copies of it that are together larger than any L2 cache. Each op is compared with
+the reference op on the same inputs before it is timed.
 """
 
 import functools
@@ -18,14 +18,14 @@ from ..errors import TidalError
 from ..kernels import ops, reference
 from .timing import relative_error, summary, time_calls
 
-ROTATE_BYTES = 400 * 10**6  # of data, so that none of it is left in a cache
+ROTATE_BYTES = 400 * 10**6  # read between two calls on the same copy, so that none of it is left in a cache
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 SINKS, RECENT = 4, 64
 
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of one attention call, and of a selection: a budget, and who shares a token set."""
+    """The sizes of one attention call, and the budget of a selection and who shares its token sets."""
 
     batch: int
     heads: int
@@ -37,7 +37,7 @@ class Size:
 
     @property
     def kv_bytes(self) -> int:
-        """Of the keys and values, in 16 bits."""
+        """Bytes of the keys and values, in 16 bits."""
         return 2 * self.batch * self.kv_heads * self.context * self.head_dim * 2
 
     @property
@@ -48,7 +48,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Random inputs of one attention call; `index` are scattered positions, as an adverse selection would choose."""
+    """Random inputs of one attention call; `index` holds scattered positions, the worst that a selection can choose."""
 
     q: Tensor
     k: Tensor
@@ -65,15 +65,15 @@ class Inputs:
 
 
 def need_memory(size: Size, device: torch.device, free: int) -> None:
-    """Raises `TidalError` with the bytes where the inputs and a float32 reference can't fit into `free` bytes."""
+    """Raise `TidalError` with the bytes where the inputs and a float32 reference can't fit into `free` bytes."""
     rotated = ROTATE_BYTES if device.type == "cuda" else 0
     needed = max(size.kv_bytes, rotated) + 6 * size.kv_bytes + 16 * size.batch * size.heads * size.context
     if needed > free:
-        raise TidalError(f"bench: {size} needs {needed:,} bytes, and {free:,} are free: take a smaller --context")
+        raise TidalError(f"bench: {size} needs {needed:,} bytes, and {free:,} are free; take a smaller --context")
 
 
 def make_inputs(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
-    """q, k and v normal; a mask that hides nothing, as `generate` passes one; a cache that is full."""
+    """Inputs with normal q, k and v, a mask that hides nothing, as `generate` passes one, and a full cache."""
     generator = torch.Generator(device).manual_seed(seed)
     normal = functools.partial(torch.randn, device=device, dtype=dtype, generator=generator)
     kv = (size.batch, size.kv_heads, size.context, size.head_dim)
@@ -100,7 +100,7 @@ def run_size(size: Size, device: torch.device, dtype: torch.dtype, rate: float) 
     scanned = size.kv_bytes * dtype.itemsize // 2
     records = []
     for name, call in variants(size, device).items():
-        calls = [functools.partial(call, one) for one in data]
+        calls = [functools.partial(call, inputs) for inputs in data]
         timing = summary(time_calls(calls * max(1, 8 // copies), device))
         moved = gathered if name.startswith("sparse") else 0 if name.startswith("top-k") else scanned
         records.append({
@@ -113,38 +113,38 @@ def run_size(size: Size, device: torch.device, dtype: torch.dtype, rate: float) 
 
 def variants(size: Size, device: torch.device) -> dict[str, Callable[[Inputs], object]]:
     """What is timed at a size, by name: our ops with and without a mask, and what else does the same."""
-    group = size.heads != size.kv_heads
-    choose = _selection(size)
+    grouped = size.heads != size.kv_heads
+    settings = _selection(size)
 
     def sdpa(x: Inputs, backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(x.q, x.k, x.v, enable_gqa=group)
+            return torch.nn.functional.scaled_dot_product_attention(x.q, x.k, x.v, enable_gqa=grouped)
 
-    found = {
+    timed = {
         "dense": lambda x: ops.full_attention(*x.attention),
         "dense, no mask": lambda x: ops.full_attention(x.q, x.k, x.v, x.length, None, x.scale),
-        "select": lambda x: ops.select_attention(*x.attention, *choose),
-        "select, no mask": lambda x: ops.select_attention(x.q, x.k, x.v, x.length, None, x.scale, *choose),
+        "select": lambda x: ops.select_attention(*x.attention, *settings),
+        "select, no mask": lambda x: ops.select_attention(x.q, x.k, x.v, x.length, None, x.scale, *settings),
         "sparse": lambda x: ops.sparse_attention(x.q, x.k, x.v, x.index, x.length, None, x.scale),
     }
     if device.type != "cuda":
-        return found | {"SDPA": lambda x: sdpa(x, SDPBackend.MATH)}
-    found |= {
+        return timed | {"SDPA": lambda x: sdpa(x, SDPBackend.MATH)}
+    timed |= {
         "SDPA flash": lambda x: sdpa(x, SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": lambda x: sdpa(x, SDPBackend.CUDNN_ATTENTION),
         "dense + torch.topk": lambda x: _dense_and_topk(x, size),
     }
     rows = torch.randn(size.batch * size.sets, size.context, device=device)
-    found["top-k alone, torch.topk"] = lambda _: rows.topk(choose[0])
+    timed["top-k alone, torch.topk"] = lambda _: rows.topk(settings[0])
     if importlib.util.find_spec("flashinfer"):
         import flashinfer
 
-        found["top-k alone, FlashInfer"] = lambda _: flashinfer.top_k(rows, choose[0])
-    return found
+        timed["top-k alone, FlashInfer"] = lambda _: flashinfer.top_k(rows, settings[0])
+    return timed
 
 
 def _dense_and_topk(x: Inputs, size: Size) -> tuple[Tensor, Tensor]:
-    """The dense scan with its scores, summed in groups, and PyTorch's top-k of them."""
+    """The dense scan with its scores, and PyTorch's top-k of them, summed over the heads that share a token set."""
     from ..kernels.dense import scan
     from ..kernels.split import merge
 
@@ -158,22 +158,23 @@ def _dense_and_topk(x: Inputs, size: Size) -> tuple[Tensor, Tensor]:
 
 
 def _selection(size: Size) -> tuple[int, float, int, int, str]:
-    """Budget, ratio, sinks, recent and share, as the op takes them; what is always kept fits into the budget."""
-    sinks, recent = (min(kept, size.budget // 4) for kept in (SINKS, RECENT))
+    """Budget, ratio, sinks, recent and share, as ops take them; a small budget has fewer sinks and recent tokens."""
+    sinks, recent = (min(tokens, size.budget // 4) for tokens in (SINKS, RECENT))
     return min(size.budget, size.context), 0.0, sinks, recent, size.share
 
 
 def _check(size: Size, x: Inputs, dtype: torch.dtype) -> None:
-    """Our ops against the reference. Selections may differ where float32 sums make near-ties."""
-    choose = _selection(size)
-    out, index = ops.select_attention(*x.attention, *choose)
-    expected, chosen = reference.select_attention(*x.attention, *choose)
+    """Compare our ops with the reference. Selections may differ where float32 sums make near-ties."""
+    settings = _selection(size)
+    out, index = ops.select_attention(*x.attention, *settings)
+    expected_out, expected_index = reference.select_attention(*x.attention, *settings)
     sparse = ops.sparse_attention(x.q, x.k, x.v, x.index, x.length, None, x.scale)
+    expected_sparse = reference.sparse_attention(x.q, x.k, x.v, x.index, x.length, None, x.scale)
     errors = {
-        "dense": relative_error(ops.full_attention(*x.attention), expected),
-        "select": relative_error(out, expected),
-        "sparse": relative_error(sparse, reference.sparse_attention(x.q, x.k, x.v, x.index, x.length, None, x.scale)),
-        "tokens": _differing(index, chosen) / chosen.numel(),
+        "dense": relative_error(ops.full_attention(*x.attention), expected_out),
+        "select": relative_error(out, expected_out),
+        "sparse": relative_error(sparse, expected_sparse),
+        "tokens": _count_unexpected(index, expected_index) / expected_index.numel(),
     }
     limits = dict.fromkeys(errors, TOLERANCE[dtype]) | {"tokens": 0.01}
     for name, error in errors.items():
@@ -181,29 +182,30 @@ def _check(size: Size, x: Inputs, dtype: torch.dtype) -> None:
             raise TidalError(f"bench: {name} is off by {error:.3g} (relative; at most {limits[name]}) at {size}")
 
 
-def _differing(index: Tensor, chosen: Tensor) -> int:
+def _count_unexpected(index: Tensor, expected: Tensor) -> int:
     """How many chosen tokens are not among those expected."""
-    rows = zip(index.flatten(0, 1), chosen.flatten(0, 1), strict=True)
-    return sum(int((~torch.isin(mine, theirs)).sum()) for mine, theirs in rows)
+    rows = zip(index.flatten(0, 1), expected.flatten(0, 1), strict=True)
+    return sum(int((~torch.isin(row, expected_row)).sum()) for row, expected_row in rows)
 
 
 def sizes(
     contexts: Sequence[int], batches: Sequence[int], heads: int, kv_heads: Sequence[int], head_dim: int,
     budgets: Sequence[int], shares: Sequence[str],
 ) -> list[Size]:  # fmt: skip
-    """Contexts, batches and kv heads combined at the first budget and share; the others at the last context.
+    """All contexts, batches and kv heads with the first budget and share; other budgets and shares at the last context.
 
-    Raises `TidalError` where heads can't be shared.
+    Raises `TidalError` where the number of query heads is not a multiple of the number of kv heads.
     """
     for kv in kv_heads:
         if heads % kv:
-            raise TidalError(f"bench: {heads} query heads can't share {kv} kv heads")
-    first = budgets[0], shares[0]
-    found = [
-        Size(batch, heads, kv, head_dim, context, *first)
+            raise TidalError(f"bench: {heads} query heads can't share {kv} kv heads, which must divide them")
+    combined = [
+        Size(batch, heads, kv, head_dim, context, budgets[0], shares[0])
         for batch in batches
         for kv in kv_heads
         for context in contexts
     ]
-    others = [(budget, shares[0]) for budget in budgets[1:]] + [(budgets[0], share) for share in shares[1:]]
-    return found + [Size(batches[0], heads, kv_heads[0], head_dim, contexts[-1], *other) for other in others]
+    settings = [(budget, shares[0]) for budget in budgets[1:]] + [(budgets[0], share) for share in shares[1:]]
+    return combined + [
+        Size(batches[0], heads, kv_heads[0], head_dim, contexts[-1], budget, share) for budget, share in settings
+    ]

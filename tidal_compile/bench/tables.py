@@ -11,6 +11,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _number(value: float) -> str:
+    """A number rounded to two significant digits, or to an integer from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
@@ -18,18 +19,18 @@ DECODE_COLUMNS = ("batch x context", "variant", "ms (p10, p90)", "GB/s", "of its
 
 
 def decode_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row a variant of `bench decode`."""
+    """Rows for `DECODE_COLUMNS`, one for each variant and size of `bench decode`."""
     return [
         (
-            f"{one['batch']} x {one['context']:,}",
-            one["name"],
-            f"{one['ms']['median']:.2f} ({one['ms']['p10']:.2f}, {one['ms']['p90']:.2f})",
-            _number(one["gb_per_s"]),
-            f"{one['fraction_of_floor']:.0%}",
-            f"{one['generate_ms']['median']:.2f}" if one.get("generate_ms") else "-",
-            f"{one['compile_s']:.1f}",
+            f"{record['batch']} x {record['context']:,}",
+            record["name"],
+            f"{record['ms']['median']:.2f} ({record['ms']['p10']:.2f}, {record['ms']['p90']:.2f})",
+            _number(record["gb_per_s"]),
+            f"{record['fraction_of_floor']:.0%}",
+            f"{record['generate_ms']['median']:.2f}" if record.get("generate_ms") else "-",
+            f"{record['compile_s']:.1f}",
         )
-        for one in result["decode"]
+        for record in result["decode"]
     ]
 
 
@@ -37,16 +38,16 @@ KERNEL_COLUMNS = ("op", "batch", "heads", "context", "budget", "share", "us (p10
 
 
 def kernel_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row an op and size of `bench kernels`."""
+    """Rows for `KERNEL_COLUMNS`, one for each op and size of `bench kernels`."""
     return [
         (
-            one["op"], str(one["batch"]), f"{one['heads']}/{one['kv_heads']}", f"{one['context']:,}",
-            str(one["budget"]), one["share"],
-            f"{one['us']['median']:.1f} ({one['us']['p10']:.1f}, {one['us']['p90']:.1f})",
-            _number(one["gb_per_s"]) if one["gb_per_s"] else "-",
-            f"{one['fraction_of_copy_rate']:.0%}" if one["fraction_of_copy_rate"] else "-",
+            record["op"], str(record["batch"]), f"{record['heads']}/{record['kv_heads']}", f"{record['context']:,}",
+            str(record["budget"]), record["share"],
+            f"{record['us']['median']:.1f} ({record['us']['p10']:.1f}, {record['us']['p90']:.1f})",
+            _number(record["gb_per_s"]) if record["gb_per_s"] else "-",
+            f"{record['fraction_of_copy_rate']:.0%}" if record["fraction_of_copy_rate"] else "-",
         )
-        for one in result["kernels"]
+        for record in result["kernels"]
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Clocks: a GPU is timed by CUDA events, a CPU by the wall."""
+"""Times and rates: a GPU is timed by CUDA events, a CPU by the wall clock."""
 
 import itertools
 import statistics
@@ -13,12 +13,12 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, 10th and 90th percentile."""
     if len(values) == 1:
         return dict.fromkeys(("median", "p10", "p90"), values[0])
-    hundredths = statistics.quantiles(values, n=100, method="inclusive")
-    return {"median": statistics.median(values), "p10": hundredths[9], "p90": hundredths[89]}
+    percentiles = statistics.quantiles(values, n=100, method="inclusive")  # the first is the 1st percentile
+    return {"median": statistics.median(values), "p10": percentiles[9], "p90": percentiles[89]}
 
 
 def time_steps(step: Callable[[], object], steps: int, device: torch.device) -> list[float]:
-    """ms from the end of each call to the end of the next, with the queue kept full as far as the host manages."""
+    """ms from the end of each call to the end of the next. The host doesn't wait, so that a GPU's queue stays full."""
     if device.type != "cuda":
         marks = [time.perf_counter()]
         for _ in range(steps):
@@ -36,9 +36,9 @@ def time_steps(step: Callable[[], object], steps: int, device: torch.device) -> 
 
 
 def time_calls(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = 20) -> list[float]:
-    """us a call, `repeats` times: all calls are one CUDA graph, so that no launch is waited for.
+    """us a call, `repeats` times. On a GPU all calls are one CUDA graph, so that the times contain no launch.
 
-    Give calls on several copies of the data, larger together than the L2 cache, or the cache is what gets measured.
+    The calls should read copies of the data that are together larger than the L2 cache; otherwise L2 is measured.
     """
     if device.type != "cuda":
         for call in calls:
@@ -48,7 +48,7 @@ def time_calls(calls: Sequence[Callable[[], object]], device: torch.device, repe
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls:
-            call()  # compiles
+            call()  # compiles the kernels, which a capture doesn't allow
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -59,7 +59,7 @@ def time_calls(calls: Sequence[Callable[[], object]], device: torch.device, repe
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes/s that a large copy on the device moves, read and written: what this project calls the memory rate."""
+    """Bytes a second that a large copy on the device reads and writes: what this project calls the memory rate."""
     size = 2**30 if device.type == "cuda" else 2**26
     source = torch.randn(size // 2, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)

@@ -137,9 +137,8 @@ def calibrate(
     another calibration; `UnsupportedModelError` for a model whose attention can't be rewritten.
     """
     goal = Goal(selections, max_kl, min_agreement)
-    if sum(one is not None for one in dataclasses.astuple(goal)) > 1:
-        raise TidalError("calibrate: give one of selections, max_kl and min_agreement")
     several = not isinstance(budget, int)
+    check_settings(budget if several else [budget], context, contexts, tries, [goal])
     if several and (not budget or goal.to_reach is None):
         raise TidalError("calibrate: several budgets go with a quality to reach; `calibrate_curve` makes a policy each")
     text = default_text() if text is None else text
@@ -174,6 +173,7 @@ def calibrate_curve(
     Policies are named by both, and a `memory` file gets the budget into its name. Small budgets have fewer sinks and
     recent tokens. An interrupt ends the whole; what was found till then is returned.
     """
+    check_settings(budgets, context, contexts, tries, [Goal(number) for number in selections or [None]])
     text = default_text() if text is None else text
     about = _about(model, text, context, contexts, weights, seed)
     stages = [_stage(about, budget, sinks, recent, memory, True) for budget in budgets]
@@ -184,6 +184,25 @@ def calibrate_curve(
         return f"{name}-{budget}-{number}"
 
     return _run(ground, stages, goals, Effort(dense, vary_budgets, tries, share), title, report)
+
+
+def check_settings(budgets: Sequence[int], context: int, contexts: int, tries: int, goals: Sequence[Goal]) -> None:
+    """Raises `TidalError` for settings that no calibration can follow, whatever the model."""
+    for budget in budgets:
+        if not 1 <= budget < context:
+            raise TidalError(
+                f"calibrate: budget {budget}; valid are 1 to {context - 1}, below the context of {context}"
+            )
+    for name, number in (("contexts", contexts), ("tries", tries)):
+        if number < 1:
+            raise TidalError(f"calibrate: {name} {number}; at least 1 is needed")
+    for goal in goals:
+        if sum(value is not None for value in dataclasses.astuple(goal)) > 1:
+            raise TidalError("calibrate: give one of selections, max_kl and min_agreement")
+        if goal.max_kl is not None and not goal.max_kl > 0:
+            raise TidalError(f"calibrate: max_kl {goal.max_kl}; a KL divergence to reach is above 0")
+        if goal.min_agreement is not None and not 0 <= goal.min_agreement <= 1:
+            raise TidalError(f"calibrate: min_agreement {goal.min_agreement}; valid are 0 to 1")
 
 
 def _run(

@@ -1,12 +1,14 @@
-"""The search for selection layers: from what the statistics say to what the model's answers say.
+"""The search for selection layers, judged by the model's own predictions.
 
-The first candidates come from the dynamic programme, for each way to share token sets. Then, turn by turn, the best
-candidate that had no turn yet is changed in a few ways: its tokens shared another way, or one of its selections moved
-to where the statistics like it best. At last the best one is refined: where each layer takes its tokens from, and how
-many. The real loss decides: the KL divergence of the sparse model's predictions from the dense model's.
+A candidate's loss is the KL divergence of the sparse model's predictions from the dense model's. The first candidates
+come from the dynamic programme over the statistics, one set of them for each way to share token sets. From there the
+search goes on, best first, by small changes of the candidates tried so far: tokens are shared another way, or one
+selection moves to another layer, in the order in which the statistics expect the least loss. Finally the best candidate
+is refined: where each layer takes its tokens from, and how large the budget of each selection is.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +20,16 @@ from ..policy import LayerRole
 from ..replay import Context, replay
 from .statistics import Statistics, best_selections, total_loss
 
-BREADTH = 12  # moves of a candidate in one turn
-SHIFTS = (0.5, 0.75, 1.25, 1.5)  # what becomes of the budget of a selection, when another one's pays for it
+BREADTH = 12  # changes of a candidate that are tried in one turn
+SHIFTS = (0.5, 0.75, 1.25, 1.5)  # factors of one selection's budget, where another selection's makes up the difference
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Selection layers; who shares a token set; and, if they are varied, the `budgets` of the selections.
+    """What a policy is made of: the selection layers, who shares a token set, and the budget of each selection.
 
-    `nearest`: a layer reuses the tokens of the selection before it; otherwise of the one that serves it best.
+    `nearest`: a layer reuses the tokens of the nearest selection before it, otherwise those of the earlier selection
+    that costs it the least loss. `budgets`: empty where all selections have the policy's default.
     """
 
     selections: tuple[int, ...]
@@ -37,10 +40,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Score:
-    """How a policy's predictions differ from the dense model's, a mean over the positions of each kind of block.
+    """How a policy's predictions differ from the dense model's.
 
-    `kl` in nats; `agreement`: how often the likeliest token is the same; `answered`: of the answers that the dense
-    model gets right, the share that the policy does, if there are any; `loss`: the weighted mean of `kl`.
+    `kl`, in nats, and `agreement`, how often the likeliest token is the same, are means over the positions of each kind
+    of block. `loss` is the weighted mean of `kl`. `answered` is the share of the dense model's right answers that the
+    policy gives, too; None if the dense model gives none.
     """
 
     loss: float
@@ -51,40 +55,41 @@ class Score:
 
 @dataclass(frozen=True)
 class Found:
-    """One tried candidate."""
+    """A candidate that was tried, with its score."""
 
     candidate: Candidate
     score: Score
 
 
 def dense_predictions(model: nn.Module, contexts: Sequence[Context], num_layers: int) -> list[list[Tensor]]:
-    """Log-probabilities `[m - dense, vocab]` of every block of every context."""
+    """The dense model's log-probabilities `[decoded tokens, vocab]` for every block of every context."""
     full = [LayerRole(layer, "full") for layer in range(num_layers)]
-    return [[logits.log_softmax(-1) for logits in replay(model, one, full)] for one in contexts]
+    return [[logits.log_softmax(-1) for logits in replay(model, context, full)] for context in contexts]
 
 
 def measure(
     model: nn.Module, contexts: Sequence[Context], dense: Sequence[Sequence[Tensor]], roles: Sequence[LayerRole],
     weights: dict[str, float],
 ) -> Score:  # fmt: skip
-    """Decode every block under these roles, and compare."""
+    """Decode every block under these roles, and compare with the `dense` predictions."""
     kl: dict[str, list[Tensor]] = {kind: [] for kind in weights}
-    same: dict[str, list[Tensor]] = {kind: [] for kind in weights}
-    right, kept = 0, 0
-    for context, expected in zip(contexts, dense, strict=True):
-        for block, wanted, logits in zip(context.blocks, expected, replay(model, context, roles), strict=True):
-            got = logits.log_softmax(-1)
-            kl[block.kind].append((wanted.exp() * (wanted - got)).sum(-1))
-            same[block.kind].append((wanted.argmax(-1) == got.argmax(-1)).float())
-            if block.labels is not None and torch.equal(wanted.argmax(-1), block.labels):
-                right += 1
-                kept += torch.equal(got.argmax(-1), block.labels)
+    agreement: dict[str, list[Tensor]] = {kind: [] for kind in weights}
+    dense_right = both_right = 0
+    for context, predictions in zip(contexts, dense, strict=True):
+        for block, exact, logits in zip(context.blocks, predictions, replay(model, context, roles), strict=True):
+            sparse = logits.log_softmax(-1)
+            kl[block.kind].append((exact.exp() * (exact - sparse)).sum(-1))
+            exact_tokens, sparse_tokens = exact.argmax(-1), sparse.argmax(-1)
+            agreement[block.kind].append((exact_tokens == sparse_tokens).float())
+            if block.labels is not None and torch.equal(exact_tokens, block.labels):
+                dense_right += 1
+                both_right += torch.equal(sparse_tokens, block.labels)
     means = {kind: torch.cat(values).mean().item() for kind, values in kl.items() if values}
     return Score(
         loss=sum(weights[kind] * mean for kind, mean in means.items()) / sum(weights[kind] for kind in means),
         kl=means,
-        agreement={kind: torch.cat(values).mean().item() for kind, values in same.items() if values},
-        answered=kept / right if right else None,
+        agreement={kind: torch.cat(values).mean().item() for kind, values in agreement.items() if values},
+        answered=both_right / dense_right if dense_right else None,
     )
 
 
@@ -92,21 +97,22 @@ def explore(
     score: Callable[[Candidate], Score], statistics: Mapping[str, Statistics], layers: Sequence[int], selections: int,
     dense: int, budget: int, least: int, tries: int, vary_budgets: bool,
 ) -> Iterator[Found]:  # fmt: skip
-    """Yields every candidate with its score as it is tried: `tries` by `search`, and refinements of the best.
+    """Yield every candidate with its score as it is tried: `tries` by `search`, then refinements of the best one.
 
-    `statistics` by who shares a token set. `layers` may select; at most `dense` of them before the first selection stay
-    dense. `budget` of a selection, which may become `least` where budgets are varied.
+    `statistics`: for each way to share token sets, by the name of who shares them. `layers`: those that may select, of
+    which up to `dense` before the first selection stay dense. `budget`: of every selection, and no smaller than `least`
+    where `vary_budgets` asks for refinements with other budgets.
     """
     best: Found | None = None
 
     def attempt(candidate: Candidate) -> Found:
         nonlocal best
-        found = Found(candidate, score(candidate))
-        best = found if best is None or found.score.loss < best.score.loss else best
-        return found
+        result = Found(candidate, score(candidate))
+        best = result if best is None or result.score.loss < best.score.loss else best
+        return result
 
     yield from search(attempt, statistics, layers, selections, dense, tries)
-    if selections == 1:  # serves every layer, with the one budget that there is
+    if selections == 1:  # the only source of tokens, with the whole budget
         return
     yield attempt(dataclasses.replace(best.candidate, nearest=False))
     if vary_budgets:
@@ -119,70 +125,88 @@ def search(
     attempt: Callable[[Candidate], Found], statistics: Mapping[str, Statistics], layers: Sequence[int],
     selections: int, dense: int, tries: int,
 ) -> Iterator[Found]:  # fmt: skip
-    """Best first: tries the candidates of the programme, then changes of the best ones, `tries` in all."""
-    tried: dict[Candidate, float] = {}
+    """Try up to `tries` candidates, and yield each as it is tried: first those of the programme, then changes of them.
+
+    The frontier is every tried candidate that has untried changes. In each turn, its member with the fewest turns so
+    far, and among these the one with the least loss, has its BREADTH most promising changes tried. So a turn goes to
+    the best candidate that had none yet, and no candidate holds up the search by changes that lead nowhere.
+    """
+    losses: dict[Candidate, float] = {}  # of the candidates that were tried
     turns: dict[Candidate, int] = {}
 
-    def once(candidate: Candidate) -> Found:
-        found = attempt(candidate)
-        tried[candidate] = found.score.loss
-        return found
+    def attempt_once(candidate: Candidate) -> Found:
+        result = attempt(candidate)
+        losses[candidate] = result.score.loss
+        return result
 
-    for share, found in statistics.items():
-        for _, chosen in best_selections(found.losses, layers, selections, dense):
-            if len(tried) < tries:
-                yield once(Candidate(chosen, share))
-    while len(tried) < tries:
-        changes = {one: _changes(one, statistics, layers, dense) - tried.keys() for one in tried}
-        open_ones = [one for one in tried if changes[one]]
-        if not open_ones:
+    for share in statistics:
+        for _, chosen in best_selections(statistics[share].losses, layers, selections, dense):
+            if len(losses) < tries:
+                yield attempt_once(Candidate(chosen, share))
+    while len(losses) < tries:
+        untried = {candidate: _changes(candidate, statistics, layers, dense) - losses.keys() for candidate in losses}
+        frontier = [candidate for candidate in losses if untried[candidate]]
+        if not frontier:
             return
-        origin = min(open_ones, key=lambda one: (turns.get(one, 0), tried[one]))
+        origin = min(frontier, key=lambda candidate: (turns.get(candidate, 0), losses[candidate]))
         turns[origin] = turns.get(origin, 0) + 1
-
-        def promise(one: Candidate, origin: Candidate = origin) -> tuple:
-            loss = total_loss(statistics[one.share].losses, layers, one.selections)
-            return one.share == origin.share, loss, one.selections
-
-        for change in sorted(changes[origin], key=promise)[: min(BREADTH, tries - len(tried))]:
-            yield once(change)
+        promising = sorted(untried[origin], key=functools.partial(_promise, origin, statistics, layers))
+        for candidate in promising[: min(BREADTH, tries - len(losses))]:
+            yield attempt_once(candidate)
 
 
 def _changes(
     candidate: Candidate, statistics: Mapping[str, Statistics], layers: Sequence[int], dense: int
 ) -> set[Candidate]:
-    """Every candidate that shares its tokens another way, or differs in one selection."""
-    selections, share = candidate.selections, candidate.share
-    changed = {Candidate(selections, other) for other in statistics if other != share}
-    for each in selections:
-        rest = [layer for layer in selections if layer != each]
+    """Every candidate that shares its tokens another way, or has one selection in another layer."""
+    selections = candidate.selections
+    changed = {Candidate(selections, share) for share in statistics if share != candidate.share}
+    for moved in selections:
+        others = [layer for layer in selections if layer != moved]
         for layer in layers:
-            if layer not in selections and layers.index(min([*rest, layer])) <= dense:
-                changed.add(Candidate(tuple(sorted([*rest, layer])), share))
+            if layer not in selections and layers.index(min([*others, layer])) <= dense:
+                changed.add(Candidate(tuple(sorted([*others, layer])), candidate.share))
     return changed
 
 
+def _promise(
+    origin: Candidate, statistics: Mapping[str, Statistics], layers: Sequence[int], change: Candidate
+) -> tuple:
+    """The place of a change among the changes of `origin`, as a key to sort by: the most promising come first.
+
+    The few changes of the way to share come before the many moves of a selection. Beyond that, changes are in the order
+    of the loss that the statistics expect of them.
+    """
+    expected_loss = total_loss(statistics[change.share].losses, layers, change.selections)
+    return change.share == origin.share, expected_loss, change.selections
+
+
 def sources(candidate: Candidate, losses: Tensor, layers: Sequence[int]) -> dict[int, int]:
-    """The selection that each reuse layer takes its tokens from."""
-    found = {}
+    """For each reuse layer, the selection that it takes its tokens from."""
+    chosen = {}
     for layer in layers:
-        before = [one for one in candidate.selections if one < layer]
-        if before and layer not in candidate.selections:
-            found[layer] = before[-1] if candidate.nearest else min(before, key=lambda one: losses[one, layer].item())
-    return found
+        earlier = [selection for selection in candidate.selections if selection < layer]
+        if earlier and layer not in candidate.selections:
+            best = min(earlier, key=lambda selection: losses[selection, layer].item())
+            chosen[layer] = earlier[-1] if candidate.nearest else best
+    return chosen
 
 
 def _shifts(
     candidate: Candidate, losses: Tensor, layers: Sequence[int], budget: int, least: int
 ) -> Iterator[tuple[int, ...]]:
-    """Budgets of the selections that read as many tokens in all: one gets more or less, another one pays for it."""
-    from_ = list(sources(candidate, losses, layers).values())
-    users = [from_.count(selection) for selection in candidate.selections]
-    for one, other in itertools.permutations(range(len(users)), 2):
+    """Other budgets of the selections, with which a step reads as many tokens in all.
+
+    One selection gets more or fewer tokens, and another one makes up for it, in proportion to the layers that reuse
+    their tokens. No budget falls below `least` or a quarter of `budget`.
+    """
+    reused = list(sources(candidate, losses, layers).values())
+    users = [reused.count(selection) for selection in candidate.selections]
+    for shifted, payer in itertools.permutations(range(len(users)), 2):
         for factor in SHIFTS:
             budgets = [budget] * len(users)
-            budgets[one] = round(budget * factor)
-            if users[one] and users[other]:
-                budgets[other] -= round(users[one] * (budgets[one] - budget) / users[other])
+            budgets[shifted] = round(budget * factor)
+            if users[shifted] and users[payer]:
+                budgets[payer] -= round(users[shifted] * (budgets[shifted] - budget) / users[payer])
                 if min(budgets) >= max(least, budget // 4):
                     yield tuple(budgets)

@@ -1,9 +1,11 @@
-"""What each layer would lose with another layer's tokens, from dense passes; and the layers that lose least.
+"""What each layer would lose with another layer's tokens, from dense passes; and the selections that lose least.
 
-For all pairs of layers i <= j, at the deployed budget and on the queries of the blocks: `head_maps` finds which kv head
-of layer i has chosen the tokens that kv head h of layer j attends to most, and `layer_losses` the error of layer j's
-attention output if it attends to those only. `best_selections` is a dynamic programme over layers on that. Both ideas
-are Kascade's (https://arxiv.org/abs/2512.16391), which judges by the attention mass that is kept.
+For all pairs of layers i <= j, at the deployed budget and on the queries of the blocks, `head_maps` finds which kv head
+of layer i has chosen the tokens that kv head h of layer j attends to most. `layer_losses` finds the error of layer j's
+attention output if it attends to layer i's tokens only. `best_selections` is a dynamic programme over these losses.
+
+Head maps and the programme are ideas of Kascade (https://arxiv.org/abs/2512.16391), which judges by the attention mass
+that is kept instead.
 """
 
 import itertools
@@ -19,7 +21,7 @@ from ..replay import Call, Context, replay
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one way to share token sets: `losses [i, j]` as from `layer_losses`, `heads` by (i, j) as from `head_maps`."""
+    """For one way to share token sets: `losses [i, j]` from `layer_losses`, and `heads` by (i, j) from `head_maps`."""
 
     losses: Tensor
     heads: dict[tuple[int, int], tuple[int, ...]]
@@ -31,9 +33,10 @@ def head_maps(
 ) -> dict[tuple[int, int], tuple[int, ...]]:  # fmt: skip
     """At (i, j), for each kv head of layer j, the kv head of layer i whose tokens keep most of its attention.
 
-    `role` says how tokens are chosen; `layers` may select. Pairs with different numbers of kv heads are left out.
+    `role`: how tokens are chosen. `layers`: those that may select. `advance` is called after every context. Pairs with
+    different numbers of kv heads are left out.
     """
-    kept: dict[tuple[int, int], Tensor] = {}  # [Hkv of i, Hkv of j]
+    kept: dict[tuple[int, int], Tensor] = {}  # [Hkv of i, Hkv of j]: the attention of j's heads to tokens of i's heads
 
     def observe(call: Call, sets: dict[int, Tensor], weight: Tensor) -> None:
         mass = call.probabilities().sum(2)  # [m, Hkv, n]
@@ -41,13 +44,13 @@ def head_maps(
         for source, chosen in sets.items():
             if source != call.layer and chosen.shape[1] == mass.shape[1]:
                 token = chosen.clamp(min=0).long()[:, :, None].expand(-1, -1, mass.shape[1], -1)
-                there = mass[:, None].expand(-1, chosen.shape[1], -1, -1).gather(3, token)
-                share = (there * (chosen >= 0)[:, :, None]).sum(3)  # [m, Hkv of i, Hkv of j]
+                chosen_mass = mass[:, None].expand(-1, chosen.shape[1], -1, -1).gather(3, token)
+                kept_mass = (chosen_mass * (chosen >= 0)[:, :, None]).sum(3)  # [m, Hkv of i, Hkv of j]
                 pair = (source, call.layer)
-                kept[pair] = kept.get(pair, 0.0) + (weight[:, None, None] * share).sum(0)
+                kept[pair] = kept.get(pair, 0.0) + (weight[:, None, None] * kept_mass).sum(0)
 
     _observe(model, contexts, layers, num_layers, weights, observe, advance)
-    return {pair: tuple(share.argmax(0).tolist()) for pair, share in kept.items()}
+    return {pair: tuple(kept_mass.argmax(0).tolist()) for pair, kept_mass in kept.items()}
 
 
 def layer_losses(
@@ -57,76 +60,84 @@ def layer_losses(
 ) -> Tensor:  # fmt: skip
     """`[num_layers, num_layers]`: at [i, j] the relative squared error of layer j's output with layer i's tokens.
 
-    `role` says how tokens are chosen; `layers` may select; `heads`, which token set serves which kv head. A mean over
-    the queries of each kind of block, weighted. Infinite where j can't use what i chooses.
+    The losses are means over the queries of each kind of block, added up with `weights`; infinite where layer j can't
+    use the token sets of layer i. `role`: how tokens are chosen. `layers`: those that may select. `heads`: which token
+    set of layer i serves each kv head of layer j, if not its own. `advance` is called after every context.
     """
-    total = torch.zeros(num_layers, num_layers, dtype=torch.float64)
+    losses = torch.zeros(num_layers, num_layers, dtype=torch.float64)
 
     def observe(call: Call, sets: dict[int, Tensor], weight: Tensor) -> None:
         sets[call.layer] = call.choose(role)
         exact = call.attend(None)
         for source, chosen in sets.items():
             if chosen.shape[1] not in (1, sets[call.layer].shape[1]):
-                total[source, call.layer] = torch.inf
+                losses[source, call.layer] = torch.inf
                 continue
             if heads and source != call.layer:
                 chosen = chosen[:, heads[source, call.layer]]
             error = (call.attend(chosen) - exact).square().sum((1, 2, 3)) / exact.square().sum((1, 2, 3))
-            total[source, call.layer] += (weight * error).sum().item()
+            losses[source, call.layer] += (weight * error).sum().item()
 
     _observe(model, contexts, layers, num_layers, weights, observe, advance)
-    return total
+    return losses
 
 
 def _observe(
     model: nn.Module, contexts: Sequence[Context], layers: Sequence[int], num_layers: int, weights: dict[str, float],
     observe: Callable[[Call, dict[int, Tensor], Tensor], None], advance: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Show the dense calls of `layers`, with the sets that the earlier ones chose, and each query's weight `[m]`."""
+    """Replay the contexts densely, and pass each attention call of `layers` to `observe`.
+
+    `observe` also takes the token sets by layer, to which it adds the call's own, and the weight `[m]` of each query:
+    queries of one block weigh the same, and so do blocks of one kind; tokens that belong to the prompt weigh nothing.
+    """
     full = [LayerRole(layer, "full") for layer in range(num_layers)]
-    count = {kind: sum(block.kind == kind for one in contexts for block in one.blocks) for kind in weights}
+    blocks = [block for context in contexts for block in context.blocks]
+    count = {kind: sum(block.kind == kind for block in blocks) for kind in weights}
     for context in contexts:
         sets: dict[int, Tensor] = {}
-        shares = [weights[block.kind] / count[block.kind] / block.steps for block in context.blocks]
+        block_weights = [weights[block.kind] / count[block.kind] / block.steps for block in context.blocks]
 
-        def see(call: Call, sets: dict[int, Tensor] = sets, shares: list[float] = shares) -> None:
+        def on_call(call: Call, sets: dict[int, Tensor] = sets, block_weights: list[float] = block_weights) -> None:
             if call.layer == layers[0]:
-                sets.clear()  # a new pass: where layers forget tokens, every block is one
+                sets.clear()  # a new pass begins: models with layers that forget tokens take one for every block
             if call.layer in layers:
-                weight = torch.tensor(shares, device=call.queries.device)[call.tokens.block]
+                weight = torch.tensor(block_weights, device=call.queries.device)[call.tokens.block]
                 observe(call, sets, weight * ~call.tokens.dense)
 
-        replay(model, context, full, see)
+        replay(model, context, full, on_call)
         advance()
 
 
 def best_selections(
     losses: Tensor, layers: Sequence[int], selections: int, dense: int
 ) -> list[tuple[float, tuple[int, ...]]]:
-    """The cheapest `selections` for each first one among the layers 0 to `dense`: (loss, selections), best first.
+    """The best `selections` layers for each first selection, one of the first `dense` + 1 layers: (loss, layers).
 
-    Every layer between two selections reuses the tokens of the former; those before the first stay dense.
+    Every layer between two selections reuses the tokens of the former; those before the first stay dense. The least
+    loss comes first. Below, layers are counted by their place in `layers`, not by their number in the model.
     """
     last = len(layers)
 
-    def segment(first: int, end: int) -> float:
-        """Loss of the layers that reuse layer `first`'s tokens, up to the one before `end`."""
-        return sum(losses[layers[first], layers[each]].item() for each in range(first + 1, end))
+    def segment_loss(first: int, end: int) -> float:
+        """Loss of the layers after `first` and before `end`, which reuse the tokens of `first`."""
+        return sum(losses[layers[first], layers[place]].item() for place in range(first + 1, end))
 
-    cost = {pair: segment(*pair) for pair in itertools.combinations(range(last + 1), 2)}
-    best = {(1, first): (cost[first, last], (first,)) for first in range(last)}
+    segments = {pair: segment_loss(*pair) for pair in itertools.combinations(range(last + 1), 2)}
+    # (number of selections, the first of them) -> the least loss from there on, and the selections
+    best = {(1, first): (segments[first, last], (first,)) for first in range(last)}
     for number in range(2, selections + 1):
         for first in range(last - number + 1):
             best[number, first] = min(
-                (cost[first, second] + best[number - 1, second][0], (first, *best[number - 1, second][1]))
+                (segments[first, second] + best[number - 1, second][0], (first, *best[number - 1, second][1]))
                 for second in range(first + 1, last - number + 2)
             )
-    found = [best[selections, first] for first in range(min(dense, last - selections) + 1)]
-    return sorted((loss, tuple(layers[place] for place in places)) for loss, places in found)
+    results = [best[selections, first] for first in range(min(dense, last - selections) + 1)]
+    return sorted((loss, tuple(layers[place] for place in places)) for loss, places in results)
 
 
 def total_loss(losses: Tensor, layers: Sequence[int], selections: Sequence[int]) -> float:
-    """What `best_selections` minimizes, of given selections."""
+    """The loss of given selections, which `best_selections` minimizes."""
     source, total = None, 0.0
     for layer in layers:
         if layer in selections:

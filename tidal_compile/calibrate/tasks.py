@@ -1,11 +1,13 @@
-"""What a policy is calibrated on: contexts made of a text, each prefilled once, and blocks that are decoded from them.
+"""What a policy is calibrated on: contexts made from a text, each prefilled once, and blocks decoded from them.
+
+There are three kinds of blocks:
 
     text    the text goes on
-    answer  facts that were hidden in the text are asked for: a pass key, and numbers by name
-    copy    a passage of the text is begun, and goes on
+    answer  the answers to questions about facts that are hidden in the context: a pass key, and numbers by name
+    copy    a passage of the context again, of which the block gives the first tokens
 
-Plain prose hardly needs what stands far away, so a policy that loses it looks good there; answers and copies do. Half
-of the contexts hide their facts in the repeated filler of the pass-key task instead of the text.
+Plain prose hardly needs distant tokens, so a policy that loses them still looks good on it, but not on answers and
+copies. Every second context hides its facts in the repeated filler of the pass-key task instead of the text.
 """
 
 import random
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import TidalError
 from ..evaluate.tasks import FILLER, NEEDLE, QUESTION
 from ..replay import Block, Context, make_context
-from ..run import prefill
+from ..run import filled
 from ..text import hide, ids_of, size_of, split_sentences
 
 NAMES = (
@@ -37,9 +39,9 @@ NAMES = (
 )
 FACT = " The number of {name} is {key}."
 ASK = "\nWhat is the number of {name}? The number of {name} is"
-COPY_FROM, COPY_TO = 8, 24  # tokens of a passage: begun, in all
-FACTS = 3  # by name, of a context
-TEXT_TOKENS = 96  # of a block in which the text goes on: the longest
+COPY_FROM, COPY_TO = 8, 24  # tokens of a copied passage: those that the block gives, and all
+FACTS = 3  # numbers by name in a context, beside the pass key
+TEXT_TOKENS = 96  # tokens of a text block
 
 
 def make_contexts(
@@ -51,7 +53,7 @@ def make_contexts(
     text_tokens: int = TEXT_TOKENS,
     seed: int = 0,
 ) -> Iterator[Context]:
-    """`contexts` of about `length` tokens from places spread over the text, prefilled one by one.
+    """Make `contexts` of about `length` tokens from places spread over the text, and prefill each.
 
     Raises `TidalError` for a text that is too short.
     """
@@ -59,28 +61,31 @@ def make_contexts(
     sentences = split_sentences(text)
     sizes = [size_of(tokenizer, sentence) for sentence in sentences]
     needed = length + 2 * text_tokens
-    last = len(sentences)
+    last = len(sentences)  # the last sentence at which a context can start
     while last > 0 and sum(sizes[last:]) < needed:
         last -= 1
     if not sentences or sum(sizes) < needed:
-        raise TidalError(f"calibrate: a context of {length} tokens needs more text than the {sum(sizes)} tokens found")
+        raise TidalError(
+            f"calibrate: a context of {length} tokens needs more text: {needed} tokens, and the text has {sum(sizes)}"
+        )
     for number in range(contexts):
         start = (last * number) // max(1, contexts - 1) if contexts > 1 else 0
-        yield _prefilled(model, *_blocks(tokenizer, sentences[start:], length, text_tokens, number % 2 == 1, rng))
+        ids, blocks = _compose(tokenizer, sentences[start:], length, text_tokens, number % 2 == 1, rng)
+        yield _prefill(model, ids, blocks)
 
 
-def _blocks(
+def _compose(
     tokenizer: Any, sentences: Sequence[str], length: int, text_tokens: int, filler: bool, rng: random.Random
 ) -> tuple[list[int], list[Block]]:
-    """A context's tokens, and its blocks."""
+    """The tokens of a context, and its blocks. With `filler`, facts are hidden in filler, and no text block follows."""
     keys = rng.sample(range(10_000, 100_000), FACTS + 1)
     names = rng.sample(NAMES, FACTS)
     facts = [NEEDLE.format(key=keys[0])] + [
         FACT.format(name=name, key=key) for name, key in zip(names, keys[1:], strict=True)
     ]
     questions = [QUESTION] + [ASK.format(name=name) for name in names]
-    hay = split_sentences(FILLER) if filler else sentences
-    body, taken = hide(tokenizer, hay, [(rng.random(), fact.strip() + " ") for fact in facts], length)
+    haystack = split_sentences(FILLER) if filler else sentences
+    body, taken = hide(tokenizer, haystack, [(rng.random(), fact.strip() + " ") for fact in facts], length)
     ids = tokenizer(body.rstrip()).input_ids[:length]
 
     blocks = [_answer(tokenizer, question, key) for question, key in zip(questions, keys, strict=True)]
@@ -93,24 +98,24 @@ def _blocks(
 
 
 def _answer(tokenizer: Any, question: str, key: int) -> Block:
-    """The answer is decoded from the question's last token on; the rest of the question belongs to the prompt."""
-    asked, answer = ids_of(tokenizer, question), ids_of(tokenizer, f" {key}")
-    return _block("answer", asked + answer[:-1], len(asked) - 1, answer)
+    """A question and its answer. Decoding starts at the question's last token; those before it belong to the prompt."""
+    question_ids, answer_ids = ids_of(tokenizer, question), ids_of(tokenizer, f" {key}")
+    return _block("answer", question_ids + answer_ids[:-1], len(question_ids) - 1, answer_ids)
 
 
 def _block(kind: str, tokens: list[int], dense: int, labels: list[int] | None = None) -> Block:
     return Block(kind, torch.tensor([tokens]), dense, None if labels is None else torch.tensor(labels))
 
 
-def _prefilled(model: nn.Module, ids: list[int], blocks: list[Block]) -> Context:
+def _prefill(model: nn.Module, ids: list[int], blocks: list[Block]) -> Context:
+    """A context with a cache of `ids` and room for all blocks, on the model's device."""
     slots = len(ids) + sum(block.tokens.shape[1] for block in blocks)
-    for cache in prefill(model, torch.tensor([ids], device=model.device), slots):  # noqa: B007  the last one is complete
-        pass
-    moved = tuple(
+    cache = filled(model, torch.tensor([ids], device=model.device), slots)
+    on_device = tuple(
         Block(block.kind, block.tokens.to(model.device), block.dense, _to(block.labels, model.device))
         for block in blocks
     )
-    return make_context(model, cache, len(ids), moved)
+    return make_context(model, cache, len(ids), on_device)
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import report
+from .. import __version__, report
 from ..errors import TidalError
-from ..provenance import provenance
+from ..provenance import provenance, versions
 from . import bench, calibrate, evaluate, policy
 from .common import (
     BudgetOption,
@@ -35,7 +35,7 @@ from .common import (
 
 app = typer.Typer(
     help="Long-context decoding with sparse attention, by policy file: a torch.compile backend and its tools.",
-    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+    invoke_without_command=True, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
 )  # fmt: skip
 
 
@@ -60,29 +60,32 @@ def run(
     baseline: Annotated[list[Baseline], typer.Option(help="Repeat for several; `none` for none.")] = (
         Baseline.eager, Baseline.inductor,
     ),
-    context: Annotated[int, typer.Option(min=64, help="Tokens of the prompt, about.")] = 4000,
-    new_tokens: Annotated[int, typer.Option(min=8, help="Tokens to decode with each variant.")] = 32,
-    depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where the pass key stands: 0 start, 1 end.")] = 0.3,
-    seed: Annotated[int, typer.Option(help="Chooses the pass key.")] = 0,
+    context: Annotated[int, typer.Option(min=64, help="Tokens of a prompt, about.")] = 4000,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts, with other numbers at other depths; the first one is timed.")
+    ] = 5,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Tokens to decode after the first prompt.")] = 32,
+    seed: Annotated[int, typer.Option(help="Chooses the hidden numbers.")] = 0,
     budget: BudgetOption = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
     results: Annotated[Path, typer.Option("--out", help="Folder for the JSON and PNG results.")] = Path("out"),
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Decode one long pass-key prompt under several policies; compare answers and latency with eager and Inductor.
+    """Decode a few long prompts under several policies; compare answers and latency with eager and Inductor.
 
-    The prompt is prefilled densely; the answer is decoded greedily, every variant from the same cache.
+    A prompt hides a number in filler text and asks for it. It is prefilled densely, and the answer is decoded greedily,
+    by every variant from the same cache.
     """
     import torch
     from transformers.utils import logging as hf_logging
 
     from ..backend import Options
-    from ..evaluate.tasks import make_sample
+    from ..evaluate.tasks import FILLER, make_sample
     from ..models import load_config
-    from ..shapes import is_random
     from ..policy import shipped
-    from ..run import Variant, measure, prefill, random_cache, rewind, windows
+    from ..run import Prompt, Variant, measure, prefill, random_cache, windows
+    from ..shapes import is_random
 
     hf_logging.disable_progress_bar()  # its stages are shown here
     device, number = where(device, dtype)
@@ -101,28 +104,27 @@ def run(
         net, tokenizer = load(progress, model, device, number)
         variants = [Variant(kind.value, kind.value) for kind in baseline if kind != Baseline.none]
         variants += _policy_variants(net, asked)
+        made: list[Prompt] = []
         if is_random(model):
-            key, ids = None, torch.randint(net.config.vocab_size, (1, context), generator=torch.manual_seed(seed))
-        else:
-            sample = make_sample("passkey", tokenizer, "", context, depth, seed)
-            key, ids = sample.answers[0], torch.tensor([sample.context + sample.question])
-        ids = ids.to(device)
-        length = ids.shape[1] - 1
-        if is_random(model):
-            cache = random_cache(net, length, length + new_tokens)
-        else:
-            advance = stage("prefill", -(-length // 1024))
-            for cache in prefill(net, ids[:, :-1], length + new_tokens):  # noqa: B007  the last one is complete
+            ids = torch.randint(net.config.vocab_size, (1, context), generator=torch.manual_seed(seed)).to(device)
+            cache = random_cache(net, context - 1, context + new_tokens)
+            made.append(Prompt(ids[:, -1:], context, cache, windows(cache), None))
+        for place in [] if is_random(model) else range(prompts):
+            sample = make_sample("needle", tokenizer, FILLER, context, (place + 0.5) / prompts, seed + place)
+            ids = torch.tensor([sample.context + sample.question], device=device)
+            advance = stage(f"prefill prompt {place + 1} of {prompts}", -(-ids.shape[1] // 1024))
+            for cache in prefill(net, ids[:, :-1], ids.shape[1] + new_tokens):  # noqa: B007  the last one is complete
                 advance()
-        measured, saved = [], windows(cache)
+            made.append(Prompt(ids[:, -1:], ids.shape[1], cache, windows(cache), sample.answers[0]))
+        measured = []
         for variant in variants:
-            advance = stage(f"{variant.name} (compile, decode)", new_tokens)
-            rewind(cache, length, saved)
-            measured.append(measure(net, variant, cache, ids[:, -1:], length, new_tokens, tokenizer, advance))
+            advance = stage(f"{variant.name} (compile, decode)", new_tokens + len(made) - 1)
+            measured.append(measure(net, variant, made, new_tokens, tokenizer, advance))
 
     record = report.run_record(
-        measured, model=model, key=key, context=length + 1, dtype=str(number).removeprefix("torch.")
-    )
+        measured, model=model, prompts=[prompt.answer for prompt in made if prompt.answer],
+        context=made[0].length, dtype=str(number).removeprefix("torch."),
+    )  # fmt: skip
     record |= provenance(device)
     name = file_name("run", Path(model).name, record["device"])
     files = [results / f"{name}.json", results / f"{name}.png"]
@@ -134,7 +136,7 @@ def run(
     for variant in variants:
         if variant.policy is not None:
             out.print(report.roles_line(variant.policy), markup=False, highlight=False)
-    if key is None:
+    if not record["prompts"]:
         out.print("random weights: the latency means something, the answers don't")
     out.print(report.run_table(record))
     for file in files:
@@ -181,20 +183,31 @@ app.add_typer(policy.app, name="policy")
 app.add_typer(bench.app, name="bench")
 
 
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version, and that of what it runs on.")] = False,
+) -> None:
+    """Options of the command itself."""
+    if version:
+        packages = ", ".join(f"{name} {number}" for name, number in versions("torch", "triton", "transformers").items())
+        print(f"tidal-compile {__version__} ({packages})")
+        raise typer.Exit
+
+
 def main() -> None:
-    """Entry point: what tidal_compile refuses ends with one line and exit code 2, not with a traceback."""
+    """The command: what tidal_compile refuses ends with one line and exit code 2, an interrupt with one and 130."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of a GGUF's conversion, beside ours
     _run(app)
 
 
 def lm_eval() -> None:
-    """Entry point `tidal-lm-eval`: the lm-evaluation-harness's own command, with the model class `tidal`."""
+    """`tidal-lm-eval`: the lm-evaluation-harness's own command, with the model class `tidal`."""
     _run(evaluate.run_harness)
 
 
 def _run(command: Callable[[], None]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
-    warnings.filterwarnings("ignore", module="torch")
+    warnings.filterwarnings("ignore", module="torch|transformers")
     try:
         command()
     except TidalError as error:

@@ -1,7 +1,10 @@
 """`tidal-compile bench`: latency beside the baselines."""
 
+import contextlib
 import itertools
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import report
-from ..shapes import FORMS
 from ..provenance import provenance
+from ..shapes import FORMS
 from .common import (
     DeviceOption,
     DType,
@@ -75,10 +78,11 @@ def bench_decode(
     """
     device, number = where(device, dtype)
     baselines = [kind.value for kind in baseline if kind != StepBaseline.none]
-    result = {"model": model, "layers": layers} | _measure_decode(
-        model, _options(policy, budget), baselines, context, batch, steps, generate, layers, device, number
-    )
-    _finish("decode", result, results, f"{Path(model).name}-{name}", device, as_json)
+    about = {"kind": "decode", "model": model, "layers": layers}
+    with _results(about, results, f"{Path(model).name}-{name}", device, as_json) as keep:
+        _measure_decode(
+            keep, model, _options(policy, budget), baselines, context, batch, steps, generate, layers, device, number
+        )
 
 
 @app.command("kernels")
@@ -103,8 +107,9 @@ def bench_kernels(
     from ..bench.kernels import sizes
 
     device, number = where(device, dtype)
-    cases = sizes(context, batch, heads, kv_heads, head_dim, budget, [one.value for one in share])
-    _finish("kernels", _measure_kernels(cases, device, number), results, name, device, as_json)
+    cases = sizes(context, batch, heads, kv_heads, head_dim, budget, [way.value for way in share])
+    with _results({"kind": "kernels"}, results, name, device, as_json) as keep:
+        _measure_kernels(keep, cases, device, number)
 
 
 @app.command("figures")
@@ -130,12 +135,13 @@ def bench_figures(
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     asked = [*_options(["full"], None), *_options(["tidal"], budget)]
-    result = {"model": model} | _measure_decode(model, asked, [], context, [1], steps, 0, layers, device, number)
-    cases = [size for one in budget for size in sizes(context, [1], heads, [kv_heads], head_dim, [one], ["kv_head"])]
-    result |= _measure_kernels(cases, device, number)
-    path, result = _finish("figures", result, results, Path(model).name, device, as_json)
+    cases = [size for each in budget for size in sizes(context, [1], heads, [kv_heads], head_dim, [each], ["kv_head"])]
+    about = {"kind": "figures", "model": model}
+    with _results(about, results, Path(model).name, device, as_json) as keep:
+        _measure_decode(keep, model, asked, [], context, [1], steps, 0, layers, device, number)
+        _measure_kernels(keep, cases, device, number)
     for number, draw in enumerate((figures.draw_latency, figures.draw_attention), 1):
-        draw(result, path.with_name(f"{path.stem}-{number}.png"))
+        draw(keep.result, keep.path.with_name(f"{keep.path.stem}-{number}.png"))
 
 
 def _options(names: list[str], budgets: list[int] | None) -> list:
@@ -146,16 +152,16 @@ def _options(names: list[str], budgets: list[int] | None) -> list:
     for policy in names:
         for budget in [None] if policy == "full" or not budgets else budgets:
             # What is always kept must fit into a small budget
-            kept = {"sinks": budget // 8, "recent": budget // 2} if budget and budget < 128 else {}
-            asked.append(Options.parse({"policy": policy, **budget_override(budget), **kept}))
+            small = {"sinks": budget // 8, "recent": budget // 2} if budget and budget < 128 else {}
+            asked.append(Options.parse({"policy": policy, **budget_override(budget), **small}))
     return asked
 
 
 def _measure_decode(
-    model: str, asked: list, baselines: list[str], contexts: list[int], batches: list[int], steps: int, generate: int,
-    layers: int | None, device: str, number: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """The records of `bench decode`, with progress."""
+    keep: "Kept", model: str, asked: list, baselines: list[str], contexts: list[int], batches: list[int], steps: int,
+    generate: int, layers: int | None, device: str, number: Any,
+) -> None:  # fmt: skip
+    """Keep the records of `bench decode`, with progress."""
     import torch
     from transformers.utils import logging as hf_logging
 
@@ -173,10 +179,10 @@ def _measure_decode(
         check_positions(config, model, context, "warm-up and --steps", extra)
         for batch in batches:
             decode.need_memory(shape, cases, batch, context + extra, decode.free_memory(place))
-    records = []
     with show_progress() as progress:
         done = add_stage(progress, f"load {model}", 1)
         net, rate = load_model(model, device, number, layers), copy_rate(place)
+        keep.result |= {"copy_bytes_per_s": rate, "dtype": str(number).removeprefix("torch."), "decode": []}
         done()
         # What we compile reads the live part of any cache; what others do reads all of it, and needs one that fits
         shared = not baselines and decode.keeps_everything(net)
@@ -186,20 +192,19 @@ def _measure_decode(
             token = torch.randint(net.config.vocab_size, (batch, 1), device=place)
             lengths = [context - 1 for context in group]
             for case in cases:
-                found = list(decode.run_case(net, shape, case, cache, lengths, token, steps, rate, saved))[::-1]
-                for record in found:
+                measured = list(decode.run_case(net, shape, case, cache, lengths, token, steps, rate, saved))[::-1]
+                for record in measured:
                     record["slots"] = max(group) + extra
                     if generate and batch == 1 and case.name not in ("inductor", "flash"):
                         length = record["context"] - 1
                         record["generate_ms"] = decode.generate_ms(net, case, cache, length, token, generate, saved)
-                records += found
+                keep.add("decode", measured)
                 advance()
             del cache, saved
-    return {"copy_bytes_per_s": rate, "dtype": str(number).removeprefix("torch."), "decode": records}
 
 
-def _measure_kernels(cases: list, device: str, number: Any) -> dict[str, Any]:
-    """The records of `bench kernels`, with progress."""
+def _measure_kernels(keep: "Kept", cases: list, device: str, number: Any) -> None:
+    """Keep the records of `bench kernels`, with progress."""
     import torch
 
     from ..bench import decode, kernels
@@ -208,34 +213,66 @@ def _measure_kernels(cases: list, device: str, number: Any) -> dict[str, Any]:
     place = torch.device(device)
     for size in cases:
         kernels.need_memory(size, place, decode.free_memory(place))
-    rate, records = copy_rate(place), []
+    rate = copy_rate(place)
+    keep.result |= {"copy_bytes_per_s": rate, "dtype": str(number).removeprefix("torch."), "kernels": []}
     with show_progress() as progress:
         advance = add_stage(progress, "kernels", len(cases))
         for size in cases:
-            records += kernels.run_size(size, place, number, rate)
+            keep.add("kernels", kernels.run_size(size, place, number, rate))
             advance()
-    return {"copy_bytes_per_s": rate, "dtype": str(number).removeprefix("torch."), "kernels": records}
 
 
-def _finish(
-    kind: str, result: dict[str, Any], folder: Path, name: str, device: str, as_json: bool
-) -> tuple[Path, dict[str, Any]]:
-    """Write a result with its provenance, and print it; the file, and what is in it."""
+@dataclass
+class Kept:
+    """A result as it grows, written to its file with every record, so that an interrupt loses nothing."""
+
+    result: dict[str, Any]
+    path: Path
+
+    def add(self, key: str, records: list[dict[str, Any]]) -> None:
+        """Add records, and write."""
+        self.result[key] += records
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.result, indent=1) + "\n")
+        part.replace(self.path)
+
+
+@contextlib.contextmanager
+def _results(about: dict[str, Any], folder: Path, name: str, device: str, as_json: bool) -> Iterator[Kept]:
+    """A result with its provenance, to be filled, then printed. An interrupt keeps and prints what was measured."""
+    make_folder(folder)
+    made_by = provenance(device)
+    kept = Kept({**about}, folder / f"{file_name(about['kind'], name, made_by['device'])}.json")
+    interrupted = False
+    try:
+        kept.result |= {"interrupted": True, **made_by}
+        yield kept
+    except KeyboardInterrupt:
+        interrupted = True
+    else:
+        del kept.result["interrupted"]
+    if not interrupted or kept.path.exists():
+        kept.write()
+        _print(kept, as_json)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _print(kept: Kept, as_json: bool) -> None:
     from ..bench import tables
 
-    make_folder(folder)
-    result = {"kind": kind, **result, **provenance(device)}
-    path = folder / f"{file_name(kind, name, result['device'])}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
     if as_json:
-        print(json.dumps(result))
-        return path, result
+        print(json.dumps(kept.result))
+        return
     for key, columns, rows in (
         ("decode", tables.DECODE_COLUMNS, tables.decode_rows),
         ("kernels", tables.KERNEL_COLUMNS, tables.kernel_rows),
     ):
-        if key in result:
-            print(tables.markdown(columns, rows(result)))
-    out.print(tables.about(result), markup=False, highlight=False, soft_wrap=True)
-    out.print(f"wrote {path}", markup=False, highlight=False)
-    return path, result
+        if key in kept.result:
+            print(tables.markdown(columns, rows(kept.result)))
+    out.print(tables.about(kept.result), markup=False, highlight=False, soft_wrap=True)
+    out.print(f"wrote {kept.path}", markup=False, highlight=False, soft_wrap=True)

@@ -92,9 +92,9 @@ def calibrate(
     """
     from transformers.utils import logging as hf_logging
 
+    from ..calibrate import Goal, calibrate_curve, check_settings
     from ..calibrate import Progress as Step
     from ..calibrate import calibrate as run_calibration
-    from ..calibrate import calibrate_curve
     from ..calibrate.tasks import TEXT_TOKENS
     from ..models import load_config
     from ..shapes import is_random
@@ -103,12 +103,12 @@ def calibrate(
     device, number = where(device, dtype)
     if is_random(model):
         raise TidalError(f"calibrate: {model} has random weights, which have nothing to find")
-    check_positions(load_config(model), model, context, "blocks of", TEXT_TOKENS)
     goal = {"max_kl": max_kl, "min_agreement": min_agreement}
     to_reach = any(value is not None for value in goal.values())
-    if to_reach and selections:
-        raise TidalError("calibrate: give one of --selections, --max-kl and --min-agreement")
     budgets, numbers = budget or [1024], selections or []
+    goals = [Goal(number, **goal) for number in numbers or [None]]
+    check_settings(budgets, context, contexts, tries, goals)
+    check_positions(load_config(model), model, context, "blocks of", TEXT_TOKENS)
     several = len(numbers) > 1 or (len(budgets) > 1 and not to_reach)
     weights = _weights(weight or [])
     if file.suffix not in (".yaml", ".yml", ".json") or file.is_dir():
@@ -149,16 +149,20 @@ def calibrate(
         files += [file.with_name(f"{file.stem}-pareto.json"), file.with_name(f"{file.stem}-pareto.png")]
         files[-2].write_text(json.dumps({"points": points, **provenance(device)}, indent=1) + "\n")
         report.pareto_chart(points, files[-1])
+    interrupted = found[-1].calibration["interrupted"] or (several and len(found) < len(budgets) * max(1, len(numbers)))
     if as_json:
         print(json.dumps(found[0].to_dict() if not several else [policy.to_dict() for policy in found]))
+        if interrupted:
+            raise typer.Exit(130)
         return
     for policy in found:
         out.print(report.calibration_table(policy))
         out.print(report.roles_line(policy), markup=False, highlight=False, soft_wrap=True)
-    if found[-1].calibration["interrupted"] or (several and len(found) < len(budgets) * max(1, len(numbers))):
-        out.print("interrupted: the best so far; the same command goes on", markup=False, highlight=False)
     for path in files:
         out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    if interrupted:
+        out.print("the best policies so far; the same command goes on", markup=False, highlight=False)
+        raise typer.Exit(130)
 
 
 def _weights(given: list[str]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What the commands share: consoles, options, progress, files."""
 
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -101,10 +102,13 @@ def check_device(device: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
+    """Make a folder for results, and see that it can be written to: before minutes of work, not after them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise TidalError(f"--out {folder}: can't make this folder: {error.strerror}") from None
+        raise TidalError(f"--out {folder}: can't make or write this folder: {error.strerror}") from None
 
 
 def show_progress() -> Progress:

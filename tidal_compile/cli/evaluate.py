@@ -11,7 +11,6 @@ import typer
 
 from .. import report
 from ..errors import TidalError
-from ..policy import is_preset, load_any, shipped
 from ..provenance import provenance
 from .common import (
     DeviceOption,
@@ -152,8 +151,9 @@ def lm_harness(
     For one policy and all options of the harness: `tidal-lm-eval --model tidal --model_args pretrained=...,policy=...`.
     """
     _need_harness("lm-eval")
-    from ..evaluate.harness import digest
+    from ..evaluate.harness import check_tasks, digest
 
+    check_tasks(task, include)
     files = [] if include is None else sorted(include.rglob("*"))
     files = [file for file in files if file.is_file() and not file.is_relative_to(results)]
     tasks = dict.fromkeys(task, digest(files))
@@ -214,6 +214,7 @@ def _need_harness(extra: str) -> None:
 
 def _policies(given: list[str] | None, model: str, folder: Path) -> list[str]:
     """The policies to compare. What can't be done is an error before the model is loaded."""
+    from ..policy import is_preset, load_any, shipped
     from ..shapes import is_random
 
     if is_random(model):

@@ -3,14 +3,13 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .. import presets, report
+from .. import report
 from ..errors import TidalError
 from ..shapes import FORMS
-from ..policy import Policy, is_preset, load_any, resolve, shipped
 from .common import (
     BudgetOption,
     JsonOption,
@@ -19,12 +18,18 @@ from .common import (
     read_text,
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    from ..policy import Policy
+
 app = typer.Typer(help="List, show, check and start policy files.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_policies(as_json: JsonOption = False) -> None:
     """List presets, which fit any model, and shipped policy files, each made for one."""
+    from .. import presets
+    from ..policy import Policy, shipped
+
     rows = [(name, "preset", (make.__doc__ or "").partition("\n")[0]) for name, make in presets.PRESETS.items()]
     rows += [(name, "file", Policy.load(path).description) for name, path in shipped().items()]
     if as_json:
@@ -53,14 +58,16 @@ def show(
 @app.command("validate")
 def validate(policy: str, model: ForModelOption = None, as_json: JsonOption = False) -> None:
     """Check a policy file: its form and, with --model, whether it fits. Exit code 2 and the reason if not."""
-    from ..explain import explain as explain_model
-    from ..models import load_model
+    from ..policy import is_preset, load_any
 
     if model is None and is_preset(policy):
         raise TidalError(f"preset {policy!r} fits any model, or say which with --model")
     if model is None:
         found = load_any(policy)
     else:
+        from ..explain import explain as explain_model
+        from ..models import load_model
+
         explanation = explain_model(load_model(model, device="meta"), policy)
         if explanation.problems:
             raise TidalError(f"{policy} does not fit {model}: {'; '.join(explanation.problems)}")
@@ -145,14 +152,16 @@ def _types(given: str) -> list[str]:
     return types
 
 
-def _find(policy: str, num_layers: int | None, model: str | None, budget: int | None) -> Policy:
+def _find(policy: str, num_layers: int | None, model: str | None, budget: int | None) -> "Policy":
     """A policy by name or file, for a model if one is named."""
-    from ..explain import decode_calls
-    from ..models import load_model
-    from ..passes.match import policy_layers
+    from ..policy import is_preset, load_any, resolve
 
     overrides = budget_override(budget)
     if model is not None:
+        from ..explain import decode_calls
+        from ..models import load_model
+        from ..passes.match import policy_layers
+
         calls, num_layers = decode_calls(load_model(model, device="meta"))
         return resolve(policy, num_layers, attention_layers=policy_layers(calls), model=model, **overrides)
     if num_layers is not None:

@@ -239,9 +239,7 @@ def _answers(
     for subject, question in asked:
         rows: dict[int, dict[str, Any]] = {}
         for group, prompt in prompts.items():
-            answers = answer(
-                model, ground.decoder.step, prompt, subject.policy.roles, question == "sparse", stop
-            )
+            answers = answer(model, ground.decoder.step, prompt, subject.policy.roles, question == "sparse", stop)
             for number, tokens in zip(group, answers, strict=True):
                 output = tokenizer.decode(tokens)
                 rows[number] = _record(places[number], subject, question) | {

@@ -7,6 +7,7 @@ choices of a question in one pass. The harness has no plug-ins, so `tidal-lm-eva
     tidal-lm-eval --model tidal --model_args pretrained=smollm2,policy=smollm2,budget=256 --tasks TASK
 """
 
+import difflib
 import hashlib
 import json
 import tempfile
@@ -129,6 +130,20 @@ def _parts(blocks: Sequence[Block]) -> list[list[Block]]:
         else:
             parts.append([block])
     return parts
+
+
+def check_tasks(names: Iterable[str], include: Path | None) -> None:
+    """Raises `TidalError` for a name that is no task, group or tag of the harness, and not in the folder `include`."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if include is None else str(include))
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=5)
+        raise TidalError(
+            f"--task {unknown[0]}: the lm-evaluation-harness has no such task"
+            + (f"; near it are {', '.join(near)}" if near else "")
+            + ("" if include is None else f", and {include} has none either")
+        )
 
 
 def run_tasks(

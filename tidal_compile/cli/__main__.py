@@ -1,5 +1,0 @@
-"""`python -m tidal_compile.cli`."""
-
-from . import main
-
-main()
