@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 OUT ?= out
 JOBS ?= 2
 
-.PHONY: test lint demo clean
+.PHONY: test lint demo docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: Makefile
@@ -24,15 +24,20 @@ $(VENV)/test: $(VENV)/demo
 	$(VENV)/bin/pip install --quiet -e '.[test]'
 	touch $@
 
-demo: $(VENV)/demo
+demo: $(VENV)/demo  # about 6 minutes on two cores
 	$(VENV)/bin/tidal-compile run --model smollm2 --policy full --policy tidal --policy smollm2 --out $(OUT)
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
 
 test: lint
 	$(VENV)/bin/python -m pytest -n $(JOBS) --durations=10
+
+docs: $(VENV)/demo
+	$(VENV)/bin/pip install --quiet -e '.[docs]'
+	$(VENV)/bin/mkdocs build --strict --site-dir $(OUT)/site
 
 clean:
 	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache *.egg-info

@@ -75,8 +75,9 @@ def decode_summary():
     for result in [*results("decode").values(), *results("figures").values()]:
         depth = f", {result['layers']} layers" if result.get("layers") else ""
         shape = result["model"].removeprefix("random:") + depth
-        rows += [(shape, *row, result["commit"]) for row in decode_rows(result)]
-    return markdown(("shape", *DECODE_COLUMNS, "commit"), rows)
+        steps = [str(one["steps"]) for one in result["decode"]]
+        rows += [(shape, *row, n, result["commit"]) for row, n in zip(decode_rows(result), steps, strict=True)]
+    return markdown(("shape", *DECODE_COLUMNS, "steps", "commit"), rows)
 
 
 def kernel_summary():

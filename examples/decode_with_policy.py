@@ -4,7 +4,8 @@
     python examples/decode_with_policy.py --prompt my_text.txt --new-tokens 100
     python examples/decode_with_policy.py --model Qwen/Qwen3-0.6B --policy tidal --budget 512
 
-The default prompt hides a pass key in the middle of 2,000 tokens of filler, and asks for it.
+The default prompt hides a pass key in the middle of 2,000 tokens of filler, and asks for it. The first step under each
+policy compiles, which takes about a minute on a CPU and is not timed.
 """
 
 import argparse

@@ -78,12 +78,13 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
     for node in gm.graph.nodes:
         if not _is_attention(node):
             continue
-        keys = _cached_keys(node)
         layer = _layer_of(node)
-        if keys not in read and (match := CACHE_LAYER.search(keys)):
-            layer = int(match[1])
-        read.add(keys)
         try:
+            _check_one_token(node)
+            keys = _cached_keys(node)
+            if keys not in read and (match := CACHE_LAYER.search(keys)):
+                layer = int(match[1])
+            read.add(keys)
             site = _match(node, layer)
             if site.layer in {one.layer for one in found if isinstance(one, AttentionSite)}:
                 raise NoMatch(f"a second attention call of layer {site.layer}")
@@ -112,13 +113,17 @@ def count_layers(gm: fx.GraphModule) -> int:
     return max(layers, default=-1) + 1
 
 
-def _match(node: fx.Node, layer: int | None) -> AttentionSite:
-    """The call at a node, as one of this layer; None: of its cache layer. Raises `NoMatch`."""
+def _check_one_token(node: fx.Node) -> None:
+    """Raises `NoMatch` where an attention call has more than one query token."""
     query_len = query_length(node)
     if isinstance(query_len, torch.SymInt) and free_unbacked_symbols(query_len):
         raise NoMatch("the number of query tokens depends on data; pass attention_mask to the model")
     if query_len not in (1, None):
         raise NoMatch(f"{query_len} query tokens (prefill, or several tokens at once): left exact", "tokens")
+
+
+def _match(node: fx.Node, layer: int | None) -> AttentionSite:
+    """The call at a node, as one of this layer; None: of its cache layer. Raises `NoMatch`."""
     call = read_call(node)
     if _slides(node):
         raise NoMatch("sliding-window layer: left as it is", "sliding")

@@ -1,12 +1,12 @@
-"""What each model family is expected to look like to the matcher, and the README's table of it.
+"""What each model family is expected to look like to the matcher, and the table of it in the documentation.
 
-`python tests/families.py` writes the table into README.md; a test checks that it is there as written.
+`python tests/families.py` writes the table into docs/models.md; a test checks that it is there as written.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/models.md"
 BEGIN, END = "<!-- families: written by tests/families.py -->\n", "<!-- end of families -->\n"
 SLIDING = "sliding-window layer: left as it is"
 LATENT = "the keys are computed from what the cache holds (multi-head latent attention)"
@@ -73,10 +73,10 @@ def table():
 
 
 def with_table(text):
-    """README.md with the table of today."""
+    """The page with the table of today."""
     before, rest = text.split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))

@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, README, with_table
+from families import FAMILIES, PAGE, with_table
 from models import decode_logits, family_model, prefilled, random_tokens
 from oracle import OracleModel
 from recorder import Recorder
@@ -67,5 +67,5 @@ def test_every_family_has_a_shape_and_explains_itself():
         torch._dynamo.reset()
 
 
-def test_the_readme_has_the_table_of_today():
-    assert README.read_text() == with_table(README.read_text()), "run python tests/families.py"
+def test_the_documentation_has_the_table_of_today():
+    assert PAGE.read_text() == with_table(PAGE.read_text()), "run python tests/families.py"

@@ -34,7 +34,7 @@ def test_an_error_of_ours_ends_with_our_words():
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_twelve_policies_on_one_model(fullgraph):
     """Dynamo keeps eight graphs of a function: the ninth policy failed, or ran densely without a word."""
-    model, prompt, token = tiny_model(num_hidden_layers=3), random_tokens(1, 40), random_tokens(1, 1, seed=2)
+    model, prompt, token = tiny_model(num_hidden_layers=4), random_tokens(1, 40), random_tokens(1, 1, seed=2)
     settings = {"cuda_graphs": False, "sinks": 2, "recent": 3}
     limit, logits = torch._dynamo.config.recompile_limit, []
     for budget in range(6, 18):
@@ -86,13 +86,14 @@ def test_attention_weights_are_refused(form):
     assert "logging" not in str(caught.value)
 
 
-@pytest.mark.parametrize("hides", [-1e4, -1e9, torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize("hides", [-1e4, -1e9, "lowest", -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whatever_value_a_mask_hides_with(hides, dtype):
     """Hidden tokens are no sinks, no recent ones, and count for no ratio: the sets are those of a bool mask."""
     q, k, v = (torch.randn(1, heads, tokens, 16, dtype=dtype) for heads, tokens in ((4, 1), (2, 64), (2, 64)))
     seen = torch.ones(1, 1, 1, 64, dtype=torch.bool)
     seen[..., :10], seen[..., 50:] = False, False
+    hides = torch.finfo(dtype).min if hides == "lowest" else hides
     added = torch.zeros(1, 1, 1, 64, dtype=dtype).masked_fill(~seen, hides)
     length, rest = torch.tensor(64), (0.25, 8, 0.25, 3, 4, "kv_head")
     out, index = torch.ops.tidal.select_attention(q, k, v, length, seen, *rest)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from .backend import Options, lay_over
 from .errors import TidalError, UnsupportedModelError
@@ -53,7 +53,7 @@ class Explanation:
         return explanation_text(self)
 
 
-def explain(model: nn.Module, policy: Policy | dict | str | Path, **overrides: Any) -> Explanation:
+def explain(model: PreTrainedModel, policy: Policy | dict | str | Path, **overrides: Any) -> Explanation:
     """Match a model's decode step against a policy, without running it.
 
     `model` is a Hugging Face decoder on any device, `meta` included; `policy` any form that the backend takes, and
@@ -77,7 +77,7 @@ def _row(decision: Decision) -> Row:
     return Row(decision.layer, role.role, role.source, budget, role.share, kv_heads, "", role.heads)
 
 
-def decode_calls(model: nn.Module) -> tuple[list[AttentionSite | Unmatched], int]:
+def decode_calls(model: PreTrainedModel) -> tuple[list[AttentionSite | Unmatched], int]:
     """The attention calls of one decode step, and the model's number of layers. Dynamo traces, nothing is compiled."""
     captured = []
 
@@ -86,7 +86,7 @@ def decode_calls(model: nn.Module) -> tuple[list[AttentionSite | Unmatched], int
         raise _Traced
 
     model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):  # PEFT's are no PreTrainedModel
         raise TidalError(
             f"a loaded Hugging Face decoder is needed, found {type(model).__name__} {str(model)[:40]!r}; "
             "tidal_compile.models.load_model loads one by its name"
@@ -94,9 +94,9 @@ def decode_calls(model: nn.Module) -> tuple[list[AttentionSite | Unmatched], int
     cache = empty_cache(model, CACHE_SLOTS)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     # Some models count their tokens by the mask (OPT); others branch on what it says, which can't be traced (Jamba)
-    masks = ({}, {"attention_mask": token.new_ones(1, CACHE_SLOTS)})
+    masked = {"attention_mask": token.new_ones(1, CACHE_SLOTS), "position_ids": token}
     problems = []
-    for mask in masks:
+    for mask in ({}, masked):
         try:
             with torch.no_grad():
                 torch.compile(model, backend=stop_here, fullgraph=True)(

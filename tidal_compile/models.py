@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import PreTrainedModel
 
 from .errors import TidalError, UnsupportedModelError
 from .shapes import FORMS, SHAPES, is_random
@@ -20,7 +20,7 @@ from .shapes import FORMS, SHAPES, is_random
 
 def load_model(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, num_layers: int | None = None
-) -> nn.Module:
+) -> PreTrainedModel:
     """A decoder in eval mode. On `meta` it has a shape and no weights; `num_layers` gives random weights another depth.
 
     Of a model for images and text, it is the whole model. Raises `TidalError` if there is no such model.
@@ -78,12 +78,12 @@ def load_config(name: str, num_layers: int | None = None) -> Any:
         raise TidalError(f"model {name!r}: unknown shape (valid: {FORMS})") from error
 
 
-def name_of(model: nn.Module) -> str:
+def name_of(model: PreTrainedModel) -> str:
     """The name or folder that a loaded model came from; its class if it has none."""
     return getattr(model.config, "name_or_path", "") or type(model).__name__
 
 
-def describe(model: nn.Module, name: str | None = None) -> dict[str, str]:
+def describe(model: PreTrainedModel, name: str | None = None) -> dict[str, str]:
     """Which model a result is about: the end of its name, a fingerprint, and its number format."""
     return {
         "model": Path(name or name_of(model)).name,
@@ -93,14 +93,14 @@ def describe(model: nn.Module, name: str | None = None) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _fingerprint(model: nn.Module) -> str:
+def _fingerprint(model: PreTrainedModel) -> str:
     """A digest of the first values of every weight that is a plain tensor: it tells models of the same name apart."""
     plain = [one for one in model.parameters() if type(one.data) is torch.Tensor]
     values = torch.cat([one.flatten()[:64].float().cpu() for one in plain])
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
-def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+def with_cache(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
     """The arguments of a forward pass that goes on from a cache; transformers 5.24 gave the first another name."""
     return {_cache_keyword(type(model)): cache, "use_cache": True}
 
@@ -111,7 +111,7 @@ def _cache_keyword(kind: type) -> str:
 
 
 @torch.no_grad()
-def empty_cache(model: nn.Module, slots: int, batch: int = 1) -> Any:
+def empty_cache(model: PreTrainedModel, slots: int, batch: int = 1) -> Any:
     """A StaticCache of `slots` tokens for the model, allocated and empty, without running it.
 
     What each layer keeps, and in which shape, is seen in a prefill with fake tensors: configs name it in too many ways.
@@ -151,18 +151,18 @@ def is_recurrent(layer: Any) -> bool:
     return hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states")
 
 
-def is_recurrent_model(model: nn.Module) -> bool:
+def is_recurrent_model(model: PreTrainedModel) -> bool:
     """Whether some layer of a model is recurrent."""
     from transformers import StaticCache
 
     return any(map(is_recurrent, StaticCache(config=model.config, max_cache_len=1).layers))
 
 
-_continues: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_continues: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
-def continues(model: nn.Module) -> bool:
+def continues(model: PreTrainedModel) -> bool:
     """Whether several tokens at once can follow what a cache holds, as when a prompt is prefilled in chunks.
 
     Attention can. Some recurrent layers of transformers go on for one token at a time only: given several, those of
@@ -175,7 +175,7 @@ def continues(model: nn.Module) -> bool:
     return _continues[model]
 
 
-def _states_continue(model: nn.Module, tokens: int = 32, last: int = 4, most: float = 0.01) -> bool:
+def _states_continue(model: PreTrainedModel, tokens: int = 32, last: int = 4, most: float = 0.01) -> bool:
     from transformers import StaticCache
 
     layers = StaticCache(config=model.config, max_cache_len=tokens).layers
@@ -207,7 +207,7 @@ def _zeros_like_fake(fake: FakeTensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _batched_experts(model: nn.Module):
+def _batched_experts(model: PreTrainedModel):
     """Fake tensors refuse grouped matrix products in float32; which kernel the experts use is nothing to the cache."""
     before = getattr(model.config, "_experts_implementation", None)
     if before == "grouped_mm":

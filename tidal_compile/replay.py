@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
 from .kernels import reference
@@ -31,7 +32,7 @@ NAME = "tidal_function"  # of an attention function, for transformers
 
 
 @contextlib.contextmanager
-def attention_function(model: nn.Module, function: Callable) -> Iterator[None]:
+def attention_function(model: PreTrainedModel, function: Callable) -> Iterator[None]:
     """`function` in place of the model's attention, through transformers' attention interface; masks are bool.
 
     Raises `UnsupportedModelError` in a forward pass that never called it: some models keep attention of their own.
@@ -71,7 +72,7 @@ def _gone(*_: Any, **__: Any) -> None:
 
 
 @torch.no_grad()
-def cannot_replay(model: nn.Module, calls: Sequence[AttentionSite | Unmatched]) -> str:
+def cannot_replay(model: PreTrainedModel, calls: Sequence[AttentionSite | Unmatched]) -> str:
     """Why a pass over many tokens would not give what decode steps with these attention calls give; "" if it does.
 
     A replay finds a layer's role by the number that the layer's attention module has for itself, where the decode step
@@ -137,7 +138,7 @@ class Tokens:
 
 
 @torch.no_grad()
-def make_context(model: nn.Module, cache: Any, length: int, blocks: Sequence[Block]) -> Context:
+def make_context(model: PreTrainedModel, cache: Any, length: int, blocks: Sequence[Block]) -> Context:
     """A context from a cache that holds `length` tokens: the blocks' prompts are added to it."""
     context = Context(cache, length, tuple(blocks), windows(cache))
     prompts, _ = _tokens(context.blocks)
@@ -148,8 +149,9 @@ def make_context(model: nn.Module, cache: Any, length: int, blocks: Sequence[Blo
 
 @torch.no_grad()
 def replay(
-    model: nn.Module, context: Context, roles: Sequence[LayerRole], observe: Callable[["Call"], None] | None = None
-) -> list[Tensor]:
+    model: PreTrainedModel, context: Context, roles: Sequence[LayerRole],
+    observe: Callable[["Call"], None] | None = None,
+) -> list[Tensor]:  # fmt: skip
     """Logits `[m - dense, vocab]` in float32 of each block's sparse steps; `observe` sees every attention call."""
     prompts, steps = _tokens(context.blocks)
     if not context.windows:
@@ -166,7 +168,7 @@ def replay(
 
 @torch.no_grad()
 def replay_text(
-    model: nn.Module, cache: Any, length: int, tokens: Tensor, roles: Sequence[LayerRole], chunk: int = 128
+    model: PreTrainedModel, cache: Any, length: int, tokens: Tensor, roles: Sequence[LayerRole], chunk: int = 128
 ) -> Iterator[Tensor]:
     """Logits `[m, vocab]` in float32 of tokens `[1, n]`, `chunk` by chunk, after the `length` that the cache holds.
 
@@ -182,7 +184,7 @@ def replay_text(
 
 
 def _one_pass(
-    model: nn.Module, context: Context, tokens: Tokens, cached: Tokens | None, roles: Sequence[LayerRole] | None,
+    model: PreTrainedModel, context: Context, tokens: Tokens, cached: Tokens | None, roles: Sequence[LayerRole] | None,
     observe: Callable[["Call"], None] | None,
 ) -> Tensor:  # fmt: skip
     """Logits `[m, vocab]` of the tokens, which `cached`, the last ones included, stand behind the context.

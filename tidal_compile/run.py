@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .models import continues, empty_cache, forgets, with_cache
 from .passes.plan import Plan, kv_share
@@ -69,7 +70,7 @@ class Result:
 
 @torch.no_grad()
 def prefill(
-    model: nn.Module, input_ids: Tensor, slots: int, mask: Tensor | None = None, chunk: int = 1024
+    model: PreTrainedModel, input_ids: Tensor, slots: int, mask: Tensor | None = None, chunk: int = 1024
 ) -> Iterator[Any]:
     """Fill a StaticCache of `slots` with input_ids `[B, n]`; `mask [B, slots]` bool leaves out padding on the left.
 
@@ -88,7 +89,7 @@ def prefill(
         yield cache
 
 
-def filled(model: nn.Module, input_ids: Tensor, slots: int, mask: Tensor | None = None) -> Any:
+def filled(model: PreTrainedModel, input_ids: Tensor, slots: int, mask: Tensor | None = None) -> Any:
     """The complete cache of `prefill`."""
     for cache in prefill(model, input_ids, slots, mask):  # noqa: B007  the last one is complete
         pass
@@ -100,7 +101,7 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def random_cache(model: nn.Module, length: int, slots: int, batch: int = 1) -> Any:
+def random_cache(model: PreTrainedModel, length: int, slots: int, batch: int = 1) -> Any:
     """A StaticCache whose first `length` tokens are random: with random weights, a prefill would be no better."""
     cache = empty_cache(model, slots, batch)
     for layer in cache.layers:
@@ -128,7 +129,7 @@ def rewind(cache: Any, length: int, saved: Mapping[int, Any] = MappingProxyType(
             layer.cumulative_length.fill_(length)
 
 
-def make_step(model: nn.Module, variant: Variant) -> Callable:
+def make_step(model: PreTrainedModel, variant: Variant) -> Callable:
     """The decode step of a variant."""
     if variant.kind == "eager":
         return model.forward
@@ -139,7 +140,7 @@ def make_step(model: nn.Module, variant: Variant) -> Callable:
 
 
 @torch.no_grad()
-def decode(model: nn.Module, step: Callable, prompt: Prompt, steps: int) -> Iterator[tuple[int, float]]:
+def decode(model: PreTrainedModel, step: Callable, prompt: Prompt, steps: int) -> Iterator[tuple[int, float]]:
     """Greedy decoding after a prompt: yields (next token, ms of the step). The first step may compile."""
     rewind(prompt.cache, prompt.length - 1, prompt.windows)
     token = prompt.token.clone(memory_format=torch.contiguous_format)  # a slice has other strides, and would recompile
@@ -154,7 +155,7 @@ def decode(model: nn.Module, step: Callable, prompt: Prompt, steps: int) -> Iter
 
 
 @torch.no_grad()
-def decode_given(model: nn.Module, variant: Variant, cache: Any, tokens: Tensor) -> Iterator[Tensor]:
+def decode_given(model: PreTrainedModel, variant: Variant, cache: Any, tokens: Tensor) -> Iterator[Tensor]:
     """The logits `[1, vocab]` after each of tokens `[1, n]`, fed one by one after what the cache holds."""
     torch._dynamo.reset()
     step = make_step(model, variant)
@@ -165,7 +166,7 @@ def decode_given(model: nn.Module, variant: Variant, cache: Any, tokens: Tensor)
 
 
 def measure(
-    model: nn.Module, variant: Variant, prompts: Sequence[Prompt], steps: int, tokenizer: Any = None,
+    model: PreTrainedModel, variant: Variant, prompts: Sequence[Prompt], steps: int, tokenizer: Any = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Result:  # fmt: skip
     """Decode `steps` tokens after the first prompt, all but the first few timed, and the answers to the other ones."""

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
+from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
 from .kernels import ops as _ops  # noqa: F401  registers the ops that `apply_plan` inserts
@@ -21,7 +22,7 @@ class PolicyStep:
     `backend="tidal"` rewrites it, and run op by op: twenty policies cost one trace and no compilation.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         self._roles: tuple[LayerRole, ...] = ()
         # A reset elsewhere drops the traced graphs; the next step traces again
         self._step = torch.compile(model.forward, backend=self._follow, fullgraph=True, dynamic=False)

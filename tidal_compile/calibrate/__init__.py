@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import TidalError, UnsupportedModelError
 from ..explain import decode_calls
@@ -78,7 +79,7 @@ class Goal:
 class Ground:
     """What a model is calibrated on, prefilled: contexts, and what the dense model predicts there."""
 
-    model: nn.Module
+    model: PreTrainedModel
     calls: list
     num_layers: int
     layers: tuple[int, ...]  # that may select
@@ -112,7 +113,7 @@ class Effort:
 
 
 def calibrate(
-    model: nn.Module, tokenizer: Any, text: str | None = None, *, budget: int | Sequence[int] = 1024,
+    model: PreTrainedModel, tokenizer: Any, text: str | None = None, *, budget: int | Sequence[int] = 1024,
     selections: int | None = None, max_kl: float | None = None, min_agreement: float | None = None,
     context: int = 4096, contexts: int = 6, dense: int | None = None, sinks: int = 4, recent: int = 32,
     share: str = "auto", vary_budgets: bool = False, weights: Mapping[str, float] | None = None, tries: int = 60,
@@ -162,7 +163,7 @@ def calibrate(
 
 
 def calibrate_curve(
-    model: nn.Module, tokenizer: Any, text: str | None = None, *, budgets: Sequence[int],
+    model: PreTrainedModel, tokenizer: Any, text: str | None = None, *, budgets: Sequence[int],
     selections: Sequence[int] | None = None, context: int = 4096, contexts: int = 6, dense: int | None = None,
     sinks: int = 4, recent: int = 32, share: str = "auto", vary_budgets: bool = False,
     weights: Mapping[str, float] | None = None, tries: int = 60, seed: int = 0, name: str = "calibrated",
@@ -254,7 +255,7 @@ def _few(layers: Sequence[int]) -> int:
 
 
 def _about(
-    model: nn.Module, text: str, context: int, contexts: int, weights: Mapping[str, float] | None, seed: int
+    model: PreTrainedModel, text: str, context: int, contexts: int, weights: Mapping[str, float] | None, seed: int
 ) -> dict[str, Any]:
     """What scores depend on, besides the policy."""
     weighed = dict.fromkeys(KINDS, 1.0) | dict(weights or {})
@@ -267,7 +268,7 @@ def _about(
     }  # fmt: skip
 
 
-def _layers(model: nn.Module, selections: Sequence[int]) -> tuple[list, int, tuple[int, ...]]:
+def _layers(model: PreTrainedModel, selections: Sequence[int]) -> tuple[list, int, tuple[int, ...]]:
     """The model's attention calls, its depth, and the layers that may select."""
     calls, num_layers = decode_calls(model)
     layers = policy_layers(calls)
@@ -288,7 +289,7 @@ def _layers(model: nn.Module, selections: Sequence[int]) -> tuple[list, int, tup
 
 @torch.no_grad()
 def _prepare(
-    model: nn.Module, tokenizer: Any, text: str, about: dict[str, Any], selections: Sequence[int], report: Report
+    model: PreTrainedModel, tokenizer: Any, text: str, about: dict[str, Any], selections: Sequence[int], report: Report
 ) -> Ground:
     """Prefill the contexts, and see what the dense model predicts, if it has layers for the `selections`."""
     calls, num_layers, layers = _layers(model, selections)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import TidalError
 from ..explain import decode_calls
@@ -61,7 +61,7 @@ class Place:
 class Ground:
     """What every prompt of an evaluation shares; `dense` is the policy that everything is compared with."""
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: Any
     text: str
     text_tokens: int
@@ -79,7 +79,7 @@ class Progress:
 
 
 def evaluate(
-    model: nn.Module, tokenizer: Any, policies: Sequence[Policy | str | Path | dict], *,
+    model: PreTrainedModel, tokenizer: Any, policies: Sequence[Policy | str | Path | dict], *,
     tasks: Sequence[str] = ("needle", "text", "answers"), text: str | None = None,
     lengths: Sequence[int] = (1024, 2048, 4096), budgets: Sequence[int] = (), depths: int = 5, seeds: int = 1,
     questions: Sequence[str] = QUESTIONS, text_tokens: int = 128, batch: int = 8, first_seed: int = 0,
@@ -141,7 +141,7 @@ def _batches(places: list[Place], size: int) -> list[list[Place]]:
     return [places[start : start + size] for start in range(0, len(places), size)]
 
 
-def about_model(model: nn.Module, name: str | None) -> dict[str, Any]:
+def about_model(model: PreTrainedModel, name: str | None) -> dict[str, Any]:
     """What records are made with: those of another model, format, device or library are not gone on from."""
     made = provenance(model.device.type)
     return describe(model, name) | {"device": made["device"], "versions": made["versions"]}
@@ -283,7 +283,7 @@ def _all_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _stop_tokens(model: nn.Module) -> list[int]:
+def _stop_tokens(model: PreTrainedModel) -> list[int]:
     """The tokens that end an answer."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)):
         stop = getattr(config, "eos_token_id", None)

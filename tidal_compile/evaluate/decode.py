@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..models import continues, is_recurrent_model, with_cache
 from ..policy import LayerRole
@@ -39,7 +40,7 @@ class Prompts:
 
 @torch.no_grad()
 def prepare(
-    model: nn.Module, contexts: Sequence[Sequence[int]], questions: Sequence[Sequence[int]], new_tokens: int
+    model: PreTrainedModel, contexts: Sequence[Sequence[int]], questions: Sequence[Sequence[int]], new_tokens: int
 ) -> Prompts:
     """Prefill the contexts, with room for `new_tokens`.
 
@@ -67,7 +68,7 @@ def prepare(
 
 @torch.no_grad()
 def answer(
-    model: nn.Module, step: PolicyStep, prompts: Prompts, roles: Sequence[LayerRole], sparse_question: bool,
+    model: PreTrainedModel, step: PolicyStep, prompts: Prompts, roles: Sequence[LayerRole], sparse_question: bool,
     stop: Sequence[int],
 ) -> list[list[int]]:  # fmt: skip
     """The greedy answer of each prompt, up to a token of `stop` or `new_tokens`, by decode steps of the model.
@@ -97,7 +98,7 @@ def answer(
     return [list(itertools.takewhile(lambda token: token not in stop, row)) for row in rows]
 
 
-def _logits(model: nn.Module, prompts: Prompts, forward: Callable, tokens: Tensor, at: int) -> Tensor:
+def _logits(model: PreTrainedModel, prompts: Prompts, forward: Callable, tokens: Tensor, at: int) -> Tensor:
     """Logits `[B, vocab]` after the last of tokens `[B, m]`, which stand in the slots from `at` on."""
     padding = {}
     if prompts.mask is not None:

@@ -19,8 +19,8 @@ import torch
 import yaml
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ..backend import compile_config
 from ..errors import TidalError
@@ -45,8 +45,8 @@ class TidalLM(HFLM):
     """
 
     def __init__(
-        self, pretrained: str | nn.Module, policy: Any = "tidal", budget: int | None = None, tokenizer: Any = None,
-        device: str | None = None, dtype: str = "auto", **options: Any,
+        self, pretrained: str | PreTrainedModel, policy: Any = "tidal", budget: int | None = None,
+        tokenizer: Any = None, device: str | None = None, dtype: str = "auto", **options: Any,
     ) -> None:  # fmt: skip
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         number = getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype)
@@ -147,7 +147,7 @@ def check_tasks(names: Iterable[str], include: Path | None) -> None:
 
 
 def run_tasks(
-    model: nn.Module, tokenizer: Any, subjects: Sequence[Subject], tasks: Mapping[str, str], include: Path | None,
+    model: PreTrainedModel, tokenizer: Any, subjects: Sequence[Subject], tasks: Mapping[str, str], include: Path | None,
     limit: int | None, batch: int, folder: Path, model_name: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row a task, metric and policy, of tasks given with a digest of their files.

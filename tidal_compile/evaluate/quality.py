@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..models import with_cache
 from ..policy import Policy
@@ -52,7 +53,7 @@ class Quality:
 
 
 @torch.no_grad()
-def text_trial(model: nn.Module, ids: Sequence[int], length: int, decoder: Decoder, compiled: bool) -> Trial:
+def text_trial(model: PreTrainedModel, ids: Sequence[int], length: int, decoder: Decoder, compiled: bool) -> Trial:
     """The first `length` >= 1 of ids are prefilled densely, and the rest is decoded, by the compiled step if asked."""
     every = torch.tensor([ids], device=model.device)
     cache = filled(model, every[:, :length], len(ids))
@@ -70,7 +71,7 @@ def text_trial(model: nn.Module, ids: Sequence[int], length: int, decoder: Decod
 
 
 @torch.no_grad()
-def answer_trial(model: nn.Module, tokenizer: Any, sample: Sample, decoder: Decoder) -> Trial:
+def answer_trial(model: PreTrainedModel, tokenizer: Any, sample: Sample, decoder: Decoder) -> Trial:
     """The answer to a sample, decoded from the question's last token on; the rest of the question is prefilled."""
     answer = ids_of(tokenizer, f" {sample.answers[0]}")
     labels = torch.tensor(answer, device=model.device)
@@ -86,7 +87,9 @@ def answer_trial(model: nn.Module, tokenizer: Any, sample: Sample, decoder: Deco
 
 
 @torch.no_grad()
-def decode_steps(model: nn.Module, step: PolicyStep, cache: Any, tokens: Tensor, policy: Policy) -> Iterator[Tensor]:
+def decode_steps(
+    model: PreTrainedModel, step: PolicyStep, cache: Any, tokens: Tensor, policy: Policy
+) -> Iterator[Tensor]:
     """The logits `[1, vocab]` after each of tokens `[1, n]`, decoded one by one by the uncompiled step."""
     for token in tokens.split(1, dim=1):
         token = token.clone(memory_format=torch.contiguous_format)
