@@ -32,22 +32,22 @@ def test_an_error_of_ours_ends_with_our_words():
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
-def test_twelve_policies_on_one_model(fullgraph):
+def test_nine_policies_on_one_model(fullgraph):
     """Dynamo keeps eight graphs of a function: the ninth policy failed, or ran densely without a word."""
     model, prompt, token = tiny_model(num_hidden_layers=4), random_tokens(1, 40), random_tokens(1, 1, seed=2)
     settings = {"cuda_graphs": False, "sinks": 2, "recent": 3}
     limit, logits = torch._dynamo.config.recompile_limit, []
-    for budget in range(6, 18):
+    for budget in range(6, 15):
         step = step_of(model, fullgraph, policy="tidal", budget=budget, **settings)
         logits.append(decode_logits(step, prefilled(model, prompt, 48), token))
-    for budget, found in ((6, logits[0]), (17, logits[-1])):
+    for budget, found in ((6, logits[0]), (14, logits[-1])):
         torch._dynamo.reset()
         recorder = Recorder(policy="tidal", budget=budget, **settings)
         alone = torch.compile(model, backend=recorder, fullgraph=True)
         expected = decode_logits(alone, prefilled(model, prompt, 48), token)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert len({row.sum().item() for row in logits}) == 12
-    assert torch._dynamo.config.recompile_limit <= max(limit, 13)  # one ahead of what was compiled
+    assert len({row.sum().item() for row in logits}) == 9
+    assert torch._dynamo.config.recompile_limit <= max(limit, 10)  # one ahead of what was compiled
 
 
 def test_one_policy_that_recompiles_for_ever_is_an_error():

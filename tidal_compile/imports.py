@@ -1,7 +1,8 @@
-"""Layer choices that others publish, as policies.
+"""Policies from the layer choices that other systems publish.
 
-Their roles carry over; how each system ranks tokens does not. Here a selection's own output is always exact, tokens are
-ranked by attention probability, and `defaults` (`budget`, `sinks`, `recent`, `share`) say how many are kept.
+Only the roles of the layers are taken over, not how a system ranks tokens. Here the attention of a select layer itself
+is always exact, tokens are ranked by attention probability, and `defaults` (`budget`, `sinks`, `recent`, `share`) say
+how many tokens are kept.
 """
 
 import re
@@ -14,19 +15,20 @@ from .policy import Policy
 
 
 def from_kascade(file: str | Path, **defaults: Any) -> Policy:
-    """Anchor layers and head map of Kascade (https://arxiv.org/abs/2512.16391), from `<model>_layers_0_2_8.npy`.
+    """Make a policy of Kascade's anchor layers and head map (https://arxiv.org/abs/2512.16391).
 
-    The anchors, which select, stand in the file's name; the int array `[num_layers, num_kv_heads]` in it says which kv
-    head of the anchor before serves each kv head. Kascade's own budget, a tenth and at least 128 tokens with no sinks
-    and no recent ones by rule, is the default; its anchors' own output is sparse, ours is exact. Raises `PolicyError`.
+    The file's name, `<model>_layers_0_2_8.npy`, has the anchor layers, which select. The file holds an int array
+    `[num_layers, num_kv_heads]`: for each kv head, the kv head of the nearest anchor before it whose tokens it takes.
+    The default budget is Kascade's own: a tenth of the tokens, at least 128, without sinks or recent tokens. In
+    Kascade the output of the anchors is sparse too; here it is exact. Raises `PolicyError`.
     """
     import numpy
 
     path = Path(file)
-    named = re.search(r"_layers((?:_\d+)+)$", path.stem)
-    if named is None:
+    match = re.search(r"_layers((?:_\d+)+)$", path.stem)
+    if match is None:
         raise PolicyError(f"{path}: the anchor layers stand in a Kascade file's name: <model>_layers_0_2_8.npy")
-    anchors = [int(layer) for layer in named[1].strip("_").split("_")]
+    anchors = [int(layer) for layer in match[1].strip("_").split("_")]
     try:
         heads = numpy.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -37,54 +39,58 @@ def from_kascade(file: str | Path, **defaults: Any) -> Policy:
         )
     layers: dict[int, Any] = {}
     for layer, row in enumerate(heads.tolist()):
-        mapped = {"heads": row} if row != list(range(len(row))) else {}
-        layers[layer] = "select" if layer in anchors else {"role": "reuse", **mapped}
+        head_map = {"heads": row} if row != list(range(len(row))) else {}
+        layers[layer] = "select" if layer in anchors else {"role": "reuse", **head_map}
     return _policy(path.stem, f"Kascade's anchors {', '.join(map(str, anchors))}", layers, anchors, path, {
         "budget": {"ratio": 0.1, "min": 128}, "sinks": 0, "recent": 0, "share": "kv_head", **defaults
     })  # fmt: skip
 
 
 def from_indexer_types(types: Sequence[str] | str, **defaults: Any) -> Policy:
-    """An `indexer_types` list, `["full", "shared", ...]`, or an IndexCache pattern, `"FFSF"`, of models with DeepSeek's
-    sparse attention (https://arxiv.org/abs/2603.12201): full selects, shared reuses.
+    """Make a policy of the shared indexers of a model with DeepSeek's sparse attention (DSA).
 
-    One token set a layer and 2,048 tokens, as there, are the defaults. Raises `PolicyError`.
+    `types` is the `indexer_types` of the model, `["full", "shared", ...]`, or a pattern of IndexCache, `"FFSF"`
+    (https://arxiv.org/abs/2603.12201). Full layers select, shared layers reuse. By default, as in those models, the
+    heads of a layer share one set of 2,048 tokens. Raises `PolicyError`.
     """
     roles = {"full": "select", "f": "select", "shared": "reuse", "s": "reuse"}
-    found = [str(one).lower() for one in types]
-    for layer, one in enumerate(found):
-        if one not in roles:
-            raise PolicyError(f"indexer_types: layer {layer} is {one!r}; valid are full and shared, or F and S")
-    layers = {layer: roles[one] for layer, one in enumerate(found)}
-    selects = [layer for layer, role in layers.items() if role == "select"]
-    return _policy("indexer-types", "full and shared layers of a DSA model", layers, selects, "indexer_types", {
+    names = [str(name).lower() for name in types]
+    for layer, name in enumerate(names):
+        if name not in roles:
+            raise PolicyError(f"indexer_types: layer {layer} is {name!r}; valid are full and shared, or F and S")
+    layers = {layer: roles[name] for layer, name in enumerate(names)}
+    selections = [layer for layer, role in layers.items() if role == "select"]
+    return _policy("indexer-types", "full and shared layers of a DSA model", layers, selections, "indexer_types", {
         "budget": 2048, "share": "layer", **defaults
     })  # fmt: skip
 
 
 def from_omnikv(filter_layers: Sequence[int], num_layers: int, **defaults: Any) -> Policy:
-    """OmniKV's filter layers (ICLR 2025, https://github.com/antgroup/OmniKV): they select one token set for all heads.
+    """Make a policy of OmniKV's filter layers (ICLR 2025, https://github.com/antgroup/OmniKV).
 
-    Layers before the first stay dense, and so does the layer after each, under which OmniKV fetches the tokens. OmniKV
-    ranks by the largest probability over the heads, ours by their sum. Raises `PolicyError`.
+    A filter layer selects one token set for all heads. The layers before the first filter layer stay dense, and so does
+    the layer after each one: while that layer runs, OmniKV fetches the tokens. OmniKV ranks tokens by the largest
+    probability over the heads, this package by the sum of the probabilities. Raises `PolicyError`.
     """
-    chosen = sorted(filter_layers)
+    selections = sorted(filter_layers)
     layers: dict[int, Any] = {
-        layer: "select" if layer in chosen
-        else "full" if layer < min(chosen, default=0) or layer - 1 in chosen
+        layer: "select" if layer in selections
+        else "full" if layer < min(selections, default=0) or layer - 1 in selections
         else "reuse"
         for layer in range(num_layers)
     }  # fmt: skip
-    name = f"OmniKV's filter layers {', '.join(map(str, chosen))}"
-    return _policy("omnikv", name, layers, chosen, "omnikv", {"share": "layer", **defaults})
+    description = f"OmniKV's filter layers {', '.join(map(str, selections))}"
+    return _policy("omnikv", description, layers, selections, "omnikv", {"share": "layer", **defaults})
 
 
 def _policy(
     name: str, description: str, layers: dict[int, Any], selections: Sequence[int], where: Any, defaults: dict[str, Any]
 ) -> Policy:
+    """Check that the selections are layers of the model, and make the policy; `where` starts an error message."""
     if not selections or not set(selections) <= set(layers):
         raise PolicyError(
-            f"{where}: selections {', '.join(map(str, selections)) or 'none'}, of the {len(layers)} layers there are"
+            f"{where}: the selections are {', '.join(map(str, selections)) or 'none'}; at least one is needed, and all "
+            f"must be of the {len(layers)} layers that there are"
         )
     data = {"name": name, "description": description, "num_layers": len(layers), "layers": layers, "defaults": defaults}
     return Policy.from_dict(data, where=str(where))

@@ -10,7 +10,7 @@
       13: {role: select, budget: 2048}
       14-31: reuse                       # from the nearest selection before it, unless `from:` names another
 
-A `Policy` is what such a file says, checked; `policy.roles` is what it means for each layer.
+A `Policy` is the checked content of such a file; `policy.roles` says what it means for each layer.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from . import presets
 from .errors import PolicyError
 
 ROLES = ("full", "select", "reuse")
-FILE = "tidal_policy.yaml"  # of a folder or repository, beside the weights
+FILE = "tidal_policy.yaml"  # the name of the policy file in a folder or repository, beside the model's weights
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 Share = Literal["query_head", "kv_head", "layer"]
@@ -50,11 +50,11 @@ Budget = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] | RatioBudget
 
 
 class Defaults(_Strict):
-    """What holds for a layer that doesn't say otherwise.
+    """The settings of every select layer that doesn't set them itself.
 
-    `budget`: tokens a selection keeps, sinks and recent ones among them. `sinks`, `recent`: the first and last valid
-    tokens, always kept. `share`: who shares a token set: each `query_head` its own (the paper), the query heads of a
-    `kv_head`, or the whole `layer`.
+    `budget` is how many tokens a selection keeps. `sinks` and `recent` are how many of the first and the last valid
+    tokens are always kept; they count towards the budget. `share` says which heads use the same token set: each
+    `query_head` has a set of its own (as in the paper), the query heads of a `kv_head` share one, or all of a `layer`.
     """
 
     budget: Budget = 1024
@@ -64,10 +64,11 @@ class Defaults(_Strict):
 
 
 class Layer(_Strict):
-    """One entry of `layers`: a role, and what differs from the defaults.
+    """One entry of `layers`: a role, and the settings that differ from the defaults.
 
-    `from` names a reuse layer's selection, and `heads`, for each of the layer's kv heads, the kv head of the selection
-    whose tokens it takes (default: its own number), as Kascade maps them (https://arxiv.org/abs/2512.16391).
+    `from` (`source` here, since `from` is a keyword) is the select layer whose tokens a reuse layer attends to. `heads`
+    has, for each kv head of the reuse layer, the kv head of the select layer whose tokens it takes (default: the head
+    of the same number), as in Kascade (https://arxiv.org/abs/2512.16391).
     """
 
     role: Literal["full", "select", "reuse"]
@@ -81,10 +82,10 @@ class Layer(_Strict):
 
 @dataclasses.dataclass(frozen=True)
 class LayerRole:
-    """What one layer does, everything resolved.
+    """What one layer does, with all defaults filled in.
 
-    `source` is the selection whose tokens a reuse layer attends to; the budget of a reuse layer is its source's.
-    `heads`: None, or as `Layer` says. A selection keeps max(budget, ratio x live tokens) tokens.
+    `source` is the select layer whose tokens a reuse layer attends to; the reuse layer also has the source's settings.
+    `heads` is None or as in `Layer`. A selection keeps max(budget, ratio x live tokens) tokens.
     """
 
     layer: int
@@ -127,11 +128,11 @@ class Policy(_Strict):
     @classmethod
     def preset(cls, name: str, num_layers: int, *, attention_layers: tuple[int, ...] | None = None,
                model: str | None = None, **defaults: Any) -> Self:  # fmt: skip
-        """The preset `name` for a model of `num_layers`.
+        """Make the policy of the preset `name` for a model of `num_layers` layers.
 
-        `attention_layers` are the layers with full attention (default: all); the others, such as sliding-window layers,
-        stay as they are. `model`, a name, picks the published layer where there is one. `defaults` are `budget`,
-        `sinks`, `recent` and `share`. Raises `PolicyError`.
+        `attention_layers` are the layers with full attention (default: all); the other layers, such as sliding-window
+        layers, stay as they are. `model` is the model's name: where selection layers are published for it, the preset
+        takes those. `defaults` are `budget`, `sinks`, `recent` and `share`. Raises `PolicyError`.
         """
         if name not in presets.PRESETS:
             raise PolicyError(f"unknown preset {name!r}; presets are: {', '.join(presets.PRESETS)}")
@@ -151,7 +152,7 @@ class Policy(_Strict):
 
         Raises `PolicyError` that names the file, the key and what is valid.
         """
-        path = _located(path)
+        path = _find_file(path)
         try:
             data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_NoDuplicates)
         except OSError as error:
@@ -173,7 +174,7 @@ class Policy(_Strict):
 
     @cached_property
     def roles(self) -> tuple[LayerRole, ...]:
-        """The role of every layer, in order."""
+        """The role of every layer, in order. A mistake in `layers` raises a ValueError, which pydantic reports."""
         entries: dict[int, tuple[str, Layer]] = {}
         for key, entry in self.layers.items():
             for layer in _layer_range(key, self.num_layers):
@@ -192,35 +193,35 @@ class Policy(_Strict):
         return tuple(roles.values())
 
     def with_defaults(self, **changes: Any) -> Self:
-        """The same policy with other defaults (`budget`, `sinks`, `recent`, `share`). Raises `PolicyError`."""
+        """Return this policy with other defaults (`budget`, `sinks`, `recent`, `share`). Raises `PolicyError`."""
         data = self.to_dict()
         return type(self).from_dict(
             {**data, "defaults": {**data["defaults"], **changes}}, where=f"policy {self.name!r}"
         )
 
     def with_budget(self, budget: int) -> Self:
-        """The same policy at another budget of every selection; sinks and recent tokens get fewer to fit a small one.
+        """Return this policy with another budget, the same for every selection; a small one has fewer sinks and recent.
 
         Raises `PolicyError`.
         """
         data = self.to_dict()
-        kept = fitting(budget, self.defaults.sinks, self.defaults.recent)
+        settings = fitting(budget, self.defaults.sinks, self.defaults.recent)
         layers = {
             key: {name: value for name, value in entry.model_dump(by_alias=True, exclude_none=True).items()
                   if name not in ("budget", "sinks", "recent")}
             for key, entry in self.layers.items()
         }  # fmt: skip
-        data |= {"defaults": {**data["defaults"], **kept}, "layers": layers}
+        data |= {"defaults": {**data["defaults"], **settings}, "layers": layers}
         return type(self).from_dict(data, where=f"policy {self.name!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as a policy file holds it."""
+        """Return the policy as plain data, as a policy file holds it."""
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         data["layers"] = {key: entry["role"] if len(entry) == 1 else entry for key, entry in data["layers"].items()}
         return data
 
     def save(self, path: str | Path) -> None:
-        """Write a policy file, in JSON if it is named so. Raises `PolicyError`."""
+        """Write a policy file, in JSON if the path ends in `.json`, otherwise in YAML. Raises `PolicyError`."""
         text = json.dumps(self.to_dict(), indent=1) + "\n" if Path(path).suffix == ".json" else self.to_yaml()
         try:
             Path(path).write_text(text, encoding="utf-8")
@@ -228,7 +229,9 @@ class Policy(_Strict):
             raise PolicyError(f"{path}: can't write: {error.strerror or error}") from None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Put `tidal_policy.yaml` into a Hugging Face repository, made if need be; returns the address of the commit.
+        """Upload `tidal_policy.yaml` to a Hugging Face repository, and return the address of the commit.
+
+        The repository is created if it doesn't exist.
 
         `options` are those of `huggingface_hub.HfApi.upload_file`, such as `token`. Raises `PolicyError`.
         """
@@ -237,16 +240,16 @@ class Policy(_Strict):
         api = huggingface_hub.HfApi(token=options.pop("token", None))
         try:
             api.create_repo(repo_id, repo_type=options.get("repo_type"), exist_ok=True)
-            made = api.upload_file(
+            commit = api.upload_file(
                 path_or_fileobj=self.to_yaml().encode(), path_in_repo=FILE, repo_id=repo_id,
                 commit_message=f"Policy {self.name}", **options,
             )  # fmt: skip
-        except Exception as error:  # whatever it is, it is about this repository
+        except Exception as error:  # of any kind: the user needs to know which repository failed
             raise PolicyError(f"{repo_id}: can't push the policy: {error}") from None
-        return made.commit_url
+        return commit.commit_url
 
     def to_yaml(self) -> str:
-        """The text of a policy file that says the same."""
+        """Return the text of a YAML policy file with this policy."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
 
 
@@ -254,22 +257,22 @@ def resolve(
     policy: Policy | dict | str | Path, num_layers: int, *, attention_layers: tuple[int, ...] | None = None,
     model: str | None = None, **overrides: Any,
 ) -> Policy:  # fmt: skip
-    """A policy given in any form (object, plain data, file, preset or shipped name), for a model of `num_layers`.
+    """Make a policy of any form (object, plain data, file, preset or shipped name) one for a model of `num_layers`.
 
-    `overrides` replace its defaults. Raises `PolicyError`, also if it is written for another number of layers.
+    `overrides` replace its defaults. The other arguments are those of `Policy.preset`. Raises `PolicyError`, also for a
+    policy that is written for another number of layers.
     """
     if is_preset(policy):
         return Policy.preset(policy, num_layers, attention_layers=attention_layers, model=model, **overrides)
-    found = load_any(policy)
-    if found.num_layers != num_layers:
-        raise PolicyError(
-            f"{_title(policy, found)}: num_layers is {found.num_layers}, but the model has {num_layers} decoder layers"
-        )
-    return found.with_defaults(**overrides) if overrides else found
+    loaded = load_any(policy)
+    if loaded.num_layers != num_layers:
+        title = str(policy) if isinstance(policy, str | Path) else f"policy {loaded.name!r}"
+        raise PolicyError(f"{title}: num_layers is {loaded.num_layers}, but the model has {num_layers} decoder layers")
+    return loaded.with_defaults(**overrides) if overrides else loaded
 
 
 def fitting(budget: int, sinks: int, recent: int) -> dict[str, int]:
-    """Defaults of a policy at this budget, with as many of the sinks and recent tokens as fit into a small one."""
+    """Return a policy's defaults at this budget; sinks take at most an eighth of it, recent tokens at most half."""
     return {"budget": budget, "sinks": min(sinks, budget // 8), "recent": min(recent, budget // 2)}
 
 
@@ -279,7 +282,10 @@ def is_preset(policy: Any) -> bool:
 
 
 def load_any(policy: Policy | dict | str | Path) -> Policy:
-    """A policy from an object, plain data, a file or the name of a shipped policy; `resolve` knows presets as well."""
+    """Return a policy that is given as an object, plain data, a file or a shipped policy's name, but not as a preset.
+
+    A preset needs to know the model: `resolve` takes those as well.
+    """
     if isinstance(policy, Policy):
         return policy
     if isinstance(policy, dict):
@@ -298,13 +304,16 @@ def load_any(policy: Policy | dict | str | Path) -> Policy:
 
 
 def shipped() -> dict[str, Path]:
-    """The policy files that come with the package, by name."""
+    """Return the policy files that come with the package, by policy name."""
     folder = Path(str(resources.files(presets)))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _located(path: str | Path) -> str | Path:
-    """The policy file that is meant: itself, the one in a folder, or the one of a repository, fetched."""
+def _find_file(path: str | Path) -> str | Path:
+    """Return the policy file at a path: the path itself, or the file in that folder or Hugging Face repository.
+
+    A repository's file is downloaded. A path that can't name a repository is returned even if there is no such file.
+    """
     if Path(path).is_dir():
         return Path(path) / FILE
     if Path(path).exists() or Path(path).suffix in (".yaml", ".yml", ".json") or not _REPO.fullmatch(str(path)):
@@ -318,7 +327,10 @@ def _located(path: str | Path) -> str | Path:
 
 
 def _role(layer: int, key: str, entry: Layer, defaults: Defaults, earlier: dict[int, LayerRole]) -> LayerRole:
-    """The role of `layer`, given those before it. A problem is a ValueError, which pydantic reports."""
+    """Return the role of `layer`, given the roles of the layers before it. `key` is the entry's key in `layers`.
+
+    A mistake raises a ValueError, which pydantic reports.
+    """
     settings = {name: getattr(entry, name) for name in Defaults.model_fields if getattr(entry, name) is not None}
     if entry.role != "select" and settings:
         raise ValueError(f"layers.{key}: {', '.join(settings)} can only be set on a select layer, not on {entry.role}")
@@ -357,6 +369,7 @@ def _role(layer: int, key: str, entry: Layer, defaults: Defaults, earlier: dict[
 
 
 def _layer_range(key: str, num_layers: int) -> range:
+    """Return the layers that a key of `layers` names, such as "2" or "3-12"."""
     match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", key)
     if not match:
         raise ValueError(f"layers.{key}: a key is a layer (2) or an inclusive range (3-12)")
@@ -371,7 +384,7 @@ def _layer_range(key: str, num_layers: int) -> range:
 
 
 def _ranges(roles: list[tuple[int, str]]) -> list[tuple[str, str]]:
-    """Runs of neighbouring layers with one role as (range, role): [(0, full), (1, full)] -> [("0-1", full)]."""
+    """Join neighbouring layers of one role, but not selections: [(0, "full"), (1, "full")] -> [("0-1", "full")]."""
     runs: list[list] = []
     for layer, role in roles:
         if runs and runs[-1][1] == layer - 1 and runs[-1][2] == role and role != "select":
@@ -382,16 +395,17 @@ def _ranges(roles: list[tuple[int, str]]) -> list[tuple[str, str]]:
 
 
 def _explain(problem: Any) -> str:
-    """One pydantic problem in the words of a policy file: key, what was found, what is valid."""
-    if problem["type"] == "value_error":  # ours
+    """Put a pydantic problem in the words of a policy file: the key, what was found, and what is valid.
+
+    Returns "" for a problem that only repeats another one.
+    """
+    if problem["type"] == "value_error":  # raised in this file, with a message of its own
         return str(problem["ctx"]["error"])
     path = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))]
-    within = (
-        "Layer" if path[:1] == ["layers"] and len(path) > 2 else "Defaults" if path[:1] == ["defaults"] else "Policy"
-    )
-    if "budget" in path:  # pydantic reports each kind of budget that this one is not
-        at = path.index("budget") + 1
-        if path[at:]:
+    in_entry = path[:1] == ["layers"] and len(path) > 2
+    model = Layer if in_entry else Defaults if path[:1] == ["defaults"] else Policy
+    if "budget" in path:  # pydantic reports a wrong budget once for each form that a budget may have
+        if path[path.index("budget") + 1 :]:
             return ""
         return (
             f"{'.'.join(path)}: a budget is a number of tokens >= 1, or {{ratio: 0.1, min: 128}} with a ratio up to 1; "
@@ -399,19 +413,19 @@ def _explain(problem: Any) -> str:
         )
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        model = {"Layer": Layer, "Defaults": Defaults, "Policy": Policy}[within]
         return f"{key}: unknown key; valid keys are {_keys(model)}"
     if problem["type"] == "missing":
         return f"{key}: missing; it is required"
     if problem["type"] == "literal_error":
         return f"{key}: found {_show(problem['input'])}; valid values are {problem['ctx']['expected']}"
-    if problem["type"] == "model_type" and within == "Policy" and path[:1] == ["layers"]:
+    if problem["type"] == "model_type" and model is Policy and path[:1] == ["layers"]:
         valid = f"a role ({', '.join(ROLES)}) or a mapping with {_keys(Layer)}"
         return f"{key}: an entry is {valid}; found {_show(problem['input'])}"
     return f"{key}: {problem['msg']}; found {_show(problem['input'])}"
 
 
 def _show(value: Any) -> str:
+    """Return a value as JSON, cut off at 60 characters."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -420,12 +434,8 @@ def _keys(model: type[BaseModel]) -> str:
     return ", ".join(field.alias or name for name, field in model.model_fields.items())
 
 
-def _title(policy: Any, found: Policy) -> str:
-    return str(policy) if isinstance(policy, str | Path) else f"policy {found.name!r}"
-
-
-class _NoDuplicates(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the parser in C, where there is one
-    """YAML keeps the last of two equal keys; in a policy that hides a mistake."""
+class _NoDuplicates(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the faster C parser, where it is installed
+    """A loader that refuses a key given twice: YAML keeps the last of the two, which would hide a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()

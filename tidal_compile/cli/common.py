@@ -1,4 +1,4 @@
-"""What the commands share: consoles, options, progress, files."""
+"""The consoles, options, progress bars, checks and file names that the commands share."""
 
 import re
 import tempfile
@@ -19,11 +19,11 @@ err = Console(stderr=True)
 
 ModelOption = Annotated[str, typer.Option("--model", help=f"{FORMS}.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
-BudgetOption = Annotated[int | None, typer.Option(help="Tokens a selection keeps, in place of the policy's default.")]
+BudgetOption = Annotated[int | None, typer.Option(help="Tokens a selection keeps; replaces the policy's default.")]
 
 
 class Share(StrEnum):
-    """Who shares a token set."""
+    """Which heads share a token set: each query head has its own, those of a kv head share, or all of a layer do."""
 
     kv_head = "kv_head"
     query_head = "query_head"
@@ -31,7 +31,7 @@ class Share(StrEnum):
 
 
 class DType(StrEnum):
-    """Number format of weights and cache."""
+    """The number format of the weights and the KV cache."""
 
     auto = "auto"
     float32 = "float32"
@@ -39,56 +39,61 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
-DTypeOption = Annotated[DType, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")]
-ResultsOption = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or auto, which is cuda where there is a GPU.")]
+DTypeOption = Annotated[DType, typer.Option(help="Number format; auto is bfloat16 on a GPU and float32 on a CPU.")]
+ResultsOption = Annotated[Path, typer.Option("--out", help="The folder for the results.")]
 
 
 def where(device: str, dtype: DType) -> tuple[str, Any]:
-    """The device and number format that are meant."""
+    """Return the device, and the number format as a torch dtype, with `auto` replaced by what it stands for here."""
     import torch
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
-    return device, getattr(torch, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype.value)
+    automatic = "bfloat16" if device == "cuda" else "float32"
+    return device, getattr(torch, automatic if dtype == "auto" else dtype.value)
 
 
 def check_positions(config: Any, model: str, context: int, what: str, more: int, option: str = "--context") -> None:
+    """Raise `TidalError` if a context and `more` tokens, which `what` names, are too long for the model."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions and context + more > positions:
         raise TidalError(f"{option} {context} + {what} {more}: {model} has {positions} positions")
 
 
 def add_stage(progress: Progress, title: str, steps: int) -> Callable[[], None]:
-    """A new bar; returns what moves it on."""
-    if not err.is_terminal:  # a log shows no bars: a line a stage
+    """Add a progress bar, and return the function that advances it by a step."""
+    if not err.is_terminal:  # a log file shows no bars, so it gets a line for each stage
         err.print(f"{title} ...", markup=False, highlight=False)
     task = progress.add_task(title, total=steps)
     return lambda: progress.advance(task)
 
 
 def load(progress: Progress, model: str, device: str, dtype: Any) -> tuple[Any, Any]:
-    """The model and its tokenizer, with a bar."""
+    """Load the model and its tokenizer, with a progress bar."""
     from ..models import load_model, load_tokenizer
 
-    done = add_stage(progress, f"load {model}", 1)
-    net, tokenizer = load_model(model, device, dtype), load_tokenizer(model)
-    done()
-    return net, tokenizer
+    advance = add_stage(progress, f"load {model}", 1)
+    loaded = load_model(model, device, dtype), load_tokenizer(model)
+    advance()
+    return loaded
 
 
 def read_corpus(files: Sequence[Path] | None) -> str:
-    """The text of these files, or the default one."""
+    """Return the text of these files, or the default text if there are none."""
     from ..text import default_text
 
     return "\n".join(read_text(file) for file in files) if files else default_text()
 
 
 def file_name(*parts: str) -> str:
+    """Join parts to the stem of a file name, in lower case and without special characters."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)).strip("-").lower()
 
 
 def budget_override(budget: int | None) -> dict[str, Any]:
+    """Return the `--budget` option as overrides of a policy's defaults."""
     return {} if budget is None else {"budget": budget}
 
 
@@ -102,7 +107,7 @@ def check_device(device: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for results, and see that it can be written to: before minutes of work, not after them."""
+    """Make a folder for results, and check that files can be written to it, before minutes of work are spent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -112,7 +117,7 @@ def make_folder(folder: Path) -> None:
 
 
 def show_progress() -> Progress:
-    """Progress on standard error, so that --json leaves standard output clean."""
+    """Make progress bars on standard error, so that standard output holds only the JSON of `--json`."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""`tidal-compile eval`: what policies cost in quality."""
+"""The commands `tidal-compile eval ...`, which measure what policies cost in quality."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ app = typer.Typer(help="Measure what policies cost in quality, beside the dense 
 
 
 class Question(StrEnum):
-    """How the question at the end of a prompt is read."""
+    """How the question at the end of a prompt is read: prefilled densely, or decoded under the policy."""
 
     dense = "dense"
     sparse = "sparse"
@@ -41,26 +41,29 @@ class Question(StrEnum):
 PolicyOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Preset, shipped name or file; repeat. Dense is always there.",
+        help="A preset, shipped policy or file; repeat for several. Dense is always compared.",
         show_default="tidal and, if one is shipped for the model, its file",
     ),
 ]
 BudgetsOption = Annotated[
-    list[int] | None, typer.Option("--budget", min=1, help="Budgets of each; repeat.", show_default="its own")
+    list[int] | None, typer.Option("--budget", min=1, help="A budget for every policy; repeat.", show_default="its own")
 ]
 TextOption = Annotated[
-    list[Path] | None, typer.Option(help="Text files; repeat.", show_default="the King James text, extra `eval`")
+    list[Path] | None,
+    typer.Option(help="A text file; repeat for several.", show_default="the King James text, extra `eval`"),
 ]
-LengthsOption = Annotated[list[int], typer.Option("--length", min=64, help="Tokens of a prompt; repeat.")]
-DepthsOption = Annotated[int, typer.Option(min=1, help="Places of the fact, from start to end.")]
-SeedsOption = Annotated[int, typer.Option(min=1, help="Prompts at each place.")]
-FirstSeedOption = Annotated[int, typer.Option(help="The first seed: others give other keys and passages.")]
+LengthsOption = Annotated[list[int], typer.Option("--length", min=64, help="Tokens of a prompt; repeat for several.")]
+DepthsOption = Annotated[int, typer.Option(min=1, help="Number of places of the fact, from start to end.")]
+SeedsOption = Annotated[int, typer.Option(min=1, help="Number of prompts at each place.")]
+FirstSeedOption = Annotated[int, typer.Option(help="The first seed; another one gives other keys and passages.")]
 QuestionsOption = Annotated[
-    list[Question], typer.Option("--question", help="Read densely with the prompt, or decoded; repeat for both.")
+    list[Question], typer.Option("--question", help="Prefill the question densely, or decode it; repeat for both.")
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Prompts that share a prefill.")]
-TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of a passage that are decoded, its last ones.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder for the results; a rerun goes on from what is there.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="How many of a passage's last tokens are decoded.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="The folder for the results; a rerun measures only what is missing.")
+]
 LENGTHS, BOTH = (1024, 2048, 4096), (Question.dense, Question.sparse)
 
 
@@ -72,7 +75,7 @@ def needle(
     device: DeviceOption = "auto", dtype: DTypeOption = DType.auto, results: OutOption = Path("out/needle"),
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Find a pass key in filler, and a city's magic number in a text: by depth, length and budget."""
+    """Ask for a pass key hidden in filler, and a city's magic number hidden in a text, by depth, length and budget."""
     from ..evaluate.tasks import NEEDLES
 
     _evaluate(
@@ -84,12 +87,12 @@ def needle(
 @app.command("synthetic")
 def synthetic(
     model: ModelOption = "smollm2", policy: PolicyOption = None, budget: BudgetsOption = None, text: TextOption = None,
-    task: Annotated[list[str] | None, typer.Option(help="Of them; repeat.", show_default="all")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task to run; repeat.", show_default="all")] = None,
     length: LengthsOption = LENGTHS, depths: DepthsOption = 3, seeds: SeedsOption = 5, first_seed: FirstSeedOption = 0,
     question: QuestionsOption = BOTH, batch: BatchOption = 10, device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto, results: OutOption = Path("out/synthetic"), as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Tasks in the manner of RULER: several keys, values, queries; chains of variables; common and frequent words."""
+    """Run tasks modelled on RULER: several keys, values or queries, chains of variables, common and frequent words."""
     from ..evaluate.tasks import SYNTHETIC
 
     _evaluate(
@@ -103,13 +106,13 @@ def perplexity(
     model: ModelOption = "smollm2", policy: PolicyOption = None, budget: BudgetsOption = None, text: TextOption = None,
     length: LengthsOption = (4096,), tokens: TokensOption = 256, seeds: SeedsOption = 4, depths: DepthsOption = 5,
     first_seed: FirstSeedOption = 0,
-    steps: Annotated[bool, typer.Option(help="Token by token with the compiled step as well.")] = False,
+    steps: Annotated[bool, typer.Option(help="Also decode token by token, with the compiled step.")] = False,
     device: DeviceOption = "auto", dtype: DTypeOption = DType.auto, results: OutOption = Path("out/perplexity"),
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Perplexity, KL to dense and agreement: on passages of the text, and on the answers of pass-key prompts.
+    """Measure perplexity, KL to dense and agreement on passages of the text, and on answers to pass-key prompts.
 
-    --tokens near --length decodes a passage from its start, as the papers do.
+    With --tokens near --length, a passage is decoded from its start, as in the papers.
     """
     tasks = ("text", *(("text_steps",) if steps else ()), "answers")
     _evaluate(
@@ -126,7 +129,7 @@ def everything(
     device: DeviceOption = "auto", dtype: DTypeOption = DType.auto, results: OutOption = Path("out/eval"),
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Needles, synthetic tasks and predictions in one run, and a page with all tables and pictures: report.md."""
+    """Run needles, synthetic tasks and predictions; write a page with all tables and pictures, report.md."""
     from ..evaluate.tasks import NEEDLES, SYNTHETIC
 
     _evaluate(
@@ -135,18 +138,18 @@ def everything(
     )  # fmt: skip
 
 
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Examples of each task, at most.")]
-TaskOption = Annotated[list[str], typer.Option("--task", help="Repeat for several.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="How many examples of each task are used, at most.")]
+TaskOption = Annotated[list[str], typer.Option("--task", help="A task; repeat for several.")]
 
 
 @app.command("lm")
 def lm_harness(
     task: TaskOption, model: ModelOption = "smollm2", policy: PolicyOption = None, budget: BudgetsOption = None,
-    include: Annotated[Path | None, typer.Option(help="A folder with task files of yours.")] = None,
+    include: Annotated[Path | None, typer.Option(help="A folder with your own task files.")] = None,
     limit: LimitOption = None, batch: BatchOption = 1, device: DeviceOption = "auto", dtype: DTypeOption = DType.auto,
     results: OutOption = Path("out/lm"), as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Tasks of the lm-evaluation-harness (extra `lm-eval`), every policy beside dense.
+    """Run tasks of the lm-evaluation-harness (extra `lm-eval`), under every policy and dense.
 
     For one policy and all options of the harness: `tidal-lm-eval --model tidal --model_args pretrained=...,policy=...`.
     """
@@ -154,8 +157,8 @@ def lm_harness(
     from ..evaluate.harness import check_tasks, digest
 
     check_tasks(task, include)
-    files = [] if include is None else sorted(include.rglob("*"))
-    files = [file for file in files if file.is_file() and not file.is_relative_to(results)]
+    paths = [] if include is None else sorted(include.rglob("*"))
+    files = [path for path in paths if path.is_file() and not path.is_relative_to(results)]
     tasks = dict.fromkeys(task, digest(files))
     _harness(tasks, include, model, policy, budget, limit, batch, device, dtype, results, as_json)
 
@@ -167,7 +170,7 @@ def longbench(
     limit: LimitOption = None, batch: BatchOption = 1, device: DeviceOption = "auto", dtype: DTypeOption = DType.auto,
     results: OutOption = Path("out/longbench"), as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """LongBench from local files, with its own metrics, through the harness (extra `longbench`)."""
+    """Run LongBench from local files, with its own metrics, in the lm-evaluation-harness (extra `longbench`)."""
     _need_harness("longbench")
     from ..evaluate.harness import longbench_tasks
 
@@ -177,7 +180,7 @@ def longbench(
 
 
 def run_harness() -> None:
-    """The command of the lm-evaluation-harness, `lm_eval`, with the model class `tidal`."""
+    """Run the command of the lm-evaluation-harness, `lm_eval`, with the model class `tidal` registered."""
     _need_harness("lm-eval")
     from lm_eval.__main__ import cli_evaluate
 
@@ -190,37 +193,41 @@ def _harness(
     tasks: Mapping[str, str], include: Path | None, model: str, policies: list[str] | None, budgets: list[int] | None,
     limit: int | None, batch: int, device: str, dtype: DType, folder: Path, as_json: bool,
 ) -> None:  # fmt: skip
-    """Run tasks of the harness; write results.json and report.md into the folder."""
+    """Run tasks of the harness, and write results.json, report.md and the picture into the folder."""
     from ..evaluate import compared
     from ..evaluate import report as pages
     from ..evaluate.harness import run_tasks
     from ..explain import decode_calls
 
-    device, number = where(device, dtype)
+    device, torch_dtype = where(device, dtype)
     names = _policies(policies, model, folder)
     with show_progress() as progress:
-        net, tokenizer = load(progress, model, device, number)
+        net, tokenizer = load(progress, model, device, torch_dtype)
         subjects = compared(*decode_calls(net), names, budgets or (), model)
-    found = run_tasks(net, tokenizer, subjects, tasks, include, limit, batch, folder, model)
-    title = {"kind": "harness", "model": Path(model).name, "dtype": str(number).removeprefix("torch.")}
-    finish(title | {"rows": found}, pages.draw([], found, folder), device, folder, as_json)
+    rows = run_tasks(net, tokenizer, subjects, tasks, include, limit, batch, folder, model)
+    about = {"kind": "harness", "model": Path(model).name, "dtype": str(torch_dtype).removeprefix("torch.")}
+    finish(about | {"rows": rows}, pages.draw([], rows, folder), device, folder, as_json)
 
 
 def _need_harness(extra: str) -> None:
+    """Raise `TidalError` if a package of an extra is missing."""
     needed = {"lm-eval": ("lm_eval",), "longbench": ("lm_eval", "jieba", "fuzzywuzzy", "rouge")}[extra]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise TidalError(f"this needs {', '.join(missing)}: pip install 'tidal-compile[{extra}]'")
+        raise TidalError(f"this command needs {', '.join(missing)}: pip install 'tidal-compile[{extra}]'")
 
 
-def _policies(given: list[str] | None, model: str, folder: Path) -> list[str]:
-    """The policies to compare. What can't be done is an error before the model is loaded."""
+def _policies(options: list[str] | None, model: str, folder: Path) -> list[str]:
+    """Return the names of the policies to compare, and make the folder.
+
+    Mistakes in the policies, the model's name or the folder are raised here, before the model is loaded.
+    """
     from ..policy import is_preset, load_any, shipped
     from ..shapes import is_random
 
     if is_random(model):
         raise TidalError(f"eval: {model} has random weights, whose answers mean nothing")
     report.need_matplotlib()
-    names = given or ["tidal", *({model} & set(shipped()))]
+    names = options or ["tidal", *({model} & set(shipped()))]
     for name in names:
         if not is_preset(name):
             load_any(name)
@@ -232,9 +239,9 @@ def _evaluate(
     tasks: Sequence[str], model: str, policies: list[str] | None, budgets: list[int] | None, text: list[Path] | None,
     lengths: Sequence[int], device: str, dtype: DType, folder: Path, as_json: bool, **more: Any,
 ) -> None:  # fmt: skip
-    """Run, with progress; write records.jsonl, results.json, report.md and the pictures into the folder.
+    """Evaluate policies with a progress bar, and write records, results, report.md and the pictures into the folder.
 
-    `more` goes to `tidal_compile.evaluate`.
+    `more` are further arguments of `tidal_compile.evaluate`.
     """
     from transformers.utils import logging as hf_logging
 
@@ -244,12 +251,12 @@ def _evaluate(
     from ..models import load_config
 
     hf_logging.disable_progress_bar()
-    device, number = where(device, dtype)
+    device, torch_dtype = where(device, dtype)
     names = _policies(policies, model, folder)
     check_positions(load_config(model), model, max(lengths), "answers of", 64, "--length")
     corpus = read_corpus(text)
     with show_progress() as progress:
-        net, tokenizer = load(progress, model, device, number)
+        net, tokenizer = load(progress, model, device, torch_dtype)
         task = progress.add_task("evaluate", total=None)
         last = ""
 
@@ -268,14 +275,14 @@ def _evaluate(
     result = {
         "kind": "evaluation",
         "model": Path(model).name,
-        "dtype": str(number).removeprefix("torch."),
+        "dtype": str(torch_dtype).removeprefix("torch."),
         "rows": rows,
     }
     finish(result, pages.draw(records, rows, folder), device, folder, as_json)
 
 
 def finish(result: dict[str, Any], pictures: Sequence[Path], device: str, folder: Path, as_json: bool) -> None:
-    """Write results.json and report.md, and print."""
+    """Write results.json and report.md into the folder, and print the tables, or the JSON."""
     from ..evaluate import report as pages
 
     result |= provenance(device)

@@ -1,4 +1,4 @@
-"""`tidal-compile policy`: policy files."""
+"""The commands `tidal-compile policy ...`, which list, show, check, write and convert policy files."""
 
 import json
 import re
@@ -26,7 +26,7 @@ app = typer.Typer(help="List, show, check and start policy files.", no_args_is_h
 
 @app.command("list")
 def list_policies(as_json: JsonOption = False) -> None:
-    """List presets, which fit any model, and shipped policy files, each made for one."""
+    """List the presets, which fit any model, and the shipped policy files, each of which is made for one model."""
     from .. import presets
     from ..policy import Policy, shipped
 
@@ -38,8 +38,8 @@ def list_policies(as_json: JsonOption = False) -> None:
     out.print(report.table(("name", "kind", "description"), rows))
 
 
-NumLayersOption = Annotated[int | None, typer.Option(min=1, help="Layers of the model that a preset is made for.")]
-ForModelOption = Annotated[str | None, typer.Option("--model", help=f"The model that it is for: {FORMS}.")]
+NumLayersOption = Annotated[int | None, typer.Option(min=1, help="Layers of the model that the preset is for.")]
+ForModelOption = Annotated[str | None, typer.Option("--model", help=f"The model that the policy is for: {FORMS}.")]
 
 
 @app.command("show")
@@ -47,23 +47,23 @@ def show(
     policy: str, num_layers: NumLayersOption = None, model: ForModelOption = None, budget: BudgetOption = None,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Print a policy as a file, with the role of each layer as a comment."""
-    found = _find(policy, num_layers, model, budget)
+    """Print a policy as a policy file, with the role of each layer as a comment."""
+    shown = _load(policy, num_layers, model, budget)
     if as_json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(shown.to_dict()))
         return
-    print(f"# {report.roles_line(found)}\n{found.to_yaml()}", end="")  # rich would wrap lines
+    print(f"# {report.roles_line(shown)}\n{shown.to_yaml()}", end="")  # not out.print, which would wrap lines
 
 
 @app.command("validate")
 def validate(policy: str, model: ForModelOption = None, as_json: JsonOption = False) -> None:
-    """Check a policy file: its form and, with --model, whether it fits. Exit code 2 and the reason if not."""
+    """Check a policy file and, with --model, whether it fits the model. If not, print why, and exit with code 2."""
     from ..policy import is_preset, load_any
 
     if model is None and is_preset(policy):
-        raise TidalError(f"preset {policy!r} fits any model, or say which with --model")
+        raise TidalError(f"preset {policy!r} is valid for any model; to check it for one, say which with --model")
     if model is None:
-        found = load_any(policy)
+        checked = load_any(policy)
     else:
         from ..explain import explain as explain_model
         from ..models import load_model
@@ -71,11 +71,11 @@ def validate(policy: str, model: ForModelOption = None, as_json: JsonOption = Fa
         explanation = explain_model(load_model(model, device="meta"), policy)
         if explanation.problems:
             raise TidalError(f"{policy} does not fit {model}: {'; '.join(explanation.problems)}")
-        found = explanation.policy
+        checked = explanation.policy
     if as_json:
-        print(json.dumps({"valid": True, "name": found.name, "num_layers": found.num_layers}))
+        print(json.dumps({"valid": True, "name": checked.name, "num_layers": checked.num_layers}))
         return
-    out.print(f"{policy}: valid. {report.roles_line(found)}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"{policy}: valid. {report.roles_line(checked)}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("init")
@@ -85,75 +85,75 @@ def init(
     num_layers: NumLayersOption = None,
     model: ForModelOption = None,
     budget: BudgetOption = None,
-    force: Annotated[bool, typer.Option(help="Overwrite the file.")] = False,
+    force: Annotated[bool, typer.Option(help="Overwrite the file if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a policy file to edit, from a preset, for --model or --num-layers."""
-    found = _find(preset, num_layers, model, budget)
+    """Write a preset as a policy file, to edit. Name the model with --model, or its depth with --num-layers."""
+    policy = _load(preset, num_layers, model, budget)
     if file.exists() and not force:
         raise TidalError(f"{file} exists; --force overwrites it")
-    found.save(file)
+    policy.save(file)
     if as_json:
-        print(json.dumps({"file": str(file), "policy": found.to_dict()}))
+        print(json.dumps({"file": str(file), "policy": policy.to_dict()}))
         return
-    out.print(f"wrote {file}: {report.roles_line(found)}", markup=False, highlight=False)
+    out.print(f"wrote {file}: {report.roles_line(policy)}", markup=False, highlight=False)
 
 
 @app.command("export")
 def export(policy: str, file: Path, num_layers: NumLayersOption = None, model: ForModelOption = None) -> None:
-    """Write a policy to a file: JSON if it is named .json, YAML otherwise."""
-    _find(policy, num_layers, model, None).save(file)
+    """Write a policy to a file, in JSON if its name ends in .json, otherwise in YAML."""
+    _load(policy, num_layers, model, None).save(file)
     out.print(f"wrote {file}", markup=False, highlight=False)
 
 
 @app.command("import")
 def import_policy(
     file: Annotated[Path, typer.Argument(help="The policy file to write.")],
-    kascade: Annotated[Path | None, typer.Option(help="A head map of Kascade: <model>_layers_0_2_8.npy.")] = None,
+    kascade: Annotated[Path | None, typer.Option(help="A head map of Kascade, <model>_layers_0_2_8.npy.")] = None,
     indexer_types: Annotated[
-        str | None, typer.Option(help="FFSF..., or full,shared,...; or a model's config.json that has them.")
+        str | None, typer.Option(help="FFSF..., or full,shared,...; or a config.json with indexer_types.")
     ] = None,
-    omnikv: Annotated[str | None, typer.Option(help="OmniKV's filter layers, 2,8,18, with --num-layers.")] = None,
+    omnikv: Annotated[str | None, typer.Option(help="OmniKV's filter layers: 2,8,18, with --num-layers.")] = None,
     num_layers: NumLayersOption = None, budget: BudgetOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Write a policy file from what others publish: Kascade, DSA models with shared indexers, OmniKV."""
+    """Write a policy file of the layers that Kascade, OmniKV, or a DSA model with shared indexers publishes."""
     from .. import imports
 
-    if sum(one is not None for one in (kascade, indexer_types, omnikv)) != 1:
+    if sum(source is not None for source in (kascade, indexer_types, omnikv)) != 1:
         raise TidalError("policy import: give one of --kascade, --indexer-types and --omnikv")
     changes = budget_override(budget)
     if kascade is not None:
-        found = imports.from_kascade(kascade, **changes)
+        policy = imports.from_kascade(kascade, **changes)
     elif indexer_types is not None:
-        found = imports.from_indexer_types(_types(indexer_types), **changes)
+        policy = imports.from_indexer_types(_read_types(indexer_types), **changes)
     elif num_layers is None or not re.fullmatch(r"\d+(,\d+)*", omnikv):
         raise TidalError(f"policy import: --omnikv {omnikv}: give layers as 2,8,18, and --num-layers")
     else:
-        found = imports.from_omnikv([int(layer) for layer in omnikv.split(",")], num_layers, **changes)
-    found.save(file)
+        policy = imports.from_omnikv([int(layer) for layer in omnikv.split(",")], num_layers, **changes)
+    policy.save(file)
     if as_json:
-        print(json.dumps({"file": str(file), "policy": found.to_dict()}))
+        print(json.dumps({"file": str(file), "policy": policy.to_dict()}))
         return
-    out.print(f"wrote {file}: {report.roles_line(found)}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"wrote {file}: {report.roles_line(policy)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _types(given: str) -> list[str]:
-    """The list that is given, or the one in a config.json."""
-    if not given.endswith(".json"):
-        return [one.strip() for one in given.split(",")] if "," in given else list(given)
+def _read_types(option: str) -> list[str]:
+    """Return the indexer types that `--indexer-types` gives itself, or those of the JSON file that it names."""
+    if not option.endswith(".json"):
+        return [name.strip() for name in option.split(",")] if "," in option else list(option)
     try:
-        types = json.loads(read_text(Path(given)))
+        types = json.loads(read_text(Path(option)))
     except ValueError as error:
-        raise TidalError(f"{given}: not JSON: {error}") from None
+        raise TidalError(f"{option}: not JSON: {error}") from None
     if isinstance(types, dict):
         types = types.get("indexer_types")
     if not isinstance(types, list):
-        raise TidalError(f"{given}: has no list indexer_types")
+        raise TidalError(f"{option}: has no list indexer_types")
     return types
 
 
-def _find(policy: str, num_layers: int | None, model: str | None, budget: int | None) -> "Policy":
-    """A policy by name or file, for a model if one is named."""
+def _load(policy: str, num_layers: int | None, model: str | None, budget: int | None) -> "Policy":
+    """Load a policy by name or file, and check that it fits the model or the number of layers, if one is given."""
     from ..policy import is_preset, load_any, resolve
 
     overrides = budget_override(budget)
@@ -168,5 +168,5 @@ def _find(policy: str, num_layers: int | None, model: str | None, budget: int | 
         return resolve(policy, num_layers, **overrides)
     if is_preset(policy):
         raise TidalError(f"preset {policy!r} fits any model: say which with --model or --num-layers")
-    found = load_any(policy)
-    return found.with_defaults(**overrides) if overrides else found
+    loaded = load_any(policy)
+    return loaded.with_defaults(**overrides) if overrides else loaded

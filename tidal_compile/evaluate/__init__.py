@@ -122,16 +122,14 @@ def evaluate(
     total = sum(len(places) * len(pairs) for _, places, pairs in jobs)
     results: list[dict[str, Any]] = []
     for ask, places, pairs in jobs:
-        names = {pair: [_name(place, *pair) for place in places] for pair in pairs}
-        missing = [pair for pair in pairs if not known.keys() >= set(names[pair])]
+        names = [[_name(place, *pair) for place in places] for pair in pairs]
+        is_known = [known.keys() >= set(of_pair) for of_pair in names]
+        missing = [pair for pair, there in zip(pairs, is_known, strict=True) if not there]
         measured = ask(ground, places, missing) if missing else iter(())
-        for pair in pairs:
-            if pair in missing:
-                rows = next(measured)
-                if folder is not None:
-                    records.append(folder, about, rows)
-            else:
-                rows = [known[name] for name in names[pair]]
+        for of_pair, there in zip(names, is_known, strict=True):
+            rows = [known[name] for name in of_pair] if there else next(measured)
+            if folder is not None and not there:
+                records.append(folder, about, rows)
             results += rows
             report(Progress(f"{places[0].task}, {places[0].length} tokens", len(results), total))
     return results

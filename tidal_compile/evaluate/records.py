@@ -1,4 +1,8 @@
-"""What an evaluation found, a line of JSON each: written as it comes, so that a run that stopped goes on from there."""
+"""The records of an evaluation, one for each prompt and policy, in a file with one line of JSON for each.
+
+Records are written as soon as they are measured, so that a run that was stopped can be started again and measures only
+the missing ones. The first line of the file says what the evaluation is about.
+"""
 
 import json
 import math
@@ -10,28 +14,33 @@ from ..errors import TidalError
 from ..provenance import check_same
 
 FILE = "records.jsonl"
-WHAT = ("task", "length", "depth", "seed", "question", "subject", "policy")  # names a record
+PROMPT_KEYS = ("task", "length", "depth", "seed", "question")
+NAME_KEYS = (*PROMPT_KEYS, "subject", "policy")
 
 
 def name_of(record: dict[str, Any]) -> tuple:
-    """What a record is about."""
-    return tuple(record.get(key) for key in WHAT)
+    """Return what identifies a record: its prompt and its policy."""
+    return tuple(record.get(key) for key in NAME_KEYS)
+
+
+def _prompt_of(record: dict[str, Any]) -> tuple:
+    return tuple(record.get(key) for key in PROMPT_KEYS)
 
 
 def read(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of an earlier run into the same folder. Raises `TidalError` if it was about something else.
+    """Read the records of an earlier run into the same folder. Raises `TidalError` if it was about something else.
 
-    A last line that was cut off when the run ended is taken out of the file.
+    A last line without an end, which the run was writing when it was stopped, is removed from the file.
     """
     file = folder / FILE
     if not file.exists():
         return []
     try:
         text = file.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            file.write_text(whole)
-        lines = [json.loads(line) for line in whole.split("\n")[:-1]]
+        whole_lines = text[: text.rfind("\n") + 1]
+        if whole_lines != text:
+            file.write_text(whole_lines)
+        lines = [json.loads(line) for line in whole_lines.split("\n")[:-1]]
     except (OSError, ValueError) as error:
         raise TidalError(f"{file}: can't read the records of an earlier run: {error}") from None
     check_same(file, "records of another evaluation", lines[0] if lines else about, about)
@@ -39,7 +48,7 @@ def read(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def append(folder: Path, about: dict[str, Any], records: Iterable[dict[str, Any]]) -> None:
-    """Add records to those of the folder."""
+    """Add records to the file in the folder; a new file starts with what the evaluation is about."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("a") as stream:
         if stream.tell() == 0:
@@ -49,12 +58,13 @@ def append(folder: Path, about: dict[str, Any], records: Iterable[dict[str, Any]
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each task, length, question and subject, in the order in which they were first met.
+    """Return a row for each task, length, question and subject, in the order of their first records.
 
-    Answers: mean `score`; `kept`, of what dense scores on the same prompts, the share that the subject scores; mean
-    `output_tokens`. Predictions: `perplexity`, `kl` and `agreement` over all positions.
+    A row of answers has the mean `score` and `output_tokens`, and `kept`: the share of the dense model's score on the
+    same prompts that the subject scores, too. A row of predictions has the `perplexity`, `kl` and `agreement` over all
+    positions.
     """
-    dense = {name_of(record)[:-2]: record for record in records if record["subject"] == "dense"}
+    dense = {_prompt_of(record): record for record in records if record["subject"] == "dense"}
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for record in records:
         key = tuple(record.get(part) for part in ("task", "length", "question", "subject"))
@@ -64,19 +74,19 @@ def summarize(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row = {"task": task, "length": length, "question": question, "subject": subject, "samples": len(group)}
         row["kv_share"] = group[0]["kv_share"]
         if "score" in group[0]:
-            reached = sum(dense[name_of(one)[:-2]]["score"] for one in group if name_of(one)[:-2] in dense)
-            kept = sum(
-                min(one["score"], dense[name_of(one)[:-2]]["score"]) for one in group if name_of(one)[:-2] in dense
-            )
+            pairs = [
+                (record["score"], dense[_prompt_of(record)]["score"]) for record in group if _prompt_of(record) in dense
+            ]
+            dense_score = sum(dense_score for _, dense_score in pairs)
             row |= {
-                "score": _mean(one["score"] for one in group),
-                "kept": kept / reached if reached else None,
-                "output_tokens": _mean(one["output_tokens"] for one in group),
+                "score": _mean(record["score"] for record in group),
+                "kept": sum(map(min, pairs)) / dense_score if dense_score else None,
+                "output_tokens": _mean(record["output_tokens"] for record in group),
             }
         else:
-            tokens = sum(one["tokens"] for one in group)
+            tokens = sum(record["tokens"] for record in group)
             nll, kl, agreement = (
-                sum(one["tokens"] * one[name] for one in group) / tokens for name in ("nll", "kl", "agreement")
+                sum(record["tokens"] * record[key] for record in group) / tokens for key in ("nll", "kl", "agreement")
             )
             row |= {"tokens": tokens, "perplexity": math.exp(nll), "kl": kl, "agreement": agreement}
         rows.append(row)

@@ -1,9 +1,9 @@
-"""An evaluation as people read it: a table of text, pictures, and a page of Markdown that holds both.
+"""The tables and pictures of an evaluation, and a page of Markdown that holds both.
 
-heat-<task>-<policy>.png   answers by depth and length, a panel for each budget and way to ask
-scores.png                 of what dense answers, the share that each policy keeps, by budget, a panel for each task
-kl.png                     KL from dense by budget, a panel for each kind of prediction
-harness.png                metrics of the harness by budget, a panel for each task and metric; dense as a line
+heat-<task>-<policy>.png   scores of answers by depth and length; a panel for each budget and way to ask the question
+scores.png                 the share of the dense model's score that a policy keeps, by budget; a panel for each task
+kl.png                     KL from the dense model, by budget; a panel for each kind of prediction
+harness.png                metrics of the harness, by budget; a panel for each task and metric, dense as a line
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def answer_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
-    """A row a task, length, question and subject."""
+    """Return the table rows of answers: one for each task, length, question and subject."""
     return [
         (
             row["task"], str(row["length"]), row["question"], row["subject"], f"{row['kv_share']:.0%}",
@@ -30,7 +30,7 @@ def answer_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
 
 
 def prediction_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
-    """A row a kind of prediction, length and subject."""
+    """Return the table rows of predictions: one for each kind of prediction, length and subject."""
     return [
         (
             row["task"], str(row["length"]), row["subject"], f"{row['kv_share']:.0%}", f"{row['perplexity']:.3f}",
@@ -42,7 +42,7 @@ def prediction_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
 
 
 def harness_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
-    """A row a task of the harness, metric and subject."""
+    """Return the table rows of the harness: one for each task, metric and subject."""
     return [
         (
             row["task"], row["metric"], row["subject"], f"{row['value']:.4f}", str(row["samples"]),
@@ -61,62 +61,69 @@ PREDICTION_COLUMNS = ("text", "tokens", "policy", "KV read", "perplexity", "KL",
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """The tables in Markdown, without an empty one."""
+    """Return the tables in Markdown, except those without rows."""
     parts = (
         (ANSWER_COLUMNS, answer_rows(rows)),
         (PREDICTION_COLUMNS, prediction_rows(rows)),
         (HARNESS_COLUMNS, harness_rows(rows)),
     )
-    return "\n\n".join(markdown(columns, filled) for columns, filled in parts if filled)
+    return "\n\n".join(markdown(columns, cells) for columns, cells in parts if cells)
 
 
 def draw(records: Sequence[Row], rows: Sequence[Row], folder: Path) -> list[Path]:
-    """All pictures for which there is something to show; their files."""
+    """Draw the pictures for which there are results into a folder, and return their files."""
     files = []
-    with_depth = [one for one in records if one["depth"] is not None and "score" in one]
-    for task in dict.fromkeys(one["task"] for one in with_depth):
-        of_task = [one for one in with_depth if one["task"] == task]
-        for policy in dict.fromkeys(_policy(one) for one in of_task):
+    with_depth = [record for record in records if record["depth"] is not None and "score" in record]
+    for task in dict.fromkeys(record["task"] for record in with_depth):
+        of_task = [record for record in with_depth if record["task"] == task]
+        for policy in dict.fromkeys(_policy(record) for record in of_task):
             files.append(folder / f"heat-{task}-{policy}.png")
-            _heat_map([one for one in of_task if _policy(one) == policy], f"{task}, {policy}", files[-1])
+            _heat_map([record for record in of_task if _policy(record) == policy], f"{task}, {policy}", files[-1])
     dense = {_panel(row): row["value"] for row in rows if row["subject"] == "dense" and "value" in row}
-    kinds = (("kept", "scores.png", "of what dense answers"), ("kl", "kl.png", "KL to dense, nats"))
-    for key, file, label in (*kinds, ("value", "harness.png", "metric")):
-        having = [row for row in rows if row.get(key) is not None and row["subject"] != "dense"]
-        if having:
+    curves = (
+        ("kept", "scores.png", "share of the dense score"),
+        ("kl", "kl.png", "KL to dense, nats"),
+        ("value", "harness.png", "metric"),
+    )
+    for key, file, label in curves:
+        with_key = [row for row in rows if row.get(key) is not None and row["subject"] != "dense"]
+        if with_key:
             files.append(folder / file)
-            _curves(having, key, label, dense, files[-1])
+            _curves(with_key, key, label, dense, files[-1])
     return files
 
 
 def page(title: str, about: str, rows: Sequence[Row], pictures: Sequence[Path]) -> str:
-    """The report in Markdown; pictures lie beside it."""
-    shown = "\n\n".join(f"![{picture.stem}]({quote(picture.name)})" for picture in pictures)
+    """Return the report in Markdown; it refers to pictures in its own folder."""
+    images = "\n\n".join(f"![{picture.stem}]({quote(picture.name)})" for picture in pictures)
     notes = NOTES if any("value" not in row for row in rows) else ""
-    return f"# {title}\n\n{about}\n\n{notes}\n\n{tables(rows)}\n\n{shown}\n"
+    return f"# {title}\n\n{about}\n\n{notes}\n\n{tables(rows)}\n\n{images}\n"
 
 
 NOTES = (
-    "Score: the share of the wanted strings in the greedy answer. Of dense: how much of what the dense model scores on "
-    "the same prompts is kept. Question: read densely with the prompt, or decoded under the policy. KL and agreement: "
-    "from the dense model, each token given the right ones before it."
+    "Score: the share of the wanted strings that the greedy answer contains. Of dense: the share of the dense model's "
+    "score on the same prompts that the policy keeps. Question: dense if it is prefilled with the prompt, sparse if it "
+    "is decoded under the policy. KL and agreement: comparisons with the dense model's predictions of each token, "
+    "given the right tokens before it."
 )
 
 
-def _policy(one: Row) -> str:
-    return one["subject"].partition(" @")[0]
+def _policy(row: Row) -> str:
+    """The policy's part of a subject's name, such as "tidal" of "tidal @256"."""
+    return row["subject"].partition(" @")[0]
 
 
-def _budget(one: Row) -> str:
-    return one["subject"].partition(" @")[2]
+def _budget(row: Row) -> str:
+    """The budget's part of a subject's name, such as "256" of "tidal @256"."""
+    return row["subject"].partition(" @")[2]
 
 
 def _heat_map(records: Sequence[Row], title: str, file: Path) -> None:
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((one["subject"], one["question"]) for one in records))
-    lengths = sorted({one["length"] for one in records})
-    depths = sorted({one["depth"] for one in records})
+    panels = list(dict.fromkeys((record["subject"], record["question"]) for record in records))
+    lengths = sorted({record["length"] for record in records})
+    depths = sorted({record["depth"] for record in records})
     questions = list(dict.fromkeys(question for _, question in panels))
     subjects = list(dict.fromkeys(subject for subject, _ in panels))
     size = (1.2 + (0.6 + 0.45 * len(lengths)) * len(subjects), 1 + (0.6 + 0.28 * len(depths)) * len(questions))
@@ -137,27 +144,27 @@ def _heat_map(records: Sequence[Row], title: str, file: Path) -> None:
 
 
 def _score(records: Sequence[Row], subject: str, question: str, length: int, depth: float) -> float:
-    wanted = (subject, question, length, depth)
-    scores = [
-        one["score"] for one in records if (one["subject"], one["question"], one["length"], one["depth"]) == wanted
-    ]
+    """The mean score of one cell of a heat map, or NaN, which leaves the cell empty."""
+    cell = (subject, question, length, depth)
+    keys = ("subject", "question", "length", "depth")
+    scores = [record["score"] for record in records if tuple(record[key] for key in keys) == cell]
     return sum(scores) / len(scores) if scores else float("nan")
 
 
 def _panel(row: Row) -> str:
-    """The task, and the metric if it has several."""
+    """The title of a row's panel: its task and, for a task of the harness, its metric."""
     return "\n".join([row["task"], *([row["metric"]] if "metric" in row else [])])
 
 
 def _curves(rows: Sequence[Row], key: str, label: str, dense: dict[str, float], file: Path) -> None:
-    """By budget, a line for each policy; a panel for each task, its lengths and questions taken together.
+    """Draw `key` by budget: a panel for each task and in it a line for each policy, the mean of lengths and questions.
 
-    `dense`: the dense model's value in a panel, if it says something.
+    `dense` has the dense model's value for the panels in which it is drawn as a line, too.
     """
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(_panel(row) for row in rows))
-    budgets = sorted({_budget(row) for row in rows}, key=lambda one: (len(one), one))  # numbers, as texts
+    budgets = sorted({_budget(row) for row in rows}, key=lambda digits: (len(digits), digits))  # by number
     figure = Figure(figsize=(3.2 * len(tasks) + 0.5, 3), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=True):

@@ -1,15 +1,15 @@
-"""What models are asked: prompts with an answer that a substring match can check, generated from a seed.
+"""The prompts that models are asked. They are generated from a seed, and a substring match checks the answers.
 
     passkey         a pass key hidden in repeated filler (Mohtashami & Jaggi, arXiv 2305.16300)
     needle          a city's magic number hidden in a text, as TidalDecode measures it (arXiv 2410.05076)
-    multikey        the same, and three other cities' numbers beside it
+    multikey        a city's magic number hidden in a text, beside the numbers of three other cities
     multivalue      all four numbers of one city
     multiquery      the numbers of four cities
-    variables       the variables that got one value, from one to the next
-    common_words    the words that stand most often in a list
+    variables       the names of the variables that have one value, which each is assigned from the one before it
+    common_words    the words that occur most often in a list
     frequent_words  the most frequent of made-up words, whose frequencies fall by a power law
 
-From `multikey` on they are in the manner of RULER (Hsieh et al., arXiv 2404.06654). The score of an answer is the share
+All but the first two are modelled on RULER (Hsieh et al., arXiv 2404.06654). The score of an answer is the share
 of the wanted strings that it contains.
 """
 
@@ -44,7 +44,10 @@ MAGIC = "The special magic {city} number is: {number}. "
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt in two parts, `context` and `question` ids, what its answer must contain, and how long it may be."""
+    """A prompt for a model: the token ids of its `context` and `question`.
+
+    `answers` are the strings that the model's output should contain, and `new_tokens` is how long it may be.
+    """
 
     context: tuple[int, ...]
     question: tuple[int, ...]
@@ -52,12 +55,14 @@ class Sample:
     new_tokens: int
 
     def score(self, output: str) -> float:
-        """The share of the wanted strings in an output."""
+        """Return the share of the wanted strings that an output contains."""
         return sum(answer.lower() in output.lower() for answer in self.answers) / len(self.answers)
 
 
 @dataclass(frozen=True)
 class _Prompt:
+    """A `Sample` before its texts become token ids."""
+
     context: str
     question: str
     answers: Sequence[str]
@@ -65,9 +70,11 @@ class _Prompt:
 
 
 def make_sample(task: str, tokenizer: Any, text: str, length: int, depth: float, seed: int) -> Sample:
-    """A prompt of at most `length` tokens. Raises `TidalError` for an unknown task, or a length with no room for it.
+    """Make a prompt of at most `length` tokens.
 
-    `text` is what facts are hidden in; each seed starts elsewhere in it. `depth` counts for `HAS_DEPTH` only.
+    Facts are hidden in `text`, of which each seed takes another passage. `depth` is where the fact is hidden, from 0 at
+    the start to 1 at the end; only the tasks in `HAS_DEPTH` use it. Raises `TidalError` for an unknown task, or a
+    length that is too small for it.
     """
     if task not in TASKS:
         raise TidalError(f"unknown task {task!r}; tasks are: {', '.join(TASKS)}")
@@ -115,10 +122,10 @@ def _multivalue(tokenizer: Any, text: str, length: int, depth: float, rng: rando
 
 def _multiquery(tokenizer: Any, text: str, length: int, depth: float, rng: random.Random) -> _Prompt:
     cities, numbers = rng.sample(CITIES, 4), _numbers(rng, 4)
-    said = [MAGIC.format(city=city, number=number) for city, number in zip(cities, numbers, strict=True)]
-    named = f"{', '.join(cities[:-1])} and {cities[-1]}"
-    question = f"\nWhat are the special magic {named} numbers? The special magic {named} numbers are:"
-    facts = [(rng.random(), fact) for fact in said]
+    sentences = [MAGIC.format(city=city, number=number) for city, number in zip(cities, numbers, strict=True)]
+    all_cities = f"{', '.join(cities[:-1])} and {cities[-1]}"
+    question = f"\nWhat are the special magic {all_cities} numbers? The special magic {all_cities} numbers are:"
+    facts = [(rng.random(), sentence) for sentence in sentences]
     return _hidden(tokenizer, text, length, rng, facts, question, numbers, 64)
 
 
@@ -128,10 +135,10 @@ def _variables(tokenizer: Any, text: str, length: int, depth: float, rng: random
     facts = []
     for chain, value in zip(chains, values, strict=True):
         places = sorted(rng.random() for _ in chain)
-        said = [f"VAR {chain[0]} = {value}. "] + [
+        assignments = [f"VAR {chain[0]} = {value}. "] + [
             f"VAR {after} = VAR {before}. " for before, after in itertools.pairwise(chain)
         ]
-        facts += zip(places, said, strict=True)
+        facts += zip(places, assignments, strict=True)
     question = (
         f"\nQuestion: Find all variables that are assigned the value {values[0]}. "
         f"Answer: the 5 variables that are assigned the value {values[0]} are:"
@@ -143,11 +150,11 @@ def _common_words(tokenizer: Any, text: str, length: int, depth: float, rng: ran
     words = rng.sample(WORDS, len(WORDS))
     common, rest = words[:5], words[5:]
     question = "\nQuestion: What are the 5 most common words in the list? Answer: The 5 most common words are:"
-    each = sum(len(ids_of(tokenizer, f" {length // 6}. {word}")) for word in WORDS) / len(WORDS)
-    entries = int((length - len(ids_of(tokenizer, question)) - 32) / each)
+    entry_tokens = sum(len(ids_of(tokenizer, f" {length // 6}. {word}")) for word in WORDS) / len(WORDS)
+    entries = int((length - len(ids_of(tokenizer, question)) - 32) / entry_tokens)
     if entries < 20:
-        raise TidalError(f"room for {max(0, entries)} words; 20 are needed")
-    listed = common * (entries // 10)  # a tenth of the list each
+        raise TidalError(f"there is room for {max(0, entries)} words; 20 are needed")
+    listed = common * (entries // 10)  # each of them is a tenth of the list
     listed += itertools.islice(itertools.cycle(rest), entries - len(listed))
     rng.shuffle(listed)
     numbered = " ".join(f"{number}. {word}" for number, word in enumerate(listed, 1))
@@ -161,10 +168,10 @@ def _frequent_words(tokenizer: Any, text: str, length: int, depth: float, rng: r
     question = "\nQuestion: What are the 3 most frequent words? Answer: The 3 most frequent words are:"
     shares = [1 / (rank + 1) ** 2 for rank in range(len(coded))]
     sizes = [len(ids_of(tokenizer, f" {word}")) for word in coded]
-    each = sum(size * share for size, share in zip(sizes, shares, strict=True)) / sum(shares)
-    total = (length - len(ids_of(tokenizer, question)) - 32 - sum(sizes)) / each  # and each word once more
+    word_tokens = sum(size * share for size, share in zip(sizes, shares, strict=True)) / sum(shares)
+    total = (length - len(ids_of(tokenizer, question)) - 32 - sum(sizes)) / word_tokens  # words beside one of each
     if total < 40:
-        raise TidalError(f"room for {max(0, int(total))} words beside one of each; 40 are needed")
+        raise TidalError(f"there is room for {max(0, int(total))} words beside one of each; 40 are needed")
     counts = [1 + int(total * share / sum(shares)) for share in shares]
     listed = [word for word, count in zip(coded, counts, strict=True) for _ in range(count)]
     rng.shuffle(listed)
@@ -176,7 +183,7 @@ def _hidden(
     tokenizer: Any, text: str, length: int, rng: random.Random, facts: Sequence[tuple[float, str]], question: str,
     answers: Sequence[str], new_tokens: int = 24,
 ) -> _Prompt:  # fmt: skip
-    """Facts in the text, from some place of it on."""
+    """Make a prompt of facts that are hidden in the text, which starts at a random sentence and goes round."""
     sentences = split_sentences(text)
     start = rng.randrange(len(sentences)) if sentences else 0
     room = length - len(ids_of(tokenizer, question)) - 4
