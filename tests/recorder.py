@@ -1,6 +1,6 @@
 """A backend that rewrites as `tidal` does and then runs the graph as it is: passes are tested without Inductor."""
 
-from tidal_compile.backend import Options, plan_graph
+from tidal_compile.backend import Options, past_dynamo, plan_graph
 from tidal_compile.passes.counters import take_out_counters
 from tidal_compile.passes.linears import join_linears
 from tidal_compile.passes.rewrite import apply_plan
@@ -13,6 +13,9 @@ class Recorder:
         self.options, self.before, self.after, self.plans, self.graphs = Options.parse(options), [], [], [], []
 
     def __call__(self, gm, example_inputs):
+        return past_dynamo(self._rewrite)(gm, example_inputs)
+
+    def _rewrite(self, gm, example_inputs):
         self.before.append(op_counts(gm))
         plan = plan_graph(gm, self.options)
         if plan is not None:

@@ -87,7 +87,7 @@ class Options:
         return cls(**own, overrides=overrides)
 
 
-def _past_dynamo(backend: Callable) -> Callable:
+def past_dynamo(backend: Callable) -> Callable:
     """A backend whose `TidalError`s reach the caller: Dynamo hands on a `ShortenTraceback`, and wraps all else."""
 
     @functools.wraps(backend)
@@ -112,7 +112,7 @@ def _as_dynamos(kind: type[TidalError]) -> type[TidalError]:
     return type(kind.__name__, (kind, ShortenTraceback), {"__init__": init, **names})
 
 
-@_past_dynamo
+@past_dynamo
 def tidal(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
 ) -> Callable:

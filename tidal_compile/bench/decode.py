@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..backend import Options, followed, plan_graph
+from ..backend import Options, followed, past_dynamo, plan_graph
 from ..errors import TidalError
 from ..explain import decode_calls
 from ..kernels import reference
