@@ -247,6 +247,7 @@ def _restored(cache: Any, slot: int) -> Iterator[None]:
 def reference_backend(policy: Policy) -> Callable:
     """A backend that rewrites by the policy, puts `kernels/reference.py` in place of the ops, and compiles nothing."""
 
+    @past_dynamo
     def run_uncompiled(gm: fx.GraphModule, _: Sequence[Any]) -> Callable:
         apply_plan(gm, plan_graph(gm, Options.parse({"policy": policy})))
         for node in gm.graph.nodes:

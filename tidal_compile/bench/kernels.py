@@ -149,7 +149,7 @@ def _dense_and_topk(x: Inputs, size: Size) -> tuple[Tensor, Tensor]:
     from ..kernels.split import merge
 
     out = torch.empty_like(x.q)
-    splits = scan(*x.attention, 0.0, write_scores=True)
+    splits = scan(*x.attention, 0.0, True)
     lse = merge(splits, None, out)
     scores = splits.scores[..., : size.context]
     if size.sets < size.heads:
