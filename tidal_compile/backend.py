@@ -37,8 +37,7 @@ _sources = (torch.compiler.config.dynamic_sources, rf".*\{COUNTER}$")
 torch.compiler.config.dynamic_sources = ",".join(filter(None, _sources))
 
 # With output_attentions=True it warns, which Dynamo would refuse in its own words before `refuse_output_attentions` can
-for _name in ("ignore_logging_functions", "ignore_logger_methods"):  # its name in different versions
-    getattr(torch._dynamo.config, _name, set()).add(sdpa_attention.logger.warning_once)
+getattr(torch._dynamo.config, "ignore_logger_methods", set()).add(sdpa_attention.logger.warning_once)
 
 OWN_OPTIONS = ("policy", "strict", "cuda_graphs", "linears", "inductor")
 

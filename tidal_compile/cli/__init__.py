@@ -113,7 +113,8 @@ def run(
             sample = make_sample("needle", tokenizer, FILLER, context, (place + 0.5) / prompts, seed + place)
             ids = torch.tensor([sample.context + sample.question], device=device)
             advance = stage(f"prefill prompt {place + 1} of {prompts}", -(-ids.shape[1] // 1024))
-            for cache in prefill(net, ids[:, :-1], ids.shape[1] + new_tokens):  # noqa: B007  the last one is complete
+            # All caches have one size, or the step would be compiled anew for each prompt
+            for cache in prefill(net, ids[:, :-1], context + new_tokens):  # noqa: B007  the last one is complete
                 advance()
             made.append(Prompt(ids[:, -1:], ids.shape[1], cache, windows(cache), sample.answers[0]))
         measured = []
