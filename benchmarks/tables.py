@@ -115,11 +115,6 @@ def demo():
     return run_table("run-smollm2")
 
 
-def demo_gemma():
-    """The same command with Gemma 3 270M."""
-    return run_table("run-gemma3-270m")
-
-
 def run_table(name):
     """Results of `tidal-compile run` on one model: a row a variant, and two columns a device."""
     runs = results(name)
@@ -152,9 +147,9 @@ def _variant(one):
     )
 
 
-def _found(result, one):
-    """How many of the hidden numbers a variant of a run found; before version 0.2, a run hid one."""
-    return f"{one['found']} of {len(result['prompts'])}" if "prompts" in result else f"{one['found_key']:d} of 1"
+def _found(result, variant):
+    """How many of the hidden numbers a variant of a run found."""
+    return f"{variant['found']} of {len(result['prompts'])}"
 
 
 def _selections(policy):
@@ -238,7 +233,7 @@ def index():
 
 
 SECTIONS = {
-    "headline": headline_caption, "quality summary": quality_summary, "demo": demo, "demo gemma": demo_gemma,
+    "headline": headline_caption, "quality summary": quality_summary, "demo": demo,
     "decode summary": decode_summary, "kernel summary": kernel_summary,
     "decode tables": decode_tables, "kernel tables": kernel_tables,
     "needle summary": needle_summary, "steps summary": steps_summary, "index": index,

@@ -55,4 +55,7 @@ def about(result: dict[str, Any]) -> str:
     """One line: device, memory rate, versions, commit."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     rate = result["copy_bytes_per_s"] / 1e12
-    return f"{result['device']}, copy rate {rate:.2f} TB/s; {result['dtype']}; {versions}; commit {result['commit']}."
+    cut = " The run was interrupted, and holds a part of what was asked for." if result.get("interrupted") else ""
+    return (
+        f"{result['device']}, copy rate {rate:.2f} TB/s; {result['dtype']}; {versions}; commit {result['commit']}.{cut}"
+    )
