@@ -187,28 +187,34 @@ def _one_pass(
     model: PreTrainedModel, context: Context, tokens: Tokens, cached: Tokens | None, roles: Sequence[LayerRole] | None,
     observe: Callable[["Call"], None] | None,
 ) -> Tensor:  # fmt: skip
-    """Logits `[m, vocab]` of the tokens, which `cached`, the last ones included, stand behind the context.
+    """Run the model over the tokens of a pass: logits `[m, vocab]` in float32.
 
-    None: the model's own mask says what they see. Without roles every layer is full.
+    `cached` are the tokens whose keys stand in the cache behind the context when a layer attends, in their order; those
+    of this pass are the last of them. A query sees those of its own block up to its own place. With None, the tokens
+    are one text, and the model's own mask says what they see. Without roles, every layer attends to all that is seen.
     """
-    sees = None if cached is None else (tokens.block[:, None] == cached.block) & (tokens.place[:, None] >= cached.place)
-    sets: dict[int, Tensor] = {}
+    same_block = None if cached is None else tokens.block[:, None] == cached.block
+    sees = None if cached is None else same_block & (tokens.place[:, None] >= cached.place)
+    sets: dict[int, Tensor] = {}  # what each selection layer chose, for the layers after it
 
     def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_):
+        """The model's attention: query `[1, Hq, m, D]`, key and value `[1, Hkv, n, D]` -> `[1, m, Hq, D]`."""
         num_heads, m, head_dim = query.shape[1:]
         num_kv_heads, n = key.shape[1:3]
-        mask = attention_mask[..., :n].reshape(m, n) if sees is None else _behind(context.length, sees, n)
         call = Call(
-            module.layer_idx, query[0].float().view(num_kv_heads, -1, m, head_dim).permute(2, 0, 1, 3), key[0].float(),
-            value[0].float(), mask, head_dim**-0.5 if scaling is None else scaling, softcap or 0.0, s_aux, tokens,
-        )  # fmt: skip
-        role = None if roles is None else roles[call.layer]
-        if role is not None and role.role == "select":
-            sets[call.layer] = call.choose(role)
+            layer=module.layer_idx,
+            queries=query[0].float().view(num_kv_heads, -1, m, head_dim).permute(2, 0, 1, 3),
+            keys=key[0].float(),
+            values=value[0].float(),
+            sees=attention_mask[..., :n].reshape(m, n) if sees is None else _behind(context.length, sees, n),
+            scale=head_dim**-0.5 if scaling is None else scaling,
+            softcap=softcap or 0.0,
+            sink=s_aux,
+            tokens=tokens,
+        )
+        out = _follow(call, None if roles is None else roles[call.layer], sets)
         if observe is not None:
             observe(call)
-        chosen = sets[role.source] if role is not None and role.role == "reuse" else None
-        out = call.attend(chosen if chosen is None or role.heads is None else chosen[:, role.heads])
         return out.reshape(1, m, num_heads, head_dim).to(query.dtype), None
 
     with attention_function(model, attend):
@@ -217,6 +223,16 @@ def _one_pass(
             **with_cache(model, context.cache),
         )  # fmt: skip
     return out.logits[0].float()
+
+
+def _follow(call: "Call", role: LayerRole | None, sets: dict[int, Tensor]) -> Tensor:
+    """Attention of one layer by its role `[m, Hkv, g, D]`; a selection leaves what it chose in `sets`."""
+    if role is not None and role.role == "select":
+        sets[call.layer] = call.choose(role)
+    if role is None or role.role != "reuse":
+        return call.attend(None)
+    chosen = sets[role.source]
+    return call.attend(chosen if role.heads is None else chosen[:, role.heads])
 
 
 def _behind(length: int, sees: Tensor, slots: int) -> Tensor:
