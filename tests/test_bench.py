@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import fails, quick  # noqa: F401  fixtures and helpers of the command line
+from typer.testing import CliRunner
 
 from tidal_compile.bench import decode, figures, kernels, tables
 from tidal_compile.bench.timing import relative_error, summary
+from tidal_compile.cli import app
 from tidal_compile.cli.bench import _options
 from tidal_compile.models import load_model
 
@@ -99,6 +101,25 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(kernels.ops, "full_attention", lambda *args: full(*args) * 1.01)
     with pytest.raises(Exception, match="dense is off by 0.01"):
         kernels.run_size(SIZE, DEVICE, torch.float32, rate=1e9)
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
+    run_size, measured = kernels.run_size, []
+
+    def interrupted(*args):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(run_size(*args))
+        return measured[0]
+
+    monkeypatch.setattr(kernels, "run_size", interrupted)
+    sizes = ["--heads", 4, "--kv-heads", 2, "--head-dim", 16, "--budget", 32, "--context", 200, "--context", 300]
+    command = ["bench", "kernels", *sizes, "--out", tmp_path]
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 130 and "wrote" in result.stdout
+    (file,) = tmp_path.glob("*.json")
+    record = json.loads(file.read_text())
+    assert record["interrupted"] and record["kernels"] == measured[0] and record["versions"]
 
 
 def test_kernels_command(tmp_path):

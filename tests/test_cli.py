@@ -57,6 +57,22 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["policy", "list"], ["policy", "show", "smollm2"], ["nonsense"], ["--version"]]
+)
+def test_what_needs_no_model_starts_without_torch(arguments):
+    code = (
+        "import sys; from tidal_compile.__main__ import main; sys.argv[1:] = {}\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {{'torch', 'transformers', 'matplotlib'}} & sys.modules.keys(); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if arguments == ["--version"]:
+        assert done.stdout.startswith(f"tidal-compile {tc.__version__} (torch ")
+
+
 def test_run_writes_what_it_prints(folder, tmp_path):
     code, out, err = cli(
         "run", "--model", folder, "--context", 200, "--new-tokens", 8, "--budget", 70, "--policy", "full", "--policy", "tidal", "--prompts", 2,
