@@ -124,7 +124,8 @@ def tidal(
 
     parsed = Options.parse(options or {})
     make_room(options or {})
-    refuse_output_attentions()
+    if parsed.strict:
+        refuse_output_attentions()
     plan = plan_graph(gm, parsed)
     if plan is not None:
         log.info("tidal: %d attention calls, %d rewritten", len(plan.decisions), apply_plan(gm, plan))
