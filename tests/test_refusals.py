@@ -215,7 +215,13 @@ def test_an_interrupt_while_importing_ends_with_one_line():
         "-c",
         "import tidal_compile.__main__ as m; import sys; sys.argv=['x','explain','--model','random:llama']; m.main()",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     time.sleep(1.5)  # torch takes longer
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
