@@ -16,8 +16,8 @@ import torch
 
 import tidal_compile as tc
 from tidal_compile.evaluate.records import summarize
+from tidal_compile.kernels.call import fitting
 from tidal_compile.models import load_model, load_tokenizer
-from tidal_compile.policy import fitting
 from tidal_compile.text import default_text
 
 TASKS = ("passkey", "text", "answers")

@@ -1,139 +1,131 @@
 """The `tidal::` operators: schemas, shapes and dispatch. No other file registers anything with PyTorch.
 
-    full_attention   (q, k, v, length, mask, scale, sink, softcap)                                      -> out
-    select_attention (q, k, v, length, mask, scale, budget, ratio, sinks, recent, share, sink, softcap) -> out, index
-    sparse_attention (q, k, v, index, length, mask, scale, sink, softcap)                               -> out
-    linear           (x, weights, biases)                                                               -> out
+    full_attention    (call)                          -> out
+    select_attention  (call, selection)               -> out, index       full attention, and the best tokens by scores
+    sparse_attention  (call, index)                   -> out
+    choose_by_<name>  (call, selection, method keys)  -> index            one for each of `methods`
+    linear            (x, weights, biases)            -> out
 
-    q, out   [B, Hq, 1, D]
-    k, v     [B, Hkv, S, D]: the static cache, read in place
-    length   0-d int64 on the device: the number of live slots, with the new token
-    mask     [B or 1, 1, 1, S]: bool (which tokens count), floating (added to the scores) or None
-    index    [B, G, K] int32: positions, ascending, padded with -1; G is 1, Hkv or Hq
-    sink     [Hq] or None: a logit of each query head that takes part in its softmax and has no value
-    softcap  c turns scores into c tanh(score / c) before the mask is applied; 0 for none
-
-Dtypes are float32, float16 and bfloat16. Outputs never alias inputs, and no shape depends on data.
+`call` are the fields of a `Call`, `selection` those of a `Selection`, in their order: see `call` for shapes and dtypes.
+A decode step has T = 1. Outputs never alias inputs, and no shape depends on data.
 
 The operators are `custom_op`s, which are opaque to Inductor: a `triton_op` would be traced into its Triton call even on
 a CPU. A CPU runs `reference`. A GPU runs the Triton kernels, which are imported at the first call because a machine
 without a GPU may have no Triton.
 """
 
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
+from .call import POOLS, SHARES, Call, Selection
+from .methods import METHODS, Method
+
+TYPES = {"T": "Tensor", "T | None": "Tensor?", "float": "float", "int": "int", "str": "str", "bool": "bool"}
 
 
-@torch.library.custom_op("tidal::full_attention", mutates_args=(), device_types="cuda")
-def full_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    length: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    sink: Tensor | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
-    """Attention of one new token over the whole live cache."""
-    from . import dense
-
-    _check(q, k, v, length, mask, sink, softcap)
-    return dense.full_attention(q, k, v, length, mask, scale, sink, softcap)
+def _schema(kind: type) -> str:
+    """The fields of a dataclass as arguments of an op."""
+    return ", ".join(f"{TYPES[field.type]} {field.name}" for field in fields(kind))
 
 
-@full_attention.register_kernel("cpu")
-def _(q, k, v, length, mask, scale, sink=None, softcap=0.0):
-    _check(q, k, v, length, mask, sink, softcap)
-    return reference.full_attention(q, k, v, length, mask, scale, sink, softcap)
+DEFINITIONS: dict[str, Callable] = {}  # what the ops do, by name, for any number of query tokens: see `reference`
 
 
-@full_attention.register_fake
-def _(q, k, v, length, mask, scale, sink=None, softcap=0.0):
-    _check(q, k, v, length, mask, sink, softcap)
-    return q.new_empty(q.shape)
+def _define(
+    name: str, groups: tuple[type, ...], tensors: str, returns: str, gpu: Callable, cpu: Callable, fake: Callable
+) -> Any:
+    """Register `tidal::<name>`: its arguments are the fields of the dataclasses `groups`, and after them `tensors`.
+
+    The functions take an object of each group, and the tensors.
+    """
+
+    def unpacked(arguments: tuple) -> list:
+        given, taken = [], 0
+        for kind in groups:
+            given.append(kind(*arguments[taken : taken + len(fields(kind))]))
+            taken += len(fields(kind))
+        return [*given, *arguments[taken:]]
+
+    def checked(function: Callable) -> Callable:
+        def run(*arguments: Any) -> Any:
+            given = unpacked(arguments)
+            for one in given:
+                _check(one, given[0])
+            return function(*given)
+
+        return run
+
+    schema = f"({', '.join(filter(None, [*map(_schema, groups), tensors]))}) -> {returns}"
+    op = torch.library.custom_op(f"tidal::{name}", checked(gpu), mutates_args=(), device_types="cuda", schema=schema)
+    op.register_kernel("cpu")(checked(cpu))
+    op.register_fake(checked(fake))
+
+    def definition(*arguments: Any) -> Any:
+        return cpu(*unpacked(arguments))
+
+    definition.__name__ = name
+    DEFINITIONS[name] = definition
+    return op
 
 
-@torch.library.custom_op("tidal::select_attention", mutates_args=(), device_types="cuda")
-def select_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    length: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    budget: int,
-    ratio: float,
-    sinks: int,
-    recent: int,
-    share: str,
-    sink: Tensor | None = None,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """`full_attention`, and the positions of the most important tokens: max(budget, ratio x live tokens) of them."""
-    from . import select
+def _full_on_gpu(call: Call) -> Tensor:
+    from .triton import dense
 
-    _check(q, k, v, length, mask, sink, softcap)
-    _check_selection(budget, ratio, sinks, recent, share)
-    return select.select_attention(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share, sink, softcap)
+    return dense.full_attention(call)
 
 
-@select_attention.register_kernel("cpu")
-def _(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share, sink=None, softcap=0.0):
-    _check(q, k, v, length, mask, sink, softcap)
-    _check_selection(budget, ratio, sinks, recent, share)
-    return reference.select_attention(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share, sink, softcap)
+def _select_on_gpu(call: Call, selection: Selection) -> tuple[Tensor, Tensor]:
+    from .triton import select
+
+    return select.select_attention(call, selection)
 
 
-@select_attention.register_fake
-def _(q, k, v, length, mask, scale, budget, ratio, sinks, recent, share, sink=None, softcap=0.0):
-    _check(q, k, v, length, mask, sink, softcap)
-    _check_selection(budget, ratio, sinks, recent, share)
-    sets = {"query_head": q.shape[1], "kv_head": k.shape[1], "layer": 1}[share]
-    width = reference.index_width(budget, ratio, k.shape[2])
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], sets, width), dtype=torch.int32)
+def _sparse_on_gpu(call: Call, index: Tensor) -> Tensor:
+    from .triton import sparse
+
+    return sparse.sparse_attention(call, index)
 
 
-@torch.library.custom_op("tidal::sparse_attention", mutates_args=(), device_types="cuda")
-def sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    length: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    sink: Tensor | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
-    """Attention of one new token over the tokens in `index`."""
-    from . import sparse
-
-    _check(q, k, v, length, mask, sink, softcap)
-    _check_index(q, k, index)
-    return sparse.sparse_attention(q, k, v, index, length, mask, scale, sink, softcap)
+def _empty_out(call: Call, *_: Any) -> Tensor:
+    return call.query.new_empty(call.query.shape)
 
 
-@sparse_attention.register_kernel("cpu")
-def _(q, k, v, index, length, mask, scale, sink=None, softcap=0.0):
-    _check(q, k, v, length, mask, sink, softcap)
-    _check_index(q, k, index)
-    return reference.sparse_attention(q, k, v, index, length, mask, scale, sink, softcap)
+def _empty_index(call: Call, selection: Selection, *_: Any) -> Tensor:
+    batch, num_heads = call.query.shape[:2]
+    num_kv_heads, slots = call.key.shape[1:3]
+    shape = batch, selection.num_sets(num_heads, num_kv_heads), selection.width(slots)
+    return call.query.new_empty(shape, dtype=torch.int32)
 
 
-@sparse_attention.register_fake
-def _(q, k, v, index, length, mask, scale, sink=None, softcap=0.0):
-    _check(q, k, v, length, mask, sink, softcap)
-    _check_index(q, k, index)
-    return q.new_empty(q.shape)
+full_attention = _define(
+    "full_attention", (Call,), "", "Tensor", _full_on_gpu, reference.full_attention, _empty_out
+)  # fmt: skip
+select_attention = _define(
+    "select_attention", (Call, Selection), "", "(Tensor, Tensor)", _select_on_gpu, reference.select_attention,
+    lambda call, selection: (_empty_out(call), _empty_index(call, selection)),
+)  # fmt: skip
+sparse_attention = _define(
+    "sparse_attention", (Call,), "Tensor index", "Tensor", _sparse_on_gpu, reference.sparse_attention, _empty_out
+)  # fmt: skip
+choose_by = {
+    name: _define(
+        f"choose_by_{name}", (Call, Selection, kind), "", "Tensor",
+        lambda call, selection, method: method.choose_on_gpu(call, selection),
+        lambda call, selection, method: method.choose(call, selection), _empty_index,
+    )
+    for name, kind in METHODS.items()
+}  # fmt: skip
 
 
 @torch.library.custom_op("tidal::linear", mutates_args=(), device_types="cuda")
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     """The joined outputs of linear layers that share an input of a few tokens; all of them have biases, or none."""
-    from . import linear
+    from .triton import linear
 
     _check_linear(x, weights, biases)
     return linear.linear(x, weights, biases)
@@ -171,24 +163,35 @@ def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Non
             raise ValueError(f"tidal: a bias must be contiguous [{weight.shape[0]}]; found {tuple(bias.shape)}")
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, sink: Tensor | None, softcap: float
-) -> None:
+def _check(given: Call | Selection | Method | Tensor, call: Call) -> None:
+    """Raise ValueError for what an op can't take."""
+    if isinstance(given, Call):
+        _check_call(given)
+    elif isinstance(given, Selection):
+        _check_selection(given)
+    elif isinstance(given, Tensor):
+        _check_index(call, given)
+
+
+def _check_call(call: Call) -> None:
+    q, k, v = call.query, call.key, call.value
     if q.dim() != 4 or q.shape[2] != 1:
-        raise ValueError(f"tidal: q must be [B, Hq, 1, D]; found {tuple(q.shape)}")
+        raise ValueError(f"tidal: query must be [B, Hq, 1, D]; found {tuple(q.shape)}")
     if k.dim() != 4 or k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(
-            f"tidal: k and v must be [B, Hkv, S, D] with B and D as in q {tuple(q.shape)}; found {tuple(k.shape)} and "
-            f"{tuple(v.shape)}"
+            f"tidal: key and value must be [B, Hkv, S, D] with B and D as in query {tuple(q.shape)}; found "
+            f"{tuple(k.shape)} and {tuple(v.shape)}"
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"tidal: {q.shape[1]} query heads are not a multiple of {k.shape[1]} kv heads")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
-            f"tidal: q, k and v must share one of float32, float16, bfloat16; found {q.dtype}, {k.dtype}, {v.dtype}"
+            f"tidal: query, key and value must share one of float32, float16, bfloat16; found {q.dtype}, {k.dtype}, "
+            f"{v.dtype}"
         )
-    if length.numel() != 1 or length.dtype != torch.int64:
-        raise ValueError(f"tidal: length must be one int64; found {length.dtype} {tuple(length.shape)}")
+    if call.length.numel() != 1 or call.length.dtype != torch.int64:
+        raise ValueError(f"tidal: length must be one int64; found {call.length.dtype} {tuple(call.length.shape)}")
+    mask = call.mask
     if mask is not None and (
         not (mask.dtype == torch.bool or mask.is_floating_point())
         or mask.dim() != 4
@@ -198,35 +201,39 @@ def _check(
         raise ValueError(
             f"tidal: mask must be bool or floating [B or 1, 1, 1, {k.shape[2]}]; found {mask.dtype} {tuple(mask.shape)}"
         )
-    if sink is not None and (sink.shape != (q.shape[1],) or not sink.is_floating_point()):
+    logit = call.sink_logit
+    if logit is not None and (logit.shape != (q.shape[1],) or not logit.is_floating_point()):
         raise ValueError(
-            f"tidal: sink must be one number a query head [{q.shape[1]}], floating; found {sink.dtype} "
-            f"{tuple(sink.shape)}"
+            f"tidal: sink_logit must be one number a query head [{q.shape[1]}], floating; found {logit.dtype} "
+            f"{tuple(logit.shape)}"
         )
-    if softcap < 0.0:
-        raise ValueError(f"tidal: softcap must be positive, or 0 for none; found {softcap}")
+    if call.softcap < 0.0:
+        raise ValueError(f"tidal: softcap must be positive, or 0 for none; found {call.softcap}")
 
 
-def _check_selection(budget: int, ratio: float, sinks: int, recent: int, share: str) -> None:
-    if share not in reference.SHARES:
-        raise ValueError(f"tidal: share must be one of {', '.join(reference.SHARES)}; found {share!r}")
+def _check_selection(selection: Selection) -> None:
+    for name, valid in (("share", SHARES), ("pool", POOLS)):
+        if getattr(selection, name) not in valid:
+            raise ValueError(f"tidal: {name} must be one of {', '.join(valid)}; found {getattr(selection, name)!r}")
+    budget, sinks, recent = selection.budget, selection.sinks, selection.recent
     if budget < 1 or sinks < 0 or recent < 0 or sinks + recent > budget:
         raise ValueError(
             f"tidal: budget {budget} must be 1 or more, and at least sinks + recent, which must not be negative; found "
             f"sinks {sinks} and recent {recent}"
         )
-    if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"tidal: ratio must be from 0 to 1; found {ratio}")
+    if not 0.0 <= selection.ratio <= 1.0:
+        raise ValueError(f"tidal: ratio must be from 0 to 1; found {selection.ratio}")
 
 
-def _check_index(q: Tensor, k: Tensor, index: Tensor) -> None:
+def _check_index(call: Call, index: Tensor) -> None:
+    num_heads, num_kv_heads = call.query.shape[1], call.key.shape[1]
     if (
         index.dtype != torch.int32
         or index.dim() != 3
-        or index.shape[0] != q.shape[0]
-        or index.shape[1] not in (1, k.shape[1], q.shape[1])
+        or index.shape[0] != call.query.shape[0]
+        or index.shape[1] not in (1, num_kv_heads, num_heads)
     ):
         raise ValueError(
-            f"tidal: index must be int32 [B, G, K] with G one of 1, {k.shape[1]} and {q.shape[1]}, and B as in q "
-            f"{tuple(q.shape)}; found {index.dtype} {tuple(index.shape)}"
+            f"tidal: index must be int32 [B, G, K] with G one of 1, {num_kv_heads} and {num_heads}, and B as in query "
+            f"{tuple(call.query.shape)}; found {index.dtype} {tuple(index.shape)}"
         )

@@ -1,101 +1,70 @@
-"""The ops in plain PyTorch: their definition, and what a CPU runs.
+"""The ops in plain PyTorch: their definition, and what a CPU runs. Letters and shapes are those of `call`.
 
-`B` batch, `Hq` query heads, `Hkv` key/value heads (`g = Hq / Hkv` query heads share one), `S` slots of the static
-cache, `n` live slots, `D` head size, `G` token sets (1, `Hkv` or `Hq`), `K` slots of a token set.
+Sums and softmax are float32 whatever the dtype of the input is. There may be T query tokens, each with a row of the
+mask: that is how many decode steps are replayed in one pass. A bool mask says which tokens count. A floating mask is
+added to the scores, and hides tokens at `HIDES` or below: models write the lowest value of the dtype, -1e9 or -1e4.
 
-Sums and softmax are float32 whatever the dtype of the input is. The reference reads the live length on the host, which
-costs nothing on a CPU, and slices `[:n]` to keep out the garbage beyond it. The Triton kernels read it on the device.
-
-The score of a token is `q @ k * scale`; under a `softcap` c it becomes c tanh(score / c), as in Gemma 2
-(https://arxiv.org/abs/2408.00118). A bool `mask` says which tokens count. A floating mask is added to the scores, and
-hides tokens at `HIDES` or below: models write the lowest value of the dtype, -1e9 or -1e4. `sink [Hq]` is the score of
-a token without a value, which takes its share of every softmax, as in GPT-OSS (https://arxiv.org/abs/2508.10925).
+The reference reads the live length on the host, which costs nothing on a CPU, and slices `[:n]` to keep out the garbage
+beyond it. What is marked "on any device" doesn't, and is captured in CUDA graphs.
 """
 
 import torch
 from torch import Tensor
 
-SHARES = ("query_head", "kv_head", "layer")
+from .call import Call, Selection
+
 HIDES = -9000.0  # leaves no weight to a score that it is added to; above -9984, which is -1e4 in bfloat16
 
 
-def full_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    length: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    sink: Tensor | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
-    """Attend to every live token: `q [B, Hq, 1, D]` over `k, v [B, Hkv, S, D]` -> `[B, Hq, 1, D]`."""
-    scores, live_v = _score_live_tokens(q, k, v, length, mask, scale, softcap)
-    return (probabilities(scores, sink) @ live_v).view(q.shape).to(q.dtype)
+def full_attention(call: Call[Tensor]) -> Tensor:
+    """Attend to every live token: -> `[B, Hq, T, D]`."""
+    scores = score_live_tokens(call)
+    return _weigh_live_tokens(call, scores)
 
 
-def select_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    length: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    budget: int,
-    ratio: float,
-    sinks: int,
-    recent: int,
-    share: str,
-    sink: Tensor | None = None,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Attend to every live token, and choose the most important ones: -> `[B, Hq, 1, D]`, `index [B, G, K]` int32.
+def select_attention(call: Call[Tensor], selection: Selection) -> tuple[Tensor, Tensor]:
+    """Attend to every live token, and choose the most important ones: -> `[B, Hq, T, D]`, index `[B, G, K]`.
 
-    TidalDecode's selection layer (https://arxiv.org/abs/2410.05076). See `choose_tokens` for which ones.
+    TidalDecode's selection layer (https://arxiv.org/abs/2410.05076). See `choose_by_scores` for which ones.
     """
-    scores, live_v = _score_live_tokens(q, k, v, length, mask, scale, softcap)
-    out = (probabilities(scores, sink) @ live_v).view(q.shape).to(q.dtype)
-    width = index_width(budget, ratio, k.shape[2])
-    return out, choose_tokens(
-        importance(scores, share, sink), scores[:, 0, 0] > -torch.inf, width, budget, ratio, sinks, recent
-    )
+    scores = score_live_tokens(call)
+    return _weigh_live_tokens(call, scores), _choose(call, selection, scores)
 
 
-def sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    length: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    sink: Tensor | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
-    """Attend to the tokens in `index [B, G, K]` only, exactly: -> `[B, Hq, 1, D]`."""
-    batch, num_heads, _, head_dim = q.shape
-    num_kv_heads, slots = k.shape[1:3]
-    pairs = max(index.shape[1], num_kv_heads)  # of a token set and a kv head: each gathers rows of the cache once
-    live = (index >= 0) & (index < length)
-    token = index.clamp(0, slots - 1).long()
+def choose_by_scores(call: Call[Tensor], selection: Selection) -> Tensor:
+    """Choose the most important tokens by exact scores: -> index `[B, G, K]`. See `importance`."""
+    return _choose(call, selection, score_live_tokens(call))
+
+
+def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
+    """Attend to the tokens in `index [B, G, K]` (`[B, T, G, K]` for T > 1) only, exactly: -> `[B, Hq, T, D]`."""
+    batch, num_heads, num_tokens, head_dim = call.query.shape
+    num_kv_heads, slots = call.key.shape[1:3]
+    index = index.view(batch, num_tokens, *index.shape[-2:])
+    pairs = max(index.shape[2], num_kv_heads)  # of a token set and a kv head: each gathers rows of the cache once
+    live = (index >= 0) & (index < call.length)
+    token = index.clamp(0, slots - 1).long()  # [B, T, G, K]
     bias = None
-    if mask is not None:
-        token_mask = mask.expand(batch, 1, 1, slots)[:, 0].expand(-1, index.shape[1], -1).gather(2, token)
+    if call.mask is not None:
+        token_mask = call.mask.expand(batch, 1, num_tokens, slots)[:, 0, :, None].expand(-1, -1, index.shape[2], -1)
+        token_mask = token_mask.gather(3, token)
         live = live & ~hidden(token_mask)
-        bias = token_mask if mask.is_floating_point() else None
-    kv_head = torch.arange(pairs, device=q.device) // (pairs // num_kv_heads)
-    first_row = (torch.arange(batch, device=q.device)[:, None] * num_kv_heads + kv_head)[..., None] * slots
-    rows = first_row + token  # [B, pairs, K] of the cache as [B * Hkv * S, D]
-    keys = torch.nn.functional.embedding(rows, k.reshape(-1, head_dim)).float()
-    values = torch.nn.functional.embedding(rows, v.reshape(-1, head_dim)).float()
-    grouped = q.float().reshape(batch, pairs, num_heads // pairs, head_dim)
-    scores = _cap(grouped @ keys.mT * scale, softcap)
+        bias = token_mask if call.mask.is_floating_point() else None
+    kv_head = torch.arange(pairs, device=token.device) // (pairs // num_kv_heads)
+    first_row = (torch.arange(batch, device=token.device)[:, None] * num_kv_heads + kv_head) * slots
+    rows = first_row[:, None, :, None] + token  # [B, T, pairs, K] of the cache as [B * Hkv * S, D]
+    keys = torch.nn.functional.embedding(rows, call.key.reshape(-1, head_dim)).float()
+    values = torch.nn.functional.embedding(rows, call.value.reshape(-1, head_dim)).float()
+    grouped = call.query.float().transpose(1, 2).reshape(batch, num_tokens, pairs, num_heads // pairs, head_dim)
+    scores = _cap(grouped @ keys.mT * call.scale, call.softcap)
     if bias is not None:
-        scores = scores + bias[:, :, None]
+        scores = scores + bias[:, :, :, None]
     if not live.all():  # a padded, dead or hidden entry of the index may have gathered garbage
-        scores = scores.masked_fill(~live[:, :, None], -torch.inf)
+        scores = scores.masked_fill(~live[:, :, :, None], -torch.inf)
         values = values.masked_fill(~live[..., None], 0.0)
-    return (probabilities(scores, sink) @ values).view(q.shape).to(q.dtype)
+    sink = None if call.sink_logit is None else call.sink_logit.float().view(pairs, -1, 1)
+    out = probabilities(scores, sink) @ values  # [B, T, pairs, g', D]
+    return out.reshape(batch, num_tokens, num_heads, head_dim).transpose(1, 2).to(call.query.dtype)
 
 
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
@@ -109,92 +78,136 @@ def most_tokens(dtype: torch.dtype) -> int:
     return 16 if dtype.itemsize == 2 else 1
 
 
-def index_width(budget: int, ratio: float, slots: int) -> int:
-    """`K`, the slots of a token set over a cache of `slots`: what the budget grants when the cache is full."""
-    return min(slots, max(budget, -(-slots * parts_per_million(ratio) // 1_000_000)))
-
-
-def parts_per_million(ratio: float) -> int:
-    """A ratio as an integer, so that host and device round a ratio budget alike."""
-    return round(ratio * 1_000_000)
-
-
 def hidden(mask: Tensor) -> Tensor:
     """Which tokens a mask hides: those that are False or, in an additive mask, at `HIDES` or below."""
     return mask <= HIDES if mask.is_floating_point() else ~mask
 
 
-def importance(scores: Tensor, share: str, sink: Tensor | None = None) -> Tensor:
-    """How important each token is for each token set: scores `[B, Hkv, g, n]` -> `[B, G, n]`.
+def seen(call: Call[Tensor]) -> Tensor:
+    """Which slots hold a token that a query sees: `[B, T, S]` bool. On any device."""
+    batch, _, num_tokens, _ = call.query.shape
+    slots = call.key.shape[2]
+    live = (torch.arange(slots, device=call.key.device) < call.length).expand(batch, num_tokens, slots)
+    return live if call.mask is None else live & ~hidden(call.mask.expand(batch, 1, num_tokens, slots)[:, 0])
+
+
+def score_live_tokens(call: Call[Tensor]) -> Tensor:
+    """Scores of the n live tokens `[B, Hkv, g, T, n]` in float32, -inf for those that are hidden."""
+    batch, num_heads, num_tokens, head_dim = call.query.shape
+    num_kv_heads, slots = call.key.shape[1:3]
+    n = min(int(call.length), slots)
+    rows = call.query.float().reshape(batch, num_kv_heads, -1, head_dim)  # [B, Hkv, g T, D]
+    scores = _cap(rows @ call.key[:, :, :n].float().mT * call.scale, call.softcap)
+    scores = scores.view(batch, num_kv_heads, num_heads // num_kv_heads, num_tokens, n)
+    if call.mask is not None:
+        live_mask = call.mask[..., :n].unsqueeze(1)  # [B or 1, 1, 1, 1 or T, n]
+        if call.mask.is_floating_point():
+            scores = scores + live_mask
+        scores = scores.masked_fill(hidden(live_mask), -torch.inf)
+    return scores
+
+
+def importance(scores: Tensor, selection: Selection, kept: Tensor, sink_logit: Tensor | None = None) -> Tensor:
+    """How important each token is for each token set: scores `[B, Hkv, g, T, n]` -> `[B, T, G, n]`.
 
     A set of one query head ranks tokens by score, which orders them as probabilities do and doesn't underflow. A set of
-    several heads ranks them by the sum of probabilities, since the scores of different heads have no common scale.
+    several heads ranks them by the sum or the maximum of probabilities, since the scores of different heads have no
+    common scale; or by turns: the best of each head, then the second best, `kept [B, T, n]` aside, which are kept
+    anyway (LessIsMore, https://arxiv.org/abs/2508.07101).
     """
-    members = {"query_head": 1, "kv_head": scores.shape[2], "layer": scores.shape[1] * scores.shape[2]}[share]
+    batch, num_kv_heads, group, num_tokens, n = scores.shape
+    num_sets = selection.num_sets(num_kv_heads * group, num_kv_heads)
+    members = num_kv_heads * group // num_sets
     if members == 1:
-        return scores.flatten(1, 2)
-    probs = probabilities(scores, sink)
-    return probs.sum(2) if share == "kv_head" else probs.sum((1, 2))[:, None]
+        by_head = scores
+    elif selection.pool == "union":
+        by_head = scores.masked_fill(kept[:, None, None], -torch.inf)
+    else:
+        by_head = probabilities(scores, None if sink_logit is None else _by_head(sink_logit, scores))
+    by_set = by_head.reshape(batch, num_sets, members, num_tokens, n)
+    if members == 1:
+        return by_set[:, :, 0].transpose(1, 2)
+    if selection.pool == "union":
+        rank = by_set.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        turn = rank * members + torch.arange(members, device=rank.device)[:, None, None]
+        return -turn.amin(2).transpose(1, 2).float()
+    return (by_set.sum(2) if selection.pool == "sum" else by_set.amax(2)).transpose(1, 2)
 
 
-def choose_tokens(
-    importance: Tensor, valid: Tensor, width: int, budget: int, ratio: float, sinks: int, recent: int
-) -> Tensor:
-    """The chosen positions, ascending and padded with -1: importance `[B, G, n]`, valid `[B, n]` -> `[B, G, K]` int32.
+def always_kept(seen: Tensor, selection: Selection) -> Tensor:
+    """The first and the last valid tokens, which a selection keeps: `[..., n]` bool of `seen [..., n]`."""
+    ordinal = seen.cumsum(-1)  # 1 for the first valid token, 2 for the second
+    return seen & ((ordinal <= selection.sinks) | (ordinal > ordinal[..., -1:] - selection.recent))
 
-    Of `num_valid` tokens, max(budget, ratio * num_valid) are chosen, or all if there are fewer: the first `sinks` and
-    the last `recent` valid ones, then the most important ones. Equal ones are chosen from the lowest position up.
+
+def pick(importance: Tensor, seen: Tensor, selection: Selection, slots: int) -> Tensor:
+    """The chosen positions: importance `[B, T, G, n]`, seen `[B, T, n]` -> index `[B, G, K]`, with T `[B, T, G, K]`.
+
+    On any device.
+
+    Chosen are the tokens that are always kept, then the most important ones, as many as `Selection` says. Equal ones
+    are chosen from the lowest position up. Importance that is not seen may be anything, NaN as well.
     """
-    index = valid.new_full((*importance.shape[:2], width), -1, dtype=torch.int32)
-    if valid.shape[-1] == 0:
-        return index
-    ordinal = valid.cumsum(-1)  # [B, n]: 1 for the first valid token, 2 for the second
-    num_valid = ordinal[:, -1:]
-    always = valid & ((ordinal <= sinks) | (ordinal > num_valid - recent))
-    ranked = importance.masked_fill(always[:, None], torch.inf).masked_fill(~valid[:, None], -torch.inf)
+    width = selection.width(slots)
+    if importance.shape[-1] == 0:
+        return _as_index(seen.new_full((*importance.shape[:3], width), -1, dtype=torch.int32))
+    num_valid = seen.sum(-1, keepdim=True)[:, :, None]  # [B, T, 1, 1]
+    keep = selection.by_ratio(num_valid).clamp(min=selection.budget).minimum(num_valid)
+    kept = always_kept(seen, selection)[:, :, None]
+    ranked = importance.masked_fill(kept, torch.inf).masked_fill(~seen[:, :, None], -torch.inf)
 
-    by_ratio = -(-num_valid * parts_per_million(ratio) // 1_000_000)  # rounded up
-    keep = by_ratio.clamp(min=budget).minimum(num_valid)[:, None]  # [B, 1, 1]
     largest = ranked.topk(min(width, ranked.shape[-1])).values
-    threshold = largest.gather(-1, (keep - 1).clamp(min=0).expand(-1, largest.shape[1], 1))  # [B, G, 1]: the last kept
+    last = (keep - 1).clamp(min=0).expand(-1, -1, largest.shape[2], 1)
+    threshold = largest.gather(-1, last)  # [B, T, G, 1]: the importance of the last one kept
     above, tied = ranked > threshold, ranked == threshold
-    chosen = above | (tied & (tied.cumsum(-1) <= keep - above.sum(-1, keepdim=True)))  # [B, G, n]
-    batch, token_set, position = chosen.nonzero(as_tuple=True)
-    column = chosen.cumsum(-1)[batch, token_set, position] - 1
-    index[batch, token_set, column] = position.int()
-    return index
+    chosen = above | (tied & (tied.cumsum(-1) <= keep - above.sum(-1, keepdim=True)))  # [B, T, G, n]
+    column = torch.where(chosen, chosen.cumsum(-1) - 1, width)  # what is not chosen goes to a column of no use
+    position = torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device).expand(column.shape)
+    index = seen.new_full((*importance.shape[:3], width + 1), -1, dtype=torch.int32)
+    return _as_index(index.scatter_(-1, column, position)[..., :width])
 
 
 def probabilities(scores: Tensor, sink: Tensor | None = None) -> Tensor:
-    """Softmax over the tokens of `[B, Hkv, g, n]`, less the sink's share; zeros where no token is left to attend to."""
+    """Softmax over the tokens of `[..., n]`, less the share of a sink that broadcasts to `[..., 1]`.
+
+    Zeros where no token is left to attend to.
+    """
     if scores.shape[-1] == 0:
         return scores
     if sink is not None:
-        sink_scores = sink.float().view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
-        return torch.cat([scores, sink_scores], -1).softmax(-1)[..., :-1]
+        return torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
     no_token = scores.amax(-1, keepdim=True) == -torch.inf
     return scores.softmax(-1).masked_fill(no_token, 0.0)
 
 
-def _score_live_tokens(
-    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float, softcap: float
-) -> tuple[Tensor, Tensor]:
-    """Scores `[B, Hkv, g, n]` in float32, -inf for hidden tokens, and the live values `[B, Hkv, n, D]`."""
-    batch, num_heads, _, head_dim = q.shape
-    num_kv_heads, slots = k.shape[1:3]
-    n = min(int(length), slots)
-    keys, values = k[:, :, :n].float(), v[:, :, :n].float()
-    grouped = q.float().reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = _cap(grouped @ keys.mT * scale, softcap)
-    if mask is not None:
-        live_mask = mask.expand(batch, 1, 1, slots)[..., :n]
-        if mask.is_floating_point():
-            scores = scores + live_mask
-        masked = hidden(live_mask)
+def _choose(call: Call[Tensor], selection: Selection, scores: Tensor) -> Tensor:
+    """The index by scores `[B, Hkv, g, T, n]`."""
+    valid = scores[:, 0, 0] > -torch.inf  # [B, T, n]
+    kept = always_kept(valid, selection)
+    worth = importance(scores, selection, kept, call.sink_logit)
+    return pick(worth, valid, selection, call.key.shape[2])
+
+
+def _weigh_live_tokens(call: Call[Tensor], scores: Tensor) -> Tensor:
+    """The live values, weighted by scores `[B, Hkv, g, T, n]`: `[B, Hq, T, D]`."""
+    values = call.value[:, :, : scores.shape[-1]].float()
+    if call.mask is not None:
+        masked = hidden(call.mask[..., : scores.shape[-1]]).all(2, keepdim=True)  # [B or 1, 1, 1, n]
         if masked.any():  # a weight of 0 is not enough: padding may hold NaN
-            scores = scores.masked_fill(masked, -torch.inf)
             values = values.masked_fill(masked.mT, 0.0)
-    return scores, values
+    sink = None if call.sink_logit is None else _by_head(call.sink_logit, scores)
+    weights = probabilities(scores, sink)
+    return (weights.flatten(2, 3) @ values).view(call.query.shape).to(call.query.dtype)
+
+
+def _as_index(chosen: Tensor) -> Tensor:
+    """`[B, T, G, K]` as the ops have it for a decode step, whose T is 1: `[B, G, K]`."""
+    return (chosen[:, 0] if chosen.shape[1] == 1 else chosen).contiguous()
+
+
+def _by_head(sink_logit: Tensor, scores: Tensor) -> Tensor:
+    """A logit a query head `[Hq]`, to go with scores `[B, Hkv, g, T, n]`."""
+    return sink_logit.float().view(*scores.shape[1:3], 1, 1)
 
 
 def _cap(scores: Tensor, softcap: float) -> Tensor:

@@ -11,31 +11,19 @@ Graph in: Dynamo's graph, and a node of it that is attention in one of two spell
             weights = weights[..., :-1]                           (GPT-OSS: without the sink)
             matmul(weights, v)
 
-Out: a `Call`, or `NoMatch` with the reason. The graph is not changed.
+Out: the node of the output and a `Call`, or `NoMatch` with the reason. The graph is not changed. The call's key and
+value are those of the spelling, `[B, Hkv or Hq, S, D]`, and its length is None: `match` finds the cache behind them.
 """
 
 import operator
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from ..kernels.call import Call
+
 SDPA = torch.nn.functional.scaled_dot_product_attention
 CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Call:
-    """Attention of q `[B, Hq, T, D]` to k, v `[B, Hkv or Hq, S, D]`: `output` = softmax(cap(q k^T scale) + mask) v."""
-
-    output: fx.Node
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    mask: fx.Node | None
-    scale: float
-    sink: fx.Node | None = None  # [Hq]
-    softcap: float = 0.0
 
 
 class NoMatch(Exception):
@@ -53,8 +41,8 @@ def query_length(node: fx.Node) -> int | None:
     return shape(node)[2] if is_softmax(node) and len(shape(node)) == 4 else None
 
 
-def read_call(node: fx.Node) -> Call:
-    """Read the call at an SDPA or softmax node."""
+def read_call(node: fx.Node) -> tuple[fx.Node, Call]:
+    """Read the call at an SDPA or softmax node: its output, and the call."""
     if is_sdpa(node):
         return _read_sdpa(node)
     if is_softmax(node):
@@ -62,7 +50,7 @@ def read_call(node: fx.Node) -> Call:
     raise NoMatch(f"attention through {target_name(node)}; supported are attn_implementation='sdpa' and 'eager'")
 
 
-def _read_sdpa(node: fx.Node) -> Call:
+def _read_sdpa(node: fx.Node) -> tuple[fx.Node, Call]:
     arguments = _sdpa_arguments(node)
     if arguments["is_causal"] or arguments["dropout_p"]:
         raise NoMatch(
@@ -71,7 +59,7 @@ def _read_sdpa(node: fx.Node) -> Call:
         )
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     scale = shape(query)[3] ** -0.5 if arguments["scale"] is None else _number(arguments["scale"])
-    return Call(node, query, key, value, arguments["attn_mask"], scale)
+    return node, Call(query, key, value, None, arguments["attn_mask"], scale)
 
 
 def _sdpa_arguments(node: fx.Node) -> dict:
@@ -84,19 +72,19 @@ def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _read_eager(softmax: fx.Node) -> Call:
+def _read_eager(softmax: fx.Node) -> tuple[fx.Node, Call]:
     dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
     if dim not in (-1, 3):
         raise NoMatch(f"eager attention with a softmax over dimension {dim}, not over the tokens, the last dimension")
-    scores, sink = _strip_sink(softmax.args[0])
+    scores, sink_logit = _strip_sink(softmax.args[0])
     scores, mask = _strip_mask(scores)
     scores, softcap = _strip_softcap(scores)
     scores, scale = _strip_scale(scores)
     if not _is_function(scores, torch.matmul):
         raise NoMatch(f"eager attention whose scores come from {target_name(scores)}, not from matmul(q, k^T)")
     query, key = scores.args[0], _untransposed(scores.args[1])
-    output, value = _weighted_sum(softmax, has_sink=sink is not None)
-    return Call(output, query, key, value, mask, scale, sink, softcap)
+    output, value = _weighted_sum(softmax, has_sink=sink_logit is not None)
+    return output, Call(query, key, value, None, mask, scale, sink_logit, softcap)
 
 
 def _strip_sink(scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:

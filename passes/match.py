@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from ..kernels.call import Call
 from .forms import NoMatch, is_method, is_sdpa, is_softmax, query_length, read_call, shape, target_name
 
 CACHE_LAYER = re.compile(r"\.layers\[(\d+)\]\.keys$")
@@ -32,23 +33,25 @@ ATTENTION_MODULE = re.compile(r"\.(\d+)\.(?:[a-z_.]+\.)?(?:self_attn|self_attent
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention call that can be rewritten: q `[B, Hq, 1, D]` over the cache `[B, Hkv, S, D]` of one layer.
+    """One attention call that can be rewritten, over the cache of one layer.
 
-    `node` is what the call returns, and `mask`, `scale`, `sink` and `softcap` are arguments of the ops. `sharded`: its
-    heads are one rank's share of the layer's, under tensor parallelism.
+    `node` is what the call returns. `sharded`: its heads are one rank's share of the layer's, under tensor parallelism.
     """
 
     layer: int
     node: fx.Node
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    length: fx.Node
-    mask: fx.Node | None
-    scale: float
-    sink: fx.Node | None
-    softcap: float
+    call: Call[fx.Node]
     sharded: bool = False
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return shape(self.call.query)[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of the cache."""
+        return shape(self.call.key)[1]
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def _check_one_token(node: fx.Node) -> None:
 
 def _match(node: fx.Node, layer: int | None) -> AttentionSite:
     """The call at a node, as one of this layer; None: of its cache layer. Raises `NoMatch`."""
-    call = read_call(node)
+    output, call = read_call(node)
     if _slides(node):
         raise NoMatch("sliding-window layer: left as it is", "sliding")
     batch, num_heads, _, head_dim = shape(call.query)
@@ -137,18 +140,9 @@ def _match(node: fx.Node, layer: int | None) -> AttentionSite:
     dtypes = [one.meta["example_value"].dtype for one in (call.query, key, value)]
     if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
         raise NoMatch(f"q, keys and values are {dtypes}; one of {', '.join(map(str, DTYPES))} for all is supported")
-    return AttentionSite(
-        layer=key_layer if layer is None else layer,
-        node=call.output,
-        query=call.query,
-        key=key,
-        value=value,
-        length=_live_length(node, key),
-        mask=_checked_mask(call.mask, shape(key)),
-        scale=call.scale,
-        sink=call.sink,
-        softcap=call.softcap,
-    )
+    mask = _checked_mask(call.mask, shape(key))
+    call = replace(call, key=key, value=value, length=_live_length(node, key), mask=mask)
+    return AttentionSite(key_layer if layer is None else layer, output, call)
 
 
 def _cache_input(node: fx.Node, name: str, num_heads: int, layer: int | None) -> tuple[fx.Node, int]:
@@ -243,7 +237,10 @@ def _way_from_cache(node: fx.Node, layer: int | None) -> list[str] | None:
 
 
 def _checked_mask(mask: fx.Node | None, cache_shape: tuple) -> fx.Node | None:
-    """The mask, if the ops can take it: bool or additive, `[B or 1, 1, 1, S]`."""
+    """The mask, if the ops can take it: bool or additive, `[B or 1, 1, 1, S]`, before it was expanded.
+
+    Inductor would write the expanded one anew for every call.
+    """
     if mask is None:
         return None
     value = mask.meta["example_value"]
@@ -252,6 +249,8 @@ def _checked_mask(mask: fx.Node | None, cache_shape: tuple) -> fx.Node | None:
     found = tuple(value.shape)
     if len(found) != 4 or found[0] not in (1, cache_shape[0]) or found[1:] != (1, 1, cache_shape[2]):
         raise NoMatch(f"a mask of shape {found} over a cache of {cache_shape[2]} slots; one for all heads is supported")
+    while is_method(mask, "expand") and len(shape(mask.args[0])) == 4 and shape(mask.args[0])[1:] == found[1:]:
+        mask = mask.args[0]
     return mask
 
 
@@ -276,7 +275,7 @@ def _slides(node: fx.Node) -> bool:
 def _cached_keys(node: fx.Node) -> str:
     """The source of the cache's keys that an attention call reads, through views and copies; "" if it can't be told."""
     try:
-        keys = read_call(node).key
+        keys = read_call(node)[1].key
     except NoMatch:
         return ""
     for _ in range(8):  # repeat_kv, casts and copies are fewer

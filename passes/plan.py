@@ -6,23 +6,9 @@ and the reasons why the graph can't follow the policy.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from .match import AttentionSite, Unmatched
-
-
-class Role(Protocol):
-    """What the plan reads of a policy's role (`tidal_compile.policy.LayerRole`)."""
-
-    layer: int
-    role: str
-    source: int | None
-    budget: int | None
-    ratio: float
-    sinks: int
-    recent: int
-    share: str
-    heads: tuple[int, ...] | None
+from .roles import LayerRole
 
 
 @dataclass(frozen=True)
@@ -31,7 +17,7 @@ class Decision:
 
     layer: int | None
     call: AttentionSite | Unmatched
-    role: Role | None
+    role: LayerRole | None
     reason: str = ""
 
 
@@ -48,7 +34,7 @@ class Plan:
         return sum(decision.role is not None for decision in self.decisions)
 
 
-def make_plan(calls: Sequence[AttentionSite | Unmatched], roles: Sequence[Role]) -> Plan:
+def make_plan(calls: Sequence[AttentionSite | Unmatched], roles: Sequence[LayerRole]) -> Plan:
     """Give every call its role. A layer that can't follow stays exact, and so do the layers that reuse its tokens."""
     decisions: list[Decision] = []
     problems: list[str] = []
@@ -73,9 +59,9 @@ def make_plan(calls: Sequence[AttentionSite | Unmatched], roles: Sequence[Role])
     return Plan(tuple(decisions), tuple(problems))
 
 
-def _cannot_follow(call: AttentionSite, role: Role, selected: dict[int, AttentionSite | None]) -> str:
+def _cannot_follow(call: AttentionSite, role: LayerRole, selected: dict[int, AttentionSite | None]) -> str:
     """Why a call can't have its role, or nothing."""
-    if role.role == "select" and role.share == "layer" and call.sharded:
+    if role.role == "select" and role.selection.share == "layer" and call.sharded:
         return "share: layer ranks the heads of all ranks together, which tensor parallelism keeps apart; use kv_head"
     if role.role != "reuse":
         return ""
@@ -85,19 +71,18 @@ def _cannot_follow(call: AttentionSite, role: Role, selected: dict[int, Attentio
     if source is None:
         return f"its selection, layer {role.source}, is left alone"
     for name, dim in (("batch", 0), ("kv heads", 1), ("cache slots", 2)):
-        here, there = (site.key.meta["example_value"].shape[dim] for site in (call, source))
-        if here != there and not (name == "kv heads" and role.share == "layer"):
+        here, there = (site.call.key.meta["example_value"].shape[dim] for site in (call, source))
+        if here != there and not (name == "kv heads" and role.selection.share == "layer"):
             return f"{here} {name}, but its selection, layer {role.source}, has {there}"
-    kv_heads = call.key.meta["example_value"].shape[1]
+    kv_heads = call.num_kv_heads
     if role.heads is not None and (len(role.heads) != kv_heads or max(role.heads) >= kv_heads):
         return f"heads {list(role.heads)} must name, for each of its {kv_heads} kv heads, one from 0 to {kv_heads - 1}"
-    heads = [site.query.meta["example_value"].shape[1] for site in (call, source)]
-    if role.share == "query_head" and heads[0] != heads[1]:
-        return f"{heads[0]} query heads, but its selection, layer {role.source}, has {heads[1]}"
+    if role.selection.share == "query_head" and call.num_heads != source.num_heads:
+        return f"{call.num_heads} query heads, but its selection, layer {role.source}, has {source.num_heads}"
     return ""
 
 
-def _missing(decisions: list[Decision], roles: Sequence[Role]) -> list[str]:
+def _missing(decisions: list[Decision], roles: Sequence[LayerRole]) -> list[str]:
     """Layers with a sparse role and no attention call in the graph."""
     present = {decision.layer for decision in decisions}
     return [
@@ -110,17 +95,11 @@ def _missing(decisions: list[Decision], roles: Sequence[Role]) -> list[str]:
 def kv_share(plan: Plan, length: int) -> float:
     """The share of the cached tokens that one decode step reads at `length` live tokens, over the layers of the plan.
 
-    Dense is 1. With a token set a query head, the sets of a kv head are counted as if they had no token in common.
+    Dense is 1. See `LayerRole.tokens_read`.
     """
-    read = [_tokens_read(decision, length) for decision in plan.decisions if decision.role is not None]
+    read = [
+        decision.role.tokens_read(length, decision.call.num_heads // decision.call.num_kv_heads)
+        for decision in plan.decisions
+        if decision.role is not None
+    ]
     return sum(read) / (len(read) * length) if read else 1.0
-
-
-def _tokens_read(decision: Decision, length: int) -> int:
-    role, site = decision.role, decision.call
-    if role.role != "reuse":
-        return length
-    num_heads, num_kv_heads = (node.meta["example_value"].shape[1] for node in (site.query, site.key))
-    sets = num_heads // num_kv_heads if role.share == "query_head" else 1
-    by_ratio = -(-length * round(role.ratio * 1_000_000) // 1_000_000)  # rounded as the ops do
-    return min(length, sets * min(length, max(role.budget, by_ratio)))

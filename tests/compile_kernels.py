@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from tidal_compile.kernels import dense, linear, select, sparse, split, topk
+from tidal_compile.kernels.call import Call, Selection
+from tidal_compile.kernels.triton import dense, linear, select, sparse, split, topk
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
@@ -52,16 +53,19 @@ def main():
         q = torch.zeros(2, 2 * group, 1, head_dim, dtype=dtype)
         k = torch.zeros(2, 2, 512, head_dim, dtype=dtype)
         mask = None if masking is None else torch.ones(2, 1, 1, 512, dtype=masking)
-        extra = {"sink": q[0, :, 0, 0], "softcap": 30.0} if masking == torch.float32 else {}
+        extra = {"sink_logit": q[0, :, 0, 0], "softcap": 30.0} if masking == torch.float32 else {}
         length = torch.tensor(300)
         for columns, weights in ((512, 1), (5000, 3)):
             weight, bias = torch.zeros(64, columns, dtype=dtype), [] if masking else [torch.zeros(64, dtype=dtype)]
             for tokens in (1, 3) if dtype != torch.float32 else (1,):
                 linear.linear(torch.zeros(tokens, columns, dtype=dtype), [weight] * weights, bias * weights)
-        dense.full_attention(q, k, k, length, mask, 0.1, **extra)
-        for share in ("query_head", "kv_head", "layer"):
-            index = select.select_attention(q, k, k, length, mask, 0.1, 64, 0.0, 4, 8, share, **extra)[1]
-            sparse.sparse_attention(q, k, k, index, length, mask, 0.1, **extra)
+        call = Call(q, k, k, length, mask, 0.1, **extra)
+        dense.full_attention(call)
+        for share, pool in (("query_head", "sum"), ("kv_head", "max"), ("layer", "union"), ("layer", "sum")):
+            selection = Selection(64, 0.0, 4, 8, share, pool)
+            index = select.select_attention(call, selection)[1]
+            select.choose_by_scores(call, selection)
+            sparse.sparse_attention(call, index)
     print(len(COMPILED), "kernels:", *sorted(set(COMPILED.values())))
 
 

@@ -1,6 +1,7 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before its import."""
 
 import os
+import sys
 
 import torch
 
@@ -39,3 +40,18 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Run in this process a command that must fail: exit code, standard output, standard error."""
+
+    from tidal_compile import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tidal-compile", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, *capsys.readouterr()
+
+    return run

@@ -62,19 +62,42 @@ def attend(scores, v, allowed=None, sink=None):
     return out
 
 
-def importance_of(scores, num_kv_heads, share, sink=None):
-    """float64 scores `[B, Hq, n]` -> what each token set ranks by, `[B, G, n]`."""
+def importance_of(scores, num_kv_heads, share, sink=None, pool="sum", sinks=0, recent=0):
+    """float64 scores `[B, Hq, n]` -> what each token set ranks by, `[B, G, n]`; `sinks` and `recent` for a union."""
     if share == "query_head":
         return scores
     batch, num_heads, n = scores.shape
+    if pool == "union" and num_heads > (num_kv_heads if share == "kv_head" else 1):
+        return in_turn(scores, num_kv_heads if share == "kv_head" else 1, sinks, recent)
     probs = torch.zeros_like(scores)
     for b in range(batch):
         for h in range(num_heads):
             if (scores[b, h] > -math.inf).any():
                 probs[b, h] = probabilities(scores[b, h], None if sink is None else sink[h])
-    if share == "kv_head":
-        return probs.view(batch, num_kv_heads, num_heads // num_kv_heads, n).sum(2)
-    return probs.sum(1, keepdim=True)
+    num_sets = num_kv_heads if share == "kv_head" else 1
+    sets = probs.view(batch, num_sets, num_heads // num_sets, n)
+    return sets.amax(2) if pool == "max" else sets.sum(2)
+
+
+def in_turn(scores, num_sets, sinks, recent):
+    """The heads of a set take turns, each with its best token that is left beside sinks and recent ones: minus the turn."""
+    batch, num_heads, n = scores.shape
+    members = num_heads // num_sets
+    worth = torch.full((batch, num_sets, n), -math.inf, dtype=torch.float64)
+    for b in range(batch):
+        alive = [p for p in range(n) if scores[b, 0, p] > -math.inf]
+        free = alive[sinks : max(sinks, len(alive) - recent)]
+        for g in range(num_sets):
+            rows = [scores[b, g * members + m].tolist() for m in range(members)]
+            orders = [sorted(free, key=lambda p, row=row: (-row[p], p)) for row in rows]
+            turn = 0
+            for rank in range(len(free)):
+                for order in orders:
+                    position = order[rank]
+                    if worth[b, g, position] == -math.inf:
+                        worth[b, g, position] = -turn
+                    turn += 1
+    return worth
 
 
 def live_budget(budget, ratio, count):
@@ -144,15 +167,24 @@ class OracleModel:
         role, source, settings = self.roles[module.layer_idx]
         allowed = None
         if role == "select":
-            ranked = importance_of(scores, key.shape[1], settings["share"], s_aux)
-            chosen = choose(ranked, valid, *(settings[name] for name in ("budget", "ratio", "sinks", "recent")))
+            chosen = self._choose(scores, valid, key.shape[1], settings, s_aux)
             self.sets[module.layer_idx] = sets_as_mask(chosen, query.shape[1], n)
+            if settings.get("output", "full" if settings.get("by", "scores") == "scores" else "sparse") == "sparse":
+                allowed = self.sets[module.layer_idx]
         if role == "reuse":
             allowed = self.sets[source]
             if settings.get("heads"):  # kv head h of this layer takes the tokens of kv head heads[h] of the source
                 group = query.shape[1] // key.shape[1]
                 allowed = torch.cat([allowed[:, group * head : group * (head + 1)] for head in settings["heads"]], 1)
         return attend(scores, value, allowed, s_aux).to(query.dtype).transpose(1, 2), None
+
+    @staticmethod
+    def _choose(scores, valid, num_kv_heads, settings, sink):
+        """The sets of a selection, by its method."""
+        sizes = [settings[name] for name in ("budget", "ratio", "sinks", "recent")]
+        pool, share = settings.get("pool", "sum"), settings["share"]
+        ranked = importance_of(scores, num_kv_heads, share, sink, pool, settings["sinks"], settings["recent"])
+        return choose(ranked, valid, *sizes)
 
     @torch.no_grad()
     def logits(self, prompt, tokens, mask=None):
@@ -168,3 +200,20 @@ class OracleModel:
                 )
                 rows.append(out.logits[:, -1])
         return torch.stack(rows, 1)
+
+
+def roles_of(policy):
+    """The policy as the oracle takes it, read from the file's words rather than the product's plan."""
+    data = policy.to_dict()
+    defaults, roles, last = data["defaults"], {}, None
+    for key, entry in data["layers"].items():
+        entry = {"role": entry} if isinstance(entry, str) else entry
+        first, _, end = key.partition("-")
+        for layer in range(int(first), int(end or first) + 1):
+            settings = {**defaults, **{name: value for name, value in entry.items() if name not in ("role", "from")}}
+            budget = settings["budget"]
+            settings["ratio"] = budget["ratio"] if isinstance(budget, dict) else 0
+            settings["budget"] = budget["min"] if isinstance(budget, dict) else budget
+            last = layer if entry["role"] == "select" else last
+            roles[layer] = (entry["role"], entry.get("from", last), settings)
+    return roles

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import fails, quick  # noqa: F401  fixtures and helpers of the command line
+from commands import quick
 from typer.testing import CliRunner
 
 from tidal_compile.bench import decode, figures, kernels, tables
 from tidal_compile.bench.timing import relative_error, summary
 from tidal_compile.cli import app
-from tidal_compile.cli.bench import _options
+from tidal_compile.kernels.call import fitting
 from tidal_compile.models import load_model
+from tidal_compile.variant import Variant
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = kernels.Size(batch=2, heads=10, kv_heads=2, head_dim=32, context=300, budget=64, share="kv_head")
@@ -59,7 +60,7 @@ def test_floors_are_counted_from_the_shape():
     assert shape.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2 and shape.group == 2
     parameters = sum(one.numel() for one in model.parameters())
     assert shape.weight_bytes == 2 * parameters and shape.streamed_bytes == 2 * (parameters - 128 * 64)
-    assert decode.floor_bytes(shape, decode.Case("eager"), 3, 100) == (shape.streamed_bytes, 3 * 100 * 256)
+    assert decode.floor_bytes(shape, Variant("eager"), 3, 100) == (shape.streamed_bytes, 3 * 100 * 256)
 
     tied = load_model("random:smollm2-135m", "meta", torch.bfloat16)
     assert decode.read_shape(tied, torch.bfloat16).streamed_bytes == 2 * sum(one.numel() for one in tied.parameters())
@@ -72,10 +73,10 @@ def test_wrong_logits_are_not_timed(monkeypatch):
     token = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
     monkeypatch.setattr(decode, "expected_logits", lambda *_: [torch.ones(1, 128, device=DEVICE)])
     with pytest.raises(Exception, match="logits of eager after 50 tokens are off"):
-        list(decode.run_case(model, shape, decode.Case("eager"), cache, [50], token, 4, 1e9, saved))
+        list(decode.run_case(model, shape, Variant("eager"), cache, [50], token, 4, 1e9, saved))
 
 
-def test_what_cannot_fit_is_refused_with_the_bytes(fails):  # noqa: F811
+def test_what_cannot_fit_is_refused_with_the_bytes(fails):
     model = ("--model", "random:llama-2-7b", "--context", 130000, "--batch", 64)
     code, _, error = fails("bench", "decode", *model)
     assert code == 2 and re.search(r"needs [\d,]{16,} bytes \(weights [\d,]+, KV cache [\d,]+, .* are free", error)
@@ -164,7 +165,7 @@ def test_readmes_have_the_tables_of_the_committed_results():
 
 
 def test_a_deeper_model_rounds_more_often():
-    shallow, deep = (decode.tolerance(decode.Case("eager"), layers, torch.bfloat16) for layers in (16, 64))
+    shallow, deep = (decode.tolerance(Variant("eager"), layers, torch.bfloat16) for layers in (16, 64))
     assert shallow == pytest.approx(0.06) and deep == pytest.approx(0.12)
 
 
@@ -173,6 +174,6 @@ def test_small_numbers():
     spread = summary([float(number) for number in range(101)])
     assert spread == {"median": 50.0, "p10": 10.0, "p90": 90.0}
     assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
-    kept = [options.overrides for options in _options(["full", "tidal"], [32, 1024])]
-    assert kept == [{}, {"budget": 32, "sinks": 4, "recent": 16}, {"budget": 1024}]
+    assert fitting(32, 4, 64) == {"budget": 32, "sinks": 4, "recent": 16}
+    assert fitting(1024, 4, 64) == {"budget": 1024, "sinks": 4, "recent": 64}
     assert tables.markdown(("a", "b"), [("1", "2")]) == "| a | b |\n|---|---|\n| 1 | 2 |\n"

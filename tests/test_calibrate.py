@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 from models import decode_logits, family_model, prefilled, random_tokens, tiny_model
-from oracle import OracleModel, attend, choose, importance_of, scores_of, sets_as_mask
-from test_exactness import POLICIES, oracle_roles, tidal_step
+from oracle import OracleModel, attend, choose, importance_of, roles_of, scores_of, sets_as_mask
+from policies import LAYERS, POLICIES, tidal_step
+from texts import TEXT, Letters
 from typer.testing import CliRunner
 
 import tidal_compile as tc
@@ -16,22 +17,13 @@ from tidal_compile.calibrate import Goal
 from tidal_compile.calibrate.search import Found, Score, dense_predictions, explore, measure, search, sources
 from tidal_compile.calibrate.statistics import Statistics, best_selections, layer_losses, total_loss
 from tidal_compile.calibrate.tasks import make_contexts
-from tidal_compile.policy import LayerRole
-from tidal_compile.replay import Block, Call, Tokens, make_context, replay
+from tidal_compile.kernels import reference
+from tidal_compile.kernels.call import Call, Selection
+from tidal_compile.passes.roles import LayerRole
+from tidal_compile.replay import Block, make_context, replay
 from tidal_compile.text import default_text
 
 PROMPT, STEPS = 90, 12
-LAYERS = {"0-1": "full", "2": "select", "3": "reuse", "4": "select", "5": "reuse"}
-
-
-class Letters:
-    """A tokenizer: a token a character."""
-
-    def __call__(self, text, **_):
-        return type("Encoding", (), {"input_ids": [ord(one) % 126 + 2 for one in text]})()
-
-
-TEXT = "".join(f"Line {n} says that {n * 7919 % 1000} comes before {n * 104729 % 997}. " for n in range(200))
 
 
 def context_of(model, prompt, tokens, dense=0):
@@ -44,7 +36,7 @@ def test_a_block_equals_the_oracle_step_by_step(name):
     policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES[name]})
     model = tiny_model(hidden_size=96, num_attention_heads=6)
     prompt, tokens = random_tokens(1, PROMPT), random_tokens(1, STEPS, seed=2)
-    expected = OracleModel(model, oracle_roles(policy)).logits(prompt, tokens)
+    expected = OracleModel(model, roles_of(policy)).logits(prompt, tokens)
     context = context_of(model, prompt, tokens)
     for _ in range(2):  # the second time on what the first one wrote
         got = replay(model, context, policy.roles)[0]
@@ -55,7 +47,7 @@ def test_leading_tokens_of_a_block_belong_to_the_prompt():
     policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES["tidal-kv_head"]})
     model, prompt, tokens = tiny_model(), random_tokens(1, PROMPT), random_tokens(1, STEPS, seed=2)
     whole = torch.cat([prompt, tokens[:, :5]], 1)
-    expected = OracleModel(model, oracle_roles(policy)).logits(whole, tokens[:, 5:])
+    expected = OracleModel(model, roles_of(policy)).logits(whole, tokens[:, 5:])
     context = context_of(model, prompt, tokens, dense=5)
     got = replay(model, context, policy.roles)[0]
     torch.testing.assert_close(got[None], expected, atol=1e-4, rtol=1e-4)
@@ -68,7 +60,7 @@ def test_blocks_of_one_pass_are_blind_to_each_other():
     context = make_context(model, prefilled(model, prompt, PROMPT + 40), PROMPT, blocks)
     for block, got in zip(blocks, replay(model, context, policy.roles), strict=True):
         whole = torch.cat([prompt, block.tokens[:, : block.dense]], 1)
-        expected = OracleModel(model, oracle_roles(policy)).logits(whole, block.tokens[:, block.dense :])
+        expected = OracleModel(model, roles_of(policy)).logits(whole, block.tokens[:, block.dense :])
         torch.testing.assert_close(got[None], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -85,49 +77,53 @@ def test_a_block_equals_compiled_steps(family):
 
 
 @pytest.mark.parametrize("share", ["query_head", "kv_head", "layer"])
-def test_a_call_chooses_and_attends_as_defined(share):
+@pytest.mark.parametrize("pool", ["sum", "max", "union"])
+def test_a_call_of_many_queries_chooses_and_attends_as_defined(share, pool):
+    """Each query has a mask of its own, and is what a call of one query is."""
     generator = torch.Generator().manual_seed(0)
     m, num_kv_heads, group, n, head_dim = 5, 2, 3, 40, 8
-    q = torch.randn(m, num_kv_heads, group, head_dim, generator=generator) * 3
-    k, v = torch.randn(2, num_kv_heads, n, head_dim, generator=generator)
+    q = torch.randn(1, num_kv_heads * group, m, head_dim, generator=generator) * 3
+    k, v = torch.randn(2, 1, num_kv_heads, n, head_dim, generator=generator)
     sees = torch.arange(n) <= torch.arange(30, 30 + m)[:, None]
-    dense = torch.tensor([True, False, False, False, False])
-    call = Call(0, q, k, v, sees, 0.3, 0.0, None, Tokens(dense.long(), dense.long(), dense.long(), dense))
-    chosen = call.choose(LayerRole(0, "select", None, 9, 0.0, 2, 3, share))
-    flat, _ = scores_of(q.flatten(1, 2)[:, :, None], k.expand(m, -1, -1, -1), n, sees[:, None, None], 0.3)
-    sets = sets_as_mask(choose(importance_of(flat, num_kv_heads, share), sees, 9, 0.0, 2, 3), num_kv_heads * group, n)
-    sets[0] = True
-    expected = attend(flat, v.expand(m, -1, -1, -1), sets)[:, :, 0].view(m, num_kv_heads, group, head_dim)
-    torch.testing.assert_close(call.attend(chosen).double(), expected, atol=1e-5, rtol=1e-5)
+    call, selection = Call(q, k, v, torch.tensor(n), sees[None, None], 0.3), Selection(9, 0.0, 2, 3, share, pool)
+    chosen = reference.choose_by_scores(call, selection)
+    flat, _ = scores_of(q[0].transpose(0, 1)[:, :, None], k.expand(m, -1, -1, -1), n, sees[:, None, None], 0.3)
+    ranked = importance_of(flat, num_kv_heads, share, None, pool, 2, 3)
+    sets = sets_as_mask(choose(ranked, sees, 9, 0.0, 2, 3), num_kv_heads * group, n)
+    for got, allowed in ((reference.full_attention(call), None), (reference.sparse_attention(call, chosen), sets)):
+        expected = attend(flat, v.expand(m, -1, -1, -1), allowed)[:, :, 0]
+        torch.testing.assert_close(got[0].transpose(0, 1).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_layer_losses_are_what_a_layer_loses():
     """Against a full pass in which only that layer attends to the other one's tokens."""
     model, prompt, tokens = tiny_model(), random_tokens(1, PROMPT), random_tokens(1, STEPS, seed=2)
     context = context_of(model, prompt, tokens, dense=4)
-    role = LayerRole(0, "select", None, 12, 0.0, 2, 4, "kv_head")
+    role = LayerRole(0, "select", selection=Selection(12, 0.0, 2, 4))
     losses = layer_losses(model, [context], role, range(6), 6, {"text": 1.0})
     assert (losses.tril(-1) == 0).all() and (losses.triu() > 0).sum() == 21
     seen = {}
     full = [LayerRole(layer, "full") for layer in range(6)]
-    replay(model, context, full, lambda call: seen.setdefault(call.layer, call))
+    replay(model, context, full, lambda layer, call, tokens: seen.setdefault(layer, call))
     for i, j in ((0, 0), (1, 4), (3, 5)):
-        flat, other = (seen[layer].scores().flatten(1, 2).double() for layer in (i, j))
+        flat, other = (
+            reference.score_live_tokens(seen[layer])[0].flatten(0, 1).transpose(0, 1).double() for layer in (i, j)
+        )
         valid = flat[:, 0] > -torch.inf
         sets = sets_as_mask(choose(importance_of(flat, 2, "kv_head"), valid, 12, 0.0, 2, 4), 4, flat.shape[2])
         exact, sparse = (
-            attend(other, seen[j].values.expand(STEPS - 4, -1, -1, -1), allowed) for allowed in (None, sets)
+            attend(other, seen[j].value.expand(STEPS - 4, -1, -1, -1), allowed) for allowed in (None, sets)
         )
         expected = ((sparse - exact).square().sum((1, 2, 3)) / exact.square().sum((1, 2, 3))).mean()
         assert losses[i, j].item() == pytest.approx(expected.item(), rel=1e-3)
-    every = LayerRole(0, "select", None, 1000, 0.0, 2, 4, "kv_head")
+    every = LayerRole(0, "select", selection=Selection(1000, 0.0, 2, 4))
     assert layer_losses(model, [context], every, range(6), 6, {"text": 1.0}).abs().max() < 1e-9
 
 
 def test_layer_losses_where_layers_forget_tokens():
     """Every block is a pass of its own there, and none sees what another one's layers have chosen."""
     model, prompt = family_model("gemma3"), random_tokens(1, 60)
-    role, layers = LayerRole(0, "select", None, 12, 0.0, 2, 4, "kv_head"), (1, 3, 5)
+    role, layers = LayerRole(0, "select", selection=Selection(12, 0.0, 2, 4)), (1, 3, 5)
     blocks = [Block("text", random_tokens(1, size, seed=size), 2) for size in (9, 5)]
 
     def losses(blocks):

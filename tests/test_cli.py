@@ -6,13 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from commands import quick
 from models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 import tidal_compile as tc
-from tidal_compile.cli import app, main
 from tidal_compile.evaluate import tasks
 
 
@@ -21,26 +20,6 @@ def cli(*arguments):
     command = [sys.executable, "-m", "tidal_compile", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
-
-
-@pytest.fixture
-def fails(monkeypatch, capsys):
-    """Run in this process a command that must fail: exit code, standard output, standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tidal-compile", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, *capsys.readouterr()
-
-    return run
-
-
-def quick(*arguments):
-    """Run in this process: standard output of a command that must succeed."""
-    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture(scope="module")

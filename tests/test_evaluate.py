@@ -5,14 +5,13 @@ import math
 
 import pytest
 import torch
+from commands import run
 from models import family_model, prefilled, random_tokens, tiny_model
-from oracle import OracleModel
-from test_calibrate import TEXT, Letters
-from test_exactness import POLICIES, oracle_roles
-from typer.testing import CliRunner
+from oracle import OracleModel, roles_of
+from policies import LAYERS, POLICIES
+from texts import SETTINGS, TEXT, Words
 
 import tidal_compile as tc
-from tidal_compile import cli
 from tidal_compile.evaluate import compared, decode, quality, records
 from tidal_compile.evaluate import report as pages
 from tidal_compile.evaluate.decode import answer, prepare
@@ -21,15 +20,6 @@ from tidal_compile.explain import decode_calls
 from tidal_compile.replay import Block, make_context, replay, replay_text
 from tidal_compile.step import PolicyStep
 from tidal_compile.text import hide, split_sentences
-
-LAYERS = {"0-1": "full", "2": "select", "3": "reuse", "4": "select", "5": "reuse"}
-
-
-class Words(Letters):
-    """The tokenizer of the calibration tests, and back."""
-
-    def decode(self, ids):
-        return "".join(chr(max(one - 2, 0)) for one in ids)
 
 
 def sparse_policy(name="tidal-kv_head"):
@@ -87,7 +77,7 @@ def test_a_padded_batch_answers_as_the_oracle(name):
         answers = answer(model, step, prompts, policy.roles, sparse, [])
         for context, question, got in zip(contexts, questions, answers, strict=True):
             assert len(got) == 6
-            oracle = OracleModel(model, oracle_roles(policy))
+            oracle = OracleModel(model, roles_of(policy))
             prompt, given = (context, [*question, *got[:-1]]) if sparse else ([*context, *question], got[:-1])
             likely = oracle.logits(torch.tensor([prompt]), torch.tensor([given]))[0].argmax(-1).tolist()
             if sparse:
@@ -104,7 +94,7 @@ def test_softcaps_sinks_and_windows(family):
     questions = [random_tokens(1, 4, seed=seed)[0].tolist() for seed in (1, 2)]
     answers = answer(model, PolicyStep(model), prepare(model, contexts, questions, 4), policy.roles, True, [])
     for context, question, got in zip(contexts, questions, answers, strict=True):
-        oracle = OracleModel(model, oracle_roles(policy))
+        oracle = OracleModel(model, roles_of(policy))
         logits = oracle.logits(torch.tensor([context]), torch.tensor([[*question, *got[:-1]]]))
         assert logits[0, 3:].argmax(-1).tolist() == got
 
@@ -127,7 +117,7 @@ def test_many_positions_and_single_steps_predict_the_same():
     decoder = quality.Decoder(PolicyStep(model), replays=True)
     fast, steps = (quality.text_trial(model, ids, 40, decoder, compiled) for compiled in (False, True))
     assert fast.labels.tolist() == ids[41:]
-    expected = OracleModel(model, oracle_roles(policy)).logits(torch.tensor([ids[:40]]), torch.tensor([ids[40:-1]]))[0]
+    expected = OracleModel(model, roles_of(policy)).logits(torch.tensor([ids[:40]]), torch.tensor([ids[40:-1]]))[0]
     for trial in (fast, steps, fast):  # the third on what was written before
         torch.testing.assert_close(torch.cat(list(trial.logits(policy))), expected, atol=1e-4, rtol=1e-4)
     full = tc.Policy.preset("full", 6)
@@ -153,9 +143,6 @@ def test_chunks_of_a_passage_are_one_text():
         for chunk in (7, 64):
             got = torch.cat(list(replay_text(model, prefilled(model, prompt, 96), 40, tokens, policy.roles, chunk)))
             torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
-
-
-SETTINGS = {"text": TEXT, "lengths": (700,), "depths": 2, "seeds": 1, "text_tokens": 12, "batch": 2}
 
 
 def test_evaluate_compares_and_goes_on(tmp_path, monkeypatch):
@@ -261,11 +248,6 @@ def as_tiny(monkeypatch):
     monkeypatch.setattr(models, "load_model", lambda *_, **__: tiny_model(max_position_embeddings=2048))
     monkeypatch.setattr(models, "load_tokenizer", lambda _: Words())
     monkeypatch.setattr(models, "load_config", lambda _: tiny_model(max_position_embeddings=2048).config)
-
-
-def run(*arguments):
-    done = CliRunner().invoke(cli.app, [str(one) for one in arguments])
-    return done.exit_code, done.stdout, done.exception
 
 
 def test_the_command_line(as_tiny, tmp_path):

@@ -5,33 +5,13 @@ import copy
 import pytest
 import torch
 from models import decode_logits, prefilled, random_tokens, tiny_model
-from oracle import OracleModel
+from oracle import OracleModel, roles_of
+from policies import LAYERS, POLICIES, tidal_step
 
 import tidal_compile as tc
 
 STEPS = 16
 PROMPT = 90
-
-
-def tidal_step(model, policy, **options):
-    return torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy, **options})
-
-
-def oracle_roles(policy):
-    """The policy as the oracle takes it, read from the file's words rather than the product's plan."""
-    data = policy.to_dict()
-    defaults, roles, last = data["defaults"], {}, None
-    for key, entry in data["layers"].items():
-        entry = {"role": entry} if isinstance(entry, str) else entry
-        first, _, end = key.partition("-")
-        for layer in range(int(first), int(end or first) + 1):
-            settings = {**defaults, **{name: value for name, value in entry.items() if name not in ("role", "from")}}
-            budget = settings["budget"]
-            settings["ratio"] = budget["ratio"] if isinstance(budget, dict) else 0
-            settings["budget"] = budget["min"] if isinstance(budget, dict) else budget
-            last = layer if entry["role"] == "select" else last
-            roles[layer] = (entry["role"], entry.get("from", last), settings)
-    return roles
 
 
 def live_cache(cache):
@@ -66,35 +46,12 @@ def test_within_the_budget_tidal_equals_eager():
     assert_same_but_for_rounding(decode_logits(step, prefilled(model, prompt, 128), tokens), eager, exact)
 
 
-POLICIES = {
-    "tidal-kv_head": {"defaults": {"budget": 24, "sinks": 2, "recent": 4}},
-    "tidal-query_head": {"defaults": {"budget": 24, "sinks": 0, "recent": 1, "share": "query_head"}},
-    "tidal-layer": {"defaults": {"budget": 24, "sinks": 2, "recent": 4, "share": "layer"}},
-    "heads": {
-        "defaults": {"budget": 24, "sinks": 2, "recent": 4},
-        "layers": {
-            "0": "full", "1": "select", "2": {"role": "reuse", "heads": [1, 0]}, "3": {"role": "reuse", "heads": [1, 1]},
-            "4": {"role": "reuse", "heads": [0, 1]}, "5": {"role": "reuse", "from": 1, "heads": [1, 0]},
-        },
-    },
-    "ratio": {"defaults": {"budget": {"ratio": 0.25, "min": 8}, "sinks": 2, "recent": 4}},
-    "mixed": {
-        "defaults": {"budget": 16, "sinks": 1, "recent": 2},
-        "layers": {
-            "0": {"role": "select", "share": "layer"}, "1": {"role": "select", "budget": 40}, "2": {"role": "reuse", "from": 0},
-            "3": "reuse", "4": "full", "5": {"role": "reuse", "from": 1},
-        },
-    },
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", POLICIES)
 def test_sparse_policies_equal_the_oracle(name):
-    layers = {"0-1": "full", "2": "select", "3": "reuse", "4": "select", "5": "reuse"}
-    policy = tc.Policy.from_dict({"num_layers": 6, "layers": layers, **POLICIES[name]})
+    policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES[name]})
     model = tiny_model(hidden_size=96, num_attention_heads=6)
     prompt, tokens = random_tokens(2, PROMPT), random_tokens(2, STEPS, seed=2)
-    expected = OracleModel(model, oracle_roles(policy)).logits(prompt, tokens)
+    expected = OracleModel(model, roles_of(policy)).logits(prompt, tokens)
     got = decode_logits(tidal_step(model, policy), prefilled(model, prompt, 128), tokens)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     eager = decode_logits(model, prefilled(model, prompt, 128), tokens)
@@ -104,7 +61,7 @@ def test_sparse_policies_equal_the_oracle(name):
 def test_each_head_layout_equals_the_oracle(tiny):
     policy = tc.Policy.preset("tidal", 6, budget=20, sinks=2, recent=4)
     prompt, tokens = random_tokens(1, PROMPT), random_tokens(1, 6, seed=2)
-    expected = OracleModel(tiny, oracle_roles(policy)).logits(prompt, tokens)
+    expected = OracleModel(tiny, roles_of(policy)).logits(prompt, tokens)
     got = decode_logits(tidal_step(tiny, policy), prefilled(tiny, prompt, 128), tokens)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
@@ -134,7 +91,7 @@ def test_padded_batch_equals_the_oracle():
     model, prompt, tokens = tiny_model(), random_tokens(2, PROMPT), random_tokens(2, 6, seed=2)
     mask = torch.ones(2, PROMPT, dtype=torch.long)
     mask[0, :33] = 0
-    expected = OracleModel(model, oracle_roles(policy)).logits(prompt, tokens, mask)
+    expected = OracleModel(model, roles_of(policy)).logits(prompt, tokens, mask)
     wide = torch.cat([mask, torch.ones(2, 128 - PROMPT, dtype=torch.long)], 1).bool()
     masks = [(wide & (torch.arange(128) <= PROMPT + i))[:, None, None] for i in range(6)]
     cache = prefilled(model, prompt, 128, mask)
@@ -156,5 +113,5 @@ def test_a_reused_cache_full_of_garbage_and_the_last_slot():
     for layer in cache.layers:
         layer.keys[:, :, 40:] = float("nan")
         layer.values[:, :, 40:] = float("nan")
-    expected = OracleModel(model, oracle_roles(policy)).logits(prompt, tokens)
+    expected = OracleModel(model, roles_of(policy)).logits(prompt, tokens)
     torch.testing.assert_close(decode_logits(step, cache, tokens), expected, atol=1e-4, rtol=1e-4)

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_model
-from oracle import OracleModel
-from test_calibrate import TEXT
-from test_exactness import oracle_roles
+from oracle import OracleModel, roles_of
+from texts import TEXT
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -92,7 +91,7 @@ def passkey(tokenizer, length, seed=0):
 def likeliest(model, policy, prompt, tokens):
     """What a dense prefill and then the oracle's decode steps choose, given the tokens before."""
     first = model(torch.tensor([prompt])).logits[0, -1].argmax().item()
-    logits = OracleModel(model, oracle_roles(policy)).logits(torch.tensor([prompt]), torch.tensor([tokens[:-1]]))
+    logits = OracleModel(model, roles_of(policy)).logits(torch.tensor([prompt]), torch.tensor([tokens[:-1]]))
     return [first, *logits[0].argmax(-1).tolist()]
 
 
@@ -186,7 +185,7 @@ def test_the_notebook_draws_token_sets(model, tokenizer, folder, monkeypatch):
             exec(compile("".join(cell["source"]), cell["id"], "exec"), scope)
 
     policy = tc.Policy.from_dict(POLICY)
-    expected = OracleModel(model, oracle_roles(policy)).logits(scope["context"], scope["steps"])[0]
+    expected = OracleModel(model, roles_of(policy)).logits(scope["context"], scope["steps"])[0]
     torch.testing.assert_close(scope["logits"], expected, atol=1e-4, rtol=1e-4)
     assert scope["steps"].shape == (1, 20) and scope["roles"] == policy.roles
 

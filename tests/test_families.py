@@ -7,9 +7,8 @@ import pytest
 import torch
 from families import FAMILIES, PAGE, with_table
 from models import decode_logits, family_model, prefilled, random_tokens
-from oracle import OracleModel
+from oracle import OracleModel, roles_of
 from recorder import Recorder
-from test_exactness import oracle_roles
 
 import tidal_compile as tc
 from tidal_compile import shapes
@@ -53,7 +52,7 @@ def test_sparse_equals_the_oracle(name, form):
     got = decode(model, recorder, batch=1)
     assert recorder.after[0]["sparse_attention.default"] == len(family.layers) - 1
     prompt, tokens = random_tokens(1, PROMPT), random_tokens(1, STEPS, seed=2)
-    expected = OracleModel(model, oracle_roles(policy)).logits(prompt, tokens)
+    expected = OracleModel(model, roles_of(policy)).logits(prompt, tokens)
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
     assert (got - decode(model, None, batch=1)).abs().max() > 1e-3  # the budget is felt
 

@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
+from commands import run
 from models import random_tokens, tiny_model
-from oracle import OracleModel
-from test_evaluate import run
-from test_exactness import oracle_roles
+from oracle import OracleModel, roles_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -78,7 +77,7 @@ def test_likelihoods_are_those_of_single_steps(lm):
     found = lm._loglikelihood_tokens([requests[i] for i in order], disable_tqdm=True)
     for number, (total, greedy) in zip(order, found, strict=True):
         _, context, labels = requests[number]
-        oracle = OracleModel(lm.model, oracle_roles(lm.policy))
+        oracle = OracleModel(lm.model, roles_of(lm.policy))
         prompt, steps = torch.tensor([context[:-1]]), torch.tensor([[context[-1], *labels[:-1]]])
         if len(context) == 1:  # nothing to prefill: the first step sees itself only
             prompt, first = steps[:, :1], lm.model(steps[:, :1]).logits

@@ -5,16 +5,17 @@ import json
 import numpy
 import pytest
 import torch
+from commands import run
 from models import decode_logits, prefilled, random_tokens, tiny_model
-from oracle import OracleModel
-from test_evaluate import run
-from test_exactness import oracle_roles, tidal_step
+from oracle import OracleModel, roles_of
+from policies import tidal_step
 
 import tidal_compile as tc
 from tidal_compile import imports
+from tidal_compile.kernels.call import Selection
 
 
-def roles_of(policy):
+def letters_of(policy):
     return "".join({"full": "f", "select": "S", "reuse": "r"}[role.role] for role in policy.roles)
 
 
@@ -23,14 +24,14 @@ def test_kascade_head_maps(tmp_path):
     file = tmp_path / "tiny_layers_0_2.npy"
     numpy.save(file, heads)
     policy = imports.from_kascade(file, budget=24, recent=4)
-    assert roles_of(policy) == "SrSrrr"
+    assert letters_of(policy) == "SrSrrr"
     assert [role.heads for role in policy.roles] == [None, (1, 0), None, (1, 1), None, (0, 0)]
     model, prompt, tokens = tiny_model(), random_tokens(1, 90), random_tokens(1, 8, seed=2)
-    expected = OracleModel(model, oracle_roles(policy)).logits(prompt, tokens)
+    expected = OracleModel(model, roles_of(policy)).logits(prompt, tokens)
     got = decode_logits(tidal_step(model, policy), prefilled(model, prompt, 128), tokens)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     usual = imports.from_kascade(file).roles[0]
-    assert (usual.budget, usual.ratio, usual.sinks, usual.recent) == (128, 0.1, 0, 0)
+    assert usual.selection == Selection(128, 0.1, 0, 0)
 
     numpy.save(tmp_path / "other.npy", heads)
     numpy.save(tmp_path / "flat_layers_0.npy", heads[0])
@@ -49,8 +50,8 @@ def test_kascade_head_maps(tmp_path):
 
 def test_indexer_types():
     policy = imports.from_indexer_types(["full", "shared", "shared", "full", "shared"])
-    assert roles_of(policy) == "SrrSr" and policy == imports.from_indexer_types("FSSFS")
-    assert policy.roles[1].share == "layer" and policy.roles[1].budget == 2048
+    assert letters_of(policy) == "SrrSr" and policy == imports.from_indexer_types("FSSFS")
+    assert policy.roles[1].selection.share == "layer" and policy.roles[1].selection.budget == 2048
     for types, message in ((["full", "half"], "layer 1 is 'half'"), ("SF", "no layer before it"), ([], "none")):
         with pytest.raises(tc.PolicyError, match=message):
             imports.from_indexer_types(types)
@@ -58,8 +59,9 @@ def test_indexer_types():
 
 def test_omnikv():
     policy = imports.from_omnikv([2, 8, 18], 24, budget=512)
-    assert roles_of(policy) == "ffSfrrrrSfrrrrrrrrSfrrrr"
-    assert policy.roles[23].source == 18 and policy.roles[23].share == "layer" and policy.roles[23].budget == 512
+    assert letters_of(policy) == "ffSfrrrrSfrrrrrrrrSfrrrr"
+    assert policy.roles[23].source == 18 and policy.roles[23].selection.share == "layer"
+    assert policy.roles[23].selection.budget == 512
     with pytest.raises(tc.PolicyError, match="of the 10 layers"):
         imports.from_omnikv([2, 18], 10)
 
@@ -87,10 +89,10 @@ def test_another_budget_is_every_selections():
         "layers": {"0": {"role": "select", "budget": 99}, "1": "reuse", "2": {"role": "select", "recent": 40}, "3": {"role": "reuse", "from": 0}},
     })  # fmt: skip
     small = policy.with_budget(16)
-    assert {(role.budget, role.sinks, role.recent) for role in small.roles} == {(16, 2, 8)}
+    assert {(one.selection.budget, one.selection.sinks, one.selection.recent) for one in small.roles} == {(16, 2, 8)}
     assert small.roles[3].source == 0
     large = policy.with_budget(1024)
-    assert {(role.budget, role.sinks, role.recent) for role in large.roles} == {(1024, 4, 32)}
+    assert {(one.selection.budget, one.selection.sinks, one.selection.recent) for one in large.roles} == {(1024, 4, 32)}
 
 
 def test_folders_and_repositories(tmp_path, monkeypatch):
@@ -166,7 +168,7 @@ def test_the_command_line(tmp_path):
     ):
         assert run("policy", "import", tmp_path / "out.yaml", *options, "--budget", 300)[0] == 0
         policy = tc.Policy.load(tmp_path / "out.yaml")
-        assert roles_of(policy) == expected and policy.defaults.budget == 300
+        assert letters_of(policy) == expected and policy.defaults.budget == 300
     assert run("policy", "export", tmp_path / "out.yaml", tmp_path / "out.json")[0] == 0
     assert tc.Policy.load(tmp_path / "out.json") == policy
     for options, message in (

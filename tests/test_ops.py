@@ -1,97 +1,16 @@
 """Reference ops and Triton kernels against the oracle. The kernels are interpreted on a CPU and compiled on a GPU."""
 
 import math
+from dataclasses import replace
 
 import oracle
 import pytest
 import torch
+from attention import DEVICE, IMPLEMENTATIONS, SHARES, TOLERANCE, check_index, make_case, on_device
 
 from tidal_compile.kernels import ops, reference
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-SHARES = ("query_head", "kv_head", "layer")
-
-
-def implementations():
-    """Name and module-like trio of the ops; Triton is imported here, after conftest has chosen how it runs."""
-    from tidal_compile.kernels import dense, select, sparse
-
-    class Triton:
-        full_attention = staticmethod(dense.full_attention)
-        select_attention = staticmethod(select.select_attention)
-        sparse_attention = staticmethod(sparse.sparse_attention)
-
-    return {"reference": reference, "triton": Triton}
-
-
-IMPLEMENTATIONS = implementations()
-
-
-def make_case(
-    batch=2,
-    heads=(4, 2),
-    head_dim=64,
-    slots=150,
-    length=97,
-    dtype=torch.float32,
-    padding=0,
-    seed=0,
-    bias=False,
-    sink=False,
-    softcap=0.0,
-):
-    """q, k, v, length, mask, scale, and as keywords sink and softcap. Beyond the live length, and under padding, stands garbage: NaN and huge numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    num_heads, num_kv_heads = heads
-    q = torch.randn(batch, num_heads, 1, head_dim, generator=generator).to(dtype)
-    k = torch.randn(batch, num_kv_heads, slots, head_dim, generator=generator).to(dtype)
-    v = torch.randn(batch, num_kv_heads, slots, head_dim, generator=generator).to(dtype)
-    k[:, :, length:], v[:, :, length:] = math.nan, math.nan
-    k[:, :, length::2], v[:, :, length::2] = 6e4, -6e4
-    mask = None
-    if padding:
-        mask = torch.ones(batch, 1, 1, slots, dtype=torch.bool)
-        for b in range(batch):  # left padding of another length in every row, none in the last
-            pad = padding * (batch - 1 - b)
-            mask[b, ..., :pad] = False
-            k[b, :, :pad], v[b, :, :pad] = math.nan, math.inf
-        mask[..., length:] = False
-    if bias:  # an additive mask, of the dtype of the scores
-        hidden = torch.zeros(batch, 1, 1, slots, dtype=torch.bool) if mask is None else ~mask
-        mask = (
-            torch.randn(batch, 1, 1, slots, generator=generator).masked_fill(hidden, torch.finfo(dtype).min).to(dtype)
-        )
-    extra = {"sink": torch.randn(num_heads, generator=generator).to(dtype) * 2 if sink else None, "softcap": softcap}
-    return (q, k, v, torch.tensor(length), mask, head_dim**-0.5), extra
-
-
-def on_device(args):
-    if isinstance(args, dict):
-        return dict(zip(args, on_device(args.values()), strict=True))
-    return [arg.to(DEVICE) if isinstance(arg, torch.Tensor) else arg for arg in args]
-
-
-def check_index(index, importance, valid, budget, ratio, sinks, recent, slack):
-    """Rows are ascending, -1 padded, of the right size, hold what is always kept, and the best of the rest.
-
-    Near-ties within `slack` may fall either way, as float32 and float64 round differently.
-    """
-    index = index.cpu()
-    for b in range(index.shape[0]):
-        alive = valid[b].nonzero()[:, 0].tolist()
-        keep = oracle.live_budget(budget, ratio, len(alive))
-        always = set(alive[:sinks]) | set(alive[max(0, len(alive) - recent) :]) if keep < len(alive) else set(alive)
-        for g in range(index.shape[1]):
-            row = index[b, g].tolist()
-            got, rest = row[:keep], row[keep:]
-            assert rest == [-1] * len(rest)
-            assert got == sorted(set(got)) and set(got) <= set(alive) and always <= set(got)
-            free = [importance[b, g, p].item() for p in alive if p not in always and p in got]
-            left = [importance[b, g, p].item() for p in alive if p not in got]
-            if free and left:
-                assert min(free) >= max(left) - slack * max(abs(max(left)), abs(min(free)))
-
+from tidal_compile.kernels.call import POOLS, Call, Selection, arguments
+from tidal_compile.kernels.methods import METHODS
 
 HEADS = [(4, 4), (4, 2), (6, 2), (8, 2), (4, 1), (10, 2), (6, 1), (7, 1), (8, 1)]  # MHA, groups 2 to 8, MQA
 CASES = {f"heads{hq}-{hkv}": {"heads": (hq, hkv)} for hq, hkv in HEADS}
@@ -121,6 +40,13 @@ CASES |= {
 CASES |= {"one-slot": {"slots": 1, "length": 1, "batch": 1}, "nothing-live": {"length": 0}}
 
 
+def slack_of_turns(scores):
+    """Turns are whole numbers: none may differ, unless scores of one head are so close that rounding swaps their ranks."""
+    rows = scores.flatten(0, 1).sort(-1).values
+    gaps = (rows[:, 1:] - rows[:, :-1])[rows[:, :-1] > -math.inf]
+    return 0.0 if gaps.numel() == 0 or gaps.min() > 1e-6 else 1.0
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_ops_match_the_oracle(name, case):
@@ -136,14 +62,23 @@ def test_ops_match_the_oracle(name, case):
     torch.testing.assert_close(full.cpu().double(), dense, **close)
 
     budget, sinks, recent = 24, 3, 5
-    for share, ratio in zip(SHARES, (0.0, 0.35, 0.0), strict=True):
-        out, index = impl.select_attention(*on_device(args), budget, ratio, sinks, recent, share, **extra_here)
+    settings = [
+        *zip(SHARES, (0.0, 0.35, 0.0), ["sum"] * 3, strict=True),
+        ("kv_head", 0.0, "union"),
+        ("layer", 0.3, "max"),
+    ]
+    for share, ratio, pool in settings:
+        chosen = (budget, ratio, sinks, recent, share, pool)
+        out, index = impl.select_attention(*on_device(args), *chosen, **extra_here)
         torch.testing.assert_close(out, full, rtol=0, atol=0)
+        if pool != "sum":
+            index = impl.choose_by_scores(*on_device(args), *chosen, **extra_here)
         sets = {"query_head": q.shape[1], "kv_head": k.shape[1], "layer": 1}[share]
         width = min(k.shape[2], max(budget, math.ceil(ratio * k.shape[2])))
         assert index.dtype == torch.int32 and index.shape == (q.shape[0], sets, width)
-        importance = oracle.importance_of(scores, k.shape[1], share, sink)
-        check_index(index, importance, valid, budget, ratio, sinks, recent, slack=1e-5)
+        importance = oracle.importance_of(scores, k.shape[1], share, sink, pool, sinks, recent)
+        slack = 1e-5 if pool != "union" else slack_of_turns(scores)
+        check_index(index, importance, valid, budget, ratio, sinks, recent, slack)
 
         sparse = impl.sparse_attention(*on_device((q, k, v)), index, *on_device((length, mask, scale)), **extra_here)
         rows = [[[p for p in row if p >= 0] for row in sets] for sets in index.tolist()]
@@ -202,7 +137,7 @@ def test_a_selection_is_exact_wherever_its_threshold_lies(share, spread, padding
         index = IMPLEMENTATIONS["triton"].select_attention(*args, budget, 0.0, sinks, recent, share)[1]
         check_index(index, importance, valid, budget, 0.0, sinks, recent, slack=1e-5)
         if spread == 0.0:
-            expected = reference.select_attention(*args, budget, 0.0, sinks, recent, share)[1]
+            expected = IMPLEMENTATIONS["reference"].select_attention(*args, budget, 0.0, sinks, recent, share)[1]
             assert torch.equal(index, expected)
 
 
@@ -312,7 +247,7 @@ LINEAR = {
 @pytest.mark.parametrize("case", LINEAR)
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_linear_layers_side_by_side(name, tokens, case, dtype):
-    from tidal_compile.kernels import linear
+    from tidal_compile.kernels.triton import linear
 
     rows, columns, biased = LINEAR[case]
     generator = torch.Generator().manual_seed(0)
@@ -332,39 +267,48 @@ def test_opcheck():
     for options in ({}, {"padding": 30}, {"bias": True, "sink": True, "softcap": 3.0}):
         args, extra = make_case(**options)
         q, k, v, *rest = on_device(args)
-        q, k, v = (x.nan_to_num(0) for x in (q, k, v))
-        extra = on_device(extra)
-        torch.library.opcheck(ops.full_attention, (q, k, v, *rest), extra)
-        for share in SHARES:
-            torch.library.opcheck(ops.select_attention, (q, k, v, *rest, 24, 0.3, 3, 5, share), extra)
-        index = ops.select_attention(q, k, v, *rest, 24, 0.0, 3, 5, "kv_head")[1]
-        torch.library.opcheck(ops.sparse_attention, (q, k, v, index, *rest), extra)
+        call = Call(*(x.nan_to_num(0) for x in (q, k, v)), *rest, *on_device(extra).values())
+        torch.library.opcheck(ops.full_attention, arguments(call))
+        for share, pool in zip(SHARES, POOLS, strict=True):
+            chosen = arguments(Selection(24, 0.3, 3, 5, share, pool))
+            torch.library.opcheck(ops.select_attention, (*arguments(call), *chosen))
+            for name, kind in METHODS.items():
+                torch.library.opcheck(ops.choose_by[name], (*arguments(call), *chosen, *arguments(kind())))
+        index = ops.select_attention(*arguments(call), *arguments(Selection(24)))[1]
+        torch.library.opcheck(ops.sparse_attention, (*arguments(call), index))
     x, weights, biases = torch.ones(1, 8), [torch.ones(4, 8), torch.ones(6, 8)], [torch.ones(4), torch.ones(6)]
     torch.library.opcheck(ops.linear, (on_device([x])[0], on_device(weights), on_device(biases)))
 
 
 def test_bad_arguments_are_named():
-    q, k, v, length, mask, scale = on_device(make_case(padding=30)[0])
-    full, select, sparse = ops.full_attention, ops.select_attention, ops.sparse_attention
+    call, selection = Call(*on_device(make_case(padding=30)[0])), Selection(24, 0.0, 3, 5)
+    q, k = call.query, call.key
     bad = [
-        (full, (q.repeat(1, 1, 2, 1), k, v, length, mask, scale), "q must be"),
-        (full, (q, k, v[..., :32], length, mask, scale), "k and v must be"),
-        (full, (q[:, :3], k, v, length, mask, scale), "3 query heads"),
-        (full, (q, k.half(), v, length, mask, scale), "must share one of"),
-        (full, (q, k, v, length.int(), mask, scale), "length must be"),
-        (full, (q, k, v, length, mask.int(), scale), "mask must be bool or floating"),
-        (full, (q, k, v, length, mask, scale, torch.zeros(2, device=DEVICE)), "sink must be one number a query head"),
-        (full, (q, k, v, length, mask, scale, None, -1.0), "softcap must be positive"),
-        (full, (q, k, v, length, mask[..., :9], scale), "mask must be bool"),
-        (select, (q, k, v, length, mask, scale, 24, 0.0, 3, 5, "head"), "share must be one of"),
-        (select, (q, k, v, length, mask, scale, 7, 0.0, 3, 5, "layer"), "budget 7"),
-        (select, (q, k, v, length, mask, scale, 9, 1.5, 3, 5, "layer"), "ratio"),
-        (
-            sparse,
-            (q, k, v, torch.zeros(2, 3, 4, dtype=torch.int32, device=DEVICE), length, mask, scale),
-            "index must be",
-        ),
+        (ops.full_attention, arguments(replace(call, **changes)), message)
+        for changes, message in (
+            ({"query": q.repeat(1, 1, 2, 1)}, "query must be"),
+            ({"value": call.value[..., :32]}, "key and value must be"),
+            ({"query": q[:, :3]}, "3 query heads"),
+            ({"key": k.half()}, "must share one of"),
+            ({"length": call.length.int()}, "length must be"),
+            ({"mask": call.mask.int()}, "mask must be bool or floating"),
+            ({"sink_logit": torch.zeros(2, device=DEVICE)}, "sink_logit must be one number a query head"),
+            ({"softcap": -1.0}, "softcap must be positive"),
+            ({"mask": call.mask[..., :9]}, "mask must be bool"),
+        )
     ]
+    bad += [
+        (op, (*arguments(call), *arguments(replace(selection, **changes))), message)
+        for op in (ops.select_attention, ops.choose_by["scores"])
+        for changes, message in (
+            ({"share": "head"}, "share must be one of"),
+            ({"pool": "mean"}, "pool must be one of sum, max, union"),
+            ({"budget": 7}, "budget 7"),
+            ({"ratio": 1.5}, "ratio"),
+        )
+    ]
+    index = torch.zeros(2, 3, 4, dtype=torch.int32, device=DEVICE)
+    bad.append((ops.sparse_attention, (*arguments(call), index), "index must be"))
     x, weight = torch.zeros(1, 8, device=DEVICE), torch.zeros(4, 8, device=DEVICE)
     bad += [
         (ops.linear, (x.repeat(17, 1), [weight], []), "x must be 1 to 1 tokens"),

@@ -39,17 +39,14 @@ def test_every_call_is_matched_and_rewritten(tiny):
     assert [decision.layer for decision in plan.decisions] == list(range(6))
 
 
-MASK_OF = {"full": 4, "select": 4, "sparse": 5}  # argument of the ops
-
-
 def test_reuse_reads_the_token_set_of_its_source():
     layers = {0: "select", 1: "select", 2: {"role": "reuse", "from": 0}, 3: "reuse", 4: "full", 5: "reuse"}
     recorder, _ = record(tiny_model(), policy={"num_layers": 6, "layers": layers, "defaults": {"budget": 80}})
     nodes = list(recorder.graphs[0].graph.nodes)
     select = [node for node in nodes if node.target is torch.ops.tidal.select_attention.default]
     sparse = [node for node in nodes if node.target is torch.ops.tidal.sparse_attention.default]
-    sources = [select.index(node.args[3].args[0]) for node in sparse]
-    assert sources == [0, 1, 1] and all(node.args[3].args[1] == 1 for node in sparse)
+    sources = [select.index(node.args[8].args[0]) for node in sparse]
+    assert sources == [0, 1, 1] and all(node.args[8].args[1] == 1 for node in sparse)
     for node in select + sparse:
         key, value = node.args[1:3]
         assert key.op == value.op == "placeholder"  # the live cache itself
@@ -60,13 +57,14 @@ def test_reuse_needs_no_mask_under_which_its_set_was_chosen():
     recorder, _ = record(tiny_model(), policy="tidal", budget=80)
     nodes = list(recorder.graphs[0].graph.nodes)
     masks = {
-        name: [n.args[i] for n in nodes if f"tidal.{name}_attention" in str(n.target)] for name, i in MASK_OF.items()
+        name: [n.args[4] for n in nodes if f"tidal.{name}_attention" in str(n.target)]
+        for name in ("full", "select", "sparse")
     }
     assert len(masks["sparse"]) == 3 and set(masks["sparse"]) == {None}
     assert None not in masks["full"] + masks["select"] and len(set(masks["full"] + masks["select"])) == 1
 
     recorder, _ = record(tiny_model(attn_implementation="eager"), policy="tidal", budget=80)
-    added = [n.args[5] for n in recorder.graphs[0].graph.nodes if "tidal.sparse_attention" in str(n.target)]
+    added = [n.args[4] for n in recorder.graphs[0].graph.nodes if "tidal.sparse_attention" in str(n.target)]
     assert len(added) == 3 and None not in added
 
 
@@ -93,7 +91,7 @@ def test_grouped_query_spelling(monkeypatch):
 def test_scale_is_read_from_the_call():
     model = tiny_model("granite", attention_multiplier=0.37)
     recorder, logits = record(model, policy="full")
-    assert {call.call.scale for call in recorder.plans[0].decisions} == {0.37}
+    assert {one.call.call.scale for one in recorder.plans[0].decisions} == {0.37}
     eager = decode_logits(model, prefilled(model, random_tokens(1, 20), 64), random_tokens(1, 1, seed=2))
     torch.testing.assert_close(logits, eager, atol=1e-4, rtol=1e-4)
 
@@ -191,7 +189,7 @@ def test_a_number_that_dynamo_keeps_symbolic(form):
     for head_dim in (16, 32):
         model = tiny_model(head_dim=head_dim, num_hidden_layers=2, attn_implementation=form)
         recorder, logits = record(model, policy="full")
-        assert [call.call.scale for call in recorder.plans[0].decisions] == [head_dim**-0.5] * 2
+        assert [one.call.call.scale for one in recorder.plans[0].decisions] == [head_dim**-0.5] * 2
         eager = decode_logits(model, prefilled(model, random_tokens(1, 20), 64), random_tokens(1, 1, seed=2))
         torch.testing.assert_close(logits, eager, atol=1e-4, rtol=1e-4)
 
@@ -212,7 +210,7 @@ def test_a_layer_may_read_the_cache_of_another():
     recorder, logits = record(model, policy={"num_layers": 4, "defaults": {"budget": 80}, "layers": layers})
     decisions = recorder.plans[0].decisions
     assert [decision.layer for decision in decisions if decision.role] == [1, 3]
-    assert decisions[1].call.key is decisions[3].call.key
+    assert decisions[1].call.call.key is decisions[3].call.call.key
     eager = decode_logits(model, prefilled(model, random_tokens(1, 20), 64), random_tokens(1, 1, seed=2))
     torch.testing.assert_close(logits, eager, atol=1e-4, rtol=1e-4)
 

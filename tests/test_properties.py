@@ -6,13 +6,12 @@ import math
 
 import oracle
 import torch
+from attention import DEVICE, IMPLEMENTATIONS, check_index
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import decode_logits, prefilled, random_tokens, tiny_model
-from oracle import OracleModel
+from oracle import OracleModel, roles_of
 from recorder import Recorder
-from test_exactness import oracle_roles
-from test_ops import DEVICE, IMPLEMENTATIONS, check_index
 
 import tidal_compile as tc
 
@@ -81,7 +80,7 @@ def test_triton_ops(call):
 @st.composite
 def policies(draw, num_layers=4):
     """Valid policy files for a model of so many layers."""
-    share = st.sampled_from(["query_head", "kv_head", "layer"])
+    share, pool = st.sampled_from(["query_head", "kv_head", "layer"]), st.sampled_from(["sum", "max", "union"])
     budget = st.one_of(
         st.integers(6, 60), st.fixed_dictionaries({"ratio": st.sampled_from([0.1, 0.5]), "min": st.integers(6, 20)})
     )
@@ -96,7 +95,8 @@ def policies(draw, num_layers=4):
         role = draw(st.sampled_from(["full", "select", "reuse"] if selections else ["full", "select"]))
         entry = {"role": role}
         if role == "select":
-            entry |= draw(st.fixed_dictionaries({}, optional={"budget": budget, "share": share}))
+            more = {"budget": budget, "share": share, "pool": pool, "output": st.sampled_from(["full", "sparse"])}
+            entry |= draw(st.fixed_dictionaries({}, optional=more))
             selections.append(layer)
         if role == "reuse" and draw(st.booleans()):
             entry["from"] = draw(st.sampled_from(selections))
@@ -120,7 +120,7 @@ def test_any_policy_equals_the_oracle(data, prompt_length, padded):
         masks = [(wide & (torch.arange(56) <= prompt_length + i))[:, None, None] for i in range(3)]
     step = torch.compile(MODEL, backend=Recorder(policy=policy), fullgraph=True)
     got = decode_logits(step, prefilled(MODEL, prompt, 56, mask), tokens, masks)
-    expected = OracleModel(MODEL, oracle_roles(policy)).logits(prompt, tokens, mask)
+    expected = OracleModel(MODEL, roles_of(policy)).logits(prompt, tokens, mask)
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from models import decode_logits, odd_model, prefilled, random_tokens, tiny_model
 from recorder import Recorder
-from test_calibrate import TEXT
-from test_evaluate import Words
+from texts import TEXT, Words
 
 import tidal_compile as tc
 from tidal_compile.models import load_model, with_cache

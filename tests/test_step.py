@@ -4,8 +4,7 @@ import pytest
 import torch
 from models import ODD, decode_logits, odd_model, prefilled, random_tokens, sparse_for, tiny_model
 from recorder import Recorder
-from test_calibrate import TEXT
-from test_evaluate import SETTINGS, Words
+from texts import SETTINGS, TEXT, Words
 
 import tidal_compile as tc
 from tidal_compile.evaluate import quality

@@ -19,7 +19,11 @@ CACHE_SLOTS = 64  # of the cache that the graph is traced with: small, as nothin
 
 @dataclass(frozen=True)
 class Row:
-    """One attention call. `role` is None where the call is left alone, and `reason` says why; `heads`: its head map."""
+    """One attention call. `role` is None where the call is left alone, and `reason` says why; `heads`: its head map.
+
+    `by`: the method by which its tokens are chosen, with its keys; `output`: what it returns, `full` or `sparse`
+    attention.
+    """
 
     layer: int | None
     role: str | None
@@ -29,6 +33,8 @@ class Row:
     kv_heads: int | None
     reason: str
     heads: tuple[int, ...] | None = None
+    by: str = ""
+    output: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,18 @@ def explain(model: PreTrainedModel, policy: Policy | dict | str | Path, **overri
 
 def _row(decision: Decision) -> Row:
     role, call = decision.role, decision.call
-    kv_heads = call.key.meta["example_value"].shape[1] if isinstance(call, AttentionSite) else None
+    kv_heads = call.num_kv_heads if isinstance(call, AttentionSite) else None
     if role is None:
         return Row(decision.layer, None, None, "", "", kv_heads, decision.reason)
     if role.role == "full":
-        return Row(decision.layer, "full", None, "all", "", kv_heads, "")
-    budget = f"max({role.budget}, {role.ratio:g} x live)" if role.ratio else str(role.budget)
-    return Row(decision.layer, role.role, role.source, budget, role.share, kv_heads, "", role.heads)
+        return Row(decision.layer, "full", None, "all", "", kv_heads, "", output="full")
+    selection = role.selection
+    budget = f"max({selection.budget}, {selection.ratio:g} x live)" if selection.ratio else str(selection.budget)
+    share = selection.share + ("" if selection.pool == "sum" else f", {selection.pool}")
+    return Row(
+        decision.layer, role.role, role.source, budget, share, kv_heads, "", role.heads, role.describe_method(),
+        role.output,
+    )  # fmt: skip
 
 
 def decode_calls(model: PreTrainedModel) -> tuple[list[AttentionSite | Unmatched], int]:

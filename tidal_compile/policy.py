@@ -10,7 +10,8 @@
       13: {role: select, budget: 2048}
       14-31: reuse                       # from the nearest selection before it, unless `from:` names another
 
-A `Policy` is the checked content of such a file; `policy.roles` says what it means for each layer.
+A `Policy` is the checked content of such a file; `policy.roles` says what it means for each layer. A selection names
+the method by which it chooses (`by`), whose own keys stand beside it: they are declared in `kernels/methods`.
 """
 
 import dataclasses
@@ -20,19 +21,24 @@ import re
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from . import presets
 from .errors import PolicyError
+from .kernels.call import POOLS, SHARES, Selection, fitting
+from .kernels.methods import METHODS, Method
+from .passes.roles import ROLES, LayerRole
 
-ROLES = ("full", "select", "reuse")
 FILE = "tidal_policy.yaml"  # the name of the policy file in a folder or repository, beside the model's weights
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
-Share = Literal["query_head", "kv_head", "layer"]
+Share = Literal[SHARES]
+Pool = Literal[POOLS]
+By = Literal[tuple(METHODS)]  # pyrefly: ignore
+Output = Literal["full", "sparse"]
 
 
 class _Strict(BaseModel):
@@ -49,54 +55,47 @@ class RatioBudget(_Strict):
 Budget = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] | RatioBudget
 
 
-class Defaults(_Strict):
+class _WithMethodKeys(_Strict):
+    """Also takes the keys of methods, which `_method` checks once it is known which method they are for."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Defaults(_WithMethodKeys):
     """The settings of every select layer that doesn't set them itself.
 
-    `budget` is how many tokens a selection keeps. `sinks` and `recent` are how many of the first and the last valid
-    tokens are always kept; they count towards the budget. `share` says which heads use the same token set: each
-    `query_head` has a set of its own (as in the paper), the query heads of a `kv_head` share one, or all of a `layer`.
+    `budget`, `sinks`, `recent`, `share` and `pool` are those of a `Selection`. `by` is the method by which tokens are
+    chosen (default: `scores`), and its own keys may stand beside it. `output` is what a select layer returns: `full`
+    attention, or `sparse`, to what it chose (default: what the method gives first).
     """
 
     budget: Budget = 1024
     sinks: Count = 4
     recent: Count = 64
     share: Share = "kv_head"
+    pool: Pool | None = None
+    by: By | None = None
+    output: Output | None = None
 
 
-class Layer(_Strict):
-    """One entry of `layers`: a role, and the settings that differ from the defaults.
+class Layer(_WithMethodKeys):
+    """One entry of `layers`: a role, and the settings that differ from the defaults, which are those of `Defaults`.
 
     `from` (`source` here, since `from` is a keyword) is the select layer whose tokens a reuse layer attends to. `heads`
     has, for each kv head of the reuse layer, the kv head of the select layer whose tokens it takes (default: the head
     of the same number), as in Kascade (https://arxiv.org/abs/2512.16391).
     """
 
-    role: Literal["full", "select", "reuse"]
+    role: Literal[ROLES]
     budget: Budget | None = None
     sinks: Count | None = None
     recent: Count | None = None
     share: Share | None = None
+    pool: Pool | None = None
+    by: By | None = None
+    output: Output | None = None
     source: Count | None = Field(default=None, alias="from")
     heads: Annotated[list[Count], Field(min_length=1)] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerRole:
-    """What one layer does, with all defaults filled in.
-
-    `source` is the select layer whose tokens a reuse layer attends to; the reuse layer also has the source's settings.
-    `heads` is None or as in `Layer`. A selection keeps max(budget, ratio x live tokens) tokens.
-    """
-
-    layer: int
-    role: str
-    source: int | None = None
-    budget: int | None = None
-    ratio: float = 0.0
-    sinks: int = 0
-    recent: int = 0
-    share: str = "kv_head"
-    heads: tuple[int, ...] | None = None
 
 
 class Policy(_Strict):
@@ -132,19 +131,19 @@ class Policy(_Strict):
 
         `attention_layers` are the layers with full attention (default: all); the other layers, such as sliding-window
         layers, stay as they are. `model` is the model's name: where selection layers are published for it, the preset
-        takes those. `defaults` are `budget`, `sinks`, `recent` and `share`. Raises `PolicyError`.
+        takes those. `defaults` are those of a policy file, and replace the preset's. Raises `PolicyError`.
         """
         if name not in presets.PRESETS:
             raise PolicyError(f"unknown preset {name!r}; presets are: {', '.join(presets.PRESETS)}")
         if not isinstance(num_layers, int) or num_layers < 1:
             raise PolicyError(f"preset {name!r}: num_layers must be a positive number, found {num_layers!r}")
         attention = tuple(range(num_layers)) if attention_layers is None else attention_layers
-        roles = dict.fromkeys(range(num_layers), "full")
-        roles |= dict(zip(attention, presets.PRESETS[name](len(attention), model), strict=True))
-        layers = dict(_ranges(sorted(roles.items())))
+        preset = presets.PRESETS[name](len(attention), model, defaults.get("budget"))
+        entries = dict.fromkeys(range(num_layers), "full") | dict(zip(attention, preset.layers, strict=True))
+        layers = dict(_ranges(sorted(entries.items(), key=lambda item: item[0])))
         description = (presets.PRESETS[name].__doc__ or "").partition("\n")[0]
         data = {"name": name, "description": description, "num_layers": num_layers, "layers": layers}
-        return cls.from_dict({**data, "defaults": defaults}, where=f"preset {name!r}")
+        return cls.from_dict({**data, "defaults": preset.defaults | defaults}, where=f"preset {name!r}")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -175,6 +174,7 @@ class Policy(_Strict):
     @cached_property
     def roles(self) -> tuple[LayerRole, ...]:
         """The role of every layer, in order. A mistake in `layers` raises a ValueError, which pydantic reports."""
+        _method("defaults", self.defaults.by or "scores", self.defaults.model_extra or {}, Defaults)
         entries: dict[int, tuple[str, Layer]] = {}
         for key, entry in self.layers.items():
             for layer in _layer_range(key, self.num_layers):
@@ -193,7 +193,7 @@ class Policy(_Strict):
         return tuple(roles.values())
 
     def with_defaults(self, **changes: Any) -> Self:
-        """Return this policy with other defaults (`budget`, `sinks`, `recent`, `share`). Raises `PolicyError`."""
+        """Return this policy with other defaults (`budget`, `sinks`, `by`, ...). Raises `PolicyError`."""
         data = self.to_dict()
         return type(self).from_dict(
             {**data, "defaults": {**data["defaults"], **changes}}, where=f"policy {self.name!r}"
@@ -271,11 +271,6 @@ def resolve(
     return loaded.with_defaults(**overrides) if overrides else loaded
 
 
-def fitting(budget: int, sinks: int, recent: int) -> dict[str, int]:
-    """Return a policy's defaults at this budget; sinks take at most an eighth of it, recent tokens at most half."""
-    return {"budget": budget, "sinks": min(sinks, budget // 8), "recent": min(recent, budget // 2)}
-
-
 def is_preset(policy: Any) -> bool:
     """Whether `policy` names a preset, which becomes a policy only for a given model."""
     return isinstance(policy, str) and policy in presets.PRESETS
@@ -332,8 +327,15 @@ def _role(layer: int, key: str, entry: Layer, defaults: Defaults, earlier: dict[
     A mistake raises a ValueError, which pydantic reports.
     """
     settings = {name: getattr(entry, name) for name in Defaults.model_fields if getattr(entry, name) is not None}
-    if entry.role != "select" and settings:
-        raise ValueError(f"layers.{key}: {', '.join(settings)} can only be set on a select layer, not on {entry.role}")
+    own = entry.model_extra or {}
+    if entry.role != "select":
+        known = [name for name in own if any(name in _method_keys(by) for by in METHODS)]
+        if unknown := set(own) - set(known):
+            raise ValueError(f"layers.{key}.{min(unknown)}: unknown key; valid keys are {_keys(Layer)}")
+        if misplaced := [*settings, *known]:
+            raise ValueError(
+                f"layers.{key}: {', '.join(misplaced)} can only be set on a select layer, not on {entry.role}"
+            )
     if entry.role != "reuse" and entry.source is not None:
         raise ValueError(f"layers.{key}.from: only a reuse layer takes its tokens from another, not {entry.role}")
     if entry.role != "reuse" and entry.heads is not None:
@@ -341,16 +343,7 @@ def _role(layer: int, key: str, entry: Layer, defaults: Defaults, earlier: dict[
     if entry.role == "full":
         return LayerRole(layer, "full")
     if entry.role == "select":
-        chosen = defaults.model_copy(update=settings)
-        ratio, budget = (
-            (chosen.budget.ratio, chosen.budget.min) if isinstance(chosen.budget, RatioBudget) else (0.0, chosen.budget)
-        )
-        if budget < chosen.sinks + chosen.recent:
-            raise ValueError(
-                f"layers.{key}: budget {budget} is smaller than sinks + recent ({chosen.sinks} + {chosen.recent}), "
-                "which are kept inside it"
-            )
-        return LayerRole(layer, "select", None, budget, ratio, chosen.sinks, chosen.recent, chosen.share)
+        return _select(layer, f"layers.{key}", entry, defaults.model_copy(update=settings), defaults)
     selections = [role.layer for role in earlier.values() if role.role == "select"]
     if not selections:
         raise ValueError(f"layers.{key}: layer {layer} reuses tokens, but no layer before it selects any")
@@ -360,12 +353,57 @@ def _role(layer: int, key: str, entry: Layer, defaults: Defaults, earlier: dict[
             f"selections are: {', '.join(map(str, selections))}"
         )
     source = earlier[selections[-1] if entry.source is None else entry.source]
-    if entry.heads is not None and source.share != "kv_head":
+    if entry.heads is not None and source.selection.share != "kv_head":
         raise ValueError(
-            f"layers.{key}.heads: layer {source.layer} shares its tokens by {source.share}; a head map needs kv_head"
+            f"layers.{key}.heads: layer {source.layer} shares its tokens by {source.selection.share}; a head map needs "
+            "kv_head"
         )
     heads = None if entry.heads is None else tuple(entry.heads)
-    return dataclasses.replace(source, layer=layer, role="reuse", source=source.layer, heads=heads)
+    return dataclasses.replace(source, layer=layer, role="reuse", source=source.layer, output="sparse", heads=heads)
+
+
+def _select(layer: int, where: str, entry: Layer, chosen: Defaults, defaults: Defaults) -> LayerRole:
+    """Return the role of a select layer: `chosen` are the defaults with the settings of its entry."""
+    ratio, budget = (
+        (chosen.budget.ratio, chosen.budget.min) if isinstance(chosen.budget, RatioBudget) else (0.0, chosen.budget)
+    )
+    if budget < chosen.sinks + chosen.recent:
+        raise ValueError(
+            f"{where}: budget {budget} is smaller than sinks + recent ({chosen.sinks} + {chosen.recent}), "
+            "which are kept inside it"
+        )
+    selection = Selection(budget, ratio, chosen.sinks, chosen.recent, chosen.share, chosen.pool or "sum")
+    by, default_by = chosen.by or "scores", defaults.by or "scores"
+    inherited = defaults.model_extra or {} if by == default_by else {}
+    method = _method(where, by, inherited | (entry.model_extra or {}), Layer)
+    output = chosen.output or method.outputs[0]
+    if output not in method.outputs:
+        raise ValueError(f"{where}.output: by: {by} returns {' or '.join(method.outputs)}, found {output}")
+    return LayerRole(layer, "select", None, selection, by, method, output)
+
+
+def _method(where: str, by: str, keys: dict[str, Any], model: type[BaseModel]) -> Method:
+    """Return a method with the keys that a policy gives it. A mistake raises a ValueError."""
+    types = {name: get_type_hints(METHODS[by])[name] for name in _method_keys(by)}
+    for name, value in keys.items():
+        if name not in types:
+            others = [other for other in METHODS if name in _method_keys(other)]
+            what = f"a key of by: {' and by: '.join(others)}, not of by: {by}" if others else "unknown key"
+            own = f"; of by: {by}, {', '.join(types)}" if types else f"; by: {by} has none of its own"
+            raise ValueError(f"{where}.{name}: {what}; valid keys are {_keys(model)}{own}")
+        try:
+            keys = keys | {name: TypeAdapter(types[name]).validate_python(value, strict=True)}
+        except ValidationError as error:
+            raise ValueError(f"{where}.{name}: {error.errors()[0]['msg']}; found {_show(value)}") from None
+    try:
+        return METHODS[by](**keys)
+    except ValueError as error:  # of the method itself, which names the key
+        raise ValueError(f"{where}: by: {by}: {error}") from None
+
+
+def _method_keys(by: str) -> tuple[str, ...]:
+    """Return the names of a method's own keys."""
+    return tuple(field.name for field in dataclasses.fields(METHODS[by]))
 
 
 def _layer_range(key: str, num_layers: int) -> range:
@@ -383,15 +421,15 @@ def _layer_range(key: str, num_layers: int) -> range:
     return range(first, last + 1)
 
 
-def _ranges(roles: list[tuple[int, str]]) -> list[tuple[str, str]]:
-    """Join neighbouring layers of one role, but not selections: [(0, "full"), (1, "full")] -> [("0-1", "full")]."""
+def _ranges(entries: list[tuple[int, Any]]) -> list[tuple[str, Any]]:
+    """Join neighbouring layers with equal entries: [(0, "full"), (1, "full")] -> [("0-1", "full")]."""
     runs: list[list] = []
-    for layer, role in roles:
-        if runs and runs[-1][1] == layer - 1 and runs[-1][2] == role and role != "select":
+    for layer, entry in entries:
+        if runs and runs[-1][1] == layer - 1 and runs[-1][2] == entry:
             runs[-1][1] = layer
         else:
-            runs.append([layer, layer, role])
-    return [(str(first) if first == last else f"{first}-{last}", role) for first, last, role in runs]
+            runs.append([layer, layer, entry])
+    return [(str(first) if first == last else f"{first}-{last}", entry) for first, last, entry in runs]
 
 
 def _explain(problem: Any) -> str:

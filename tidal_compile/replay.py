@@ -8,8 +8,8 @@ be dense, as those of a prompt are.
 All blocks of a context share a pass, each blind to the others, and what a prompt leaves in the cache is computed once;
 unless a layer forgets tokens (a sliding window), where every block is a pass of its own.
 
-Plain PyTorch over Hugging Face's attention interface, with the definitions of `kernels/reference.py`, so that any
-policy can be tried without compiling it.
+Plain PyTorch over Hugging Face's attention interface: roles do what `passes/roles.py` says, over the definitions of
+`kernels/reference.py` with many query tokens, so that any policy can be tried without compiling it.
 """
 
 import contextlib
@@ -23,9 +23,11 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
 from .kernels import reference
+from .kernels.call import Call
+from .kernels.ops import DEFINITIONS
 from .models import continues, with_cache
 from .passes.match import AttentionSite, Unmatched
-from .policy import LayerRole
+from .passes.roles import LayerRole, Sets, follow
 from .run import rewind, windows
 
 NAME = "tidal_function"  # of an attention function, for transformers
@@ -137,6 +139,9 @@ class Tokens:
     dense: Tensor
 
 
+Observe = Callable[[int, Call, Tokens], None]  # sees each attention call: its layer, the call, the tokens of the pass
+
+
 @torch.no_grad()
 def make_context(model: PreTrainedModel, cache: Any, length: int, blocks: Sequence[Block]) -> Context:
     """A context from a cache that holds `length` tokens: the blocks' prompts are added to it."""
@@ -149,9 +154,8 @@ def make_context(model: PreTrainedModel, cache: Any, length: int, blocks: Sequen
 
 @torch.no_grad()
 def replay(
-    model: PreTrainedModel, context: Context, roles: Sequence[LayerRole],
-    observe: Callable[["Call"], None] | None = None,
-) -> list[Tensor]:  # fmt: skip
+    model: PreTrainedModel, context: Context, roles: Sequence[LayerRole], observe: Observe | None = None
+) -> list[Tensor]:
     """Logits `[m - dense, vocab]` in float32 of each block's sparse steps; `observe` sees every attention call."""
     prompts, steps = _tokens(context.blocks)
     if not context.windows:
@@ -185,7 +189,7 @@ def replay_text(
 
 def _one_pass(
     model: PreTrainedModel, context: Context, tokens: Tokens, cached: Tokens | None, roles: Sequence[LayerRole] | None,
-    observe: Callable[["Call"], None] | None,
+    observe: Observe | None,
 ) -> Tensor:  # fmt: skip
     """Run the model over the tokens of a pass: logits `[m, vocab]` in float32.
 
@@ -195,27 +199,24 @@ def _one_pass(
     """
     same_block = None if cached is None else tokens.block[:, None] == cached.block
     sees = None if cached is None else same_block & (tokens.place[:, None] >= cached.place)
-    sets: dict[int, Tensor] = {}  # what each selection layer chose, for the layers after it
+    sets: Sets = {}
+    masks: dict[int, Tensor] = {}  # by the number of slots
 
     def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_):
         """The model's attention: query `[1, Hq, m, D]`, key and value `[1, Hkv, n, D]` -> `[1, m, Hq, D]`."""
-        num_heads, m, head_dim = query.shape[1:]
-        num_kv_heads, n = key.shape[1:3]
-        call = Call(
-            layer=module.layer_idx,
-            queries=query[0].float().view(num_kv_heads, -1, m, head_dim).permute(2, 0, 1, 3),
-            keys=key[0].float(),
-            values=value[0].float(),
-            sees=attention_mask[..., :n].reshape(m, n) if sees is None else _behind(context.length, sees, n),
-            scale=head_dim**-0.5 if scaling is None else scaling,
-            softcap=softcap or 0.0,
-            sink=s_aux,
-            tokens=tokens,
-        )
-        out = _follow(call, None if roles is None else roles[call.layer], sets)
+        n, layer = key.shape[2], module.layer_idx
+        if n not in masks and sees is not None:
+            masks[n] = _behind(context.length, sees, n)[None, None]
+        mask = attention_mask[..., :n] if sees is None else masks[n]
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        call = Call(query, key, value, torch.tensor(n), mask, scale, s_aux, softcap or 0.0)
+        role = LayerRole(layer, "full") if roles is None else roles[layer]
+        out = follow(role, call, sets, _define)
+        if role.is_sparse and tokens.dense.any():
+            out = torch.where(tokens.dense[:, None], reference.full_attention(call), out)
         if observe is not None:
-            observe(call)
-        return out.reshape(1, m, num_heads, head_dim).to(query.dtype), None
+            observe(layer, call, tokens)
+        return out.transpose(1, 2).contiguous(), None
 
     with attention_function(model, attend):
         out = model(
@@ -225,14 +226,9 @@ def _one_pass(
     return out.logits[0].float()
 
 
-def _follow(call: "Call", role: LayerRole | None, sets: dict[int, Tensor]) -> Tensor:
-    """Attention of one layer by its role `[m, Hkv, g, D]`; a selection leaves what it chose in `sets`."""
-    if role is not None and role.role == "select":
-        sets[call.layer] = call.choose(role)
-    if role is None or role.role != "reuse":
-        return call.attend(None)
-    chosen = sets[role.source]
-    return call.attend(chosen if role.heads is None else chosen[:, role.heads])
+def _define(op: str | Callable, *arguments: Any) -> Any:
+    """What `follow` runs: the definition of an op, or a function of torch."""
+    return (DEFINITIONS[op] if isinstance(op, str) else op)(*arguments)
 
 
 def _behind(length: int, sees: Tensor, slots: int) -> Tensor:
@@ -265,68 +261,3 @@ def _only(tokens: Tokens, number: int) -> Tokens:
 
 def _joined(first: Tokens, second: Tokens) -> Tokens:
     return Tokens(*(torch.cat(pair) for pair in zip(vars(first).values(), vars(second).values(), strict=True)))
-
-
-@dataclass(frozen=True)
-class Call:
-    """In float32: queries `[m, Hkv, g, D]`, keys and values `[Hkv, n, D]`, who sees what `[m, n]`."""
-
-    layer: int
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-    sees: Tensor
-    scale: float
-    softcap: float
-    sink: Tensor | None
-    tokens: Tokens
-
-    def choose(self, role: LayerRole) -> Tensor:
-        """The positions that each query chooses as a selection of this role: `[m, G, K]`, ascending, -1 beyond."""
-        width = reference.index_width(role.budget, role.ratio, self.sees.shape[1])
-        wish = reference.importance(self.scores(), role.share, self.sink)
-        return reference.choose_tokens(wish, self.sees, width, role.budget, role.ratio, role.sinks, role.recent)
-
-    def attend(self, chosen: Tensor | None) -> Tensor:
-        """Attention to everything `[m, Hkv, g, D]`, or to the chosen tokens `[m, G, K]` only; dense tokens see all."""
-        if chosen is None:
-            return self._attend_all()
-        out = self._attend_chosen(chosen)
-        if self.tokens.dense.any():
-            out = torch.where(self.tokens.dense[:, None, None, None], self._attend_all(), out)
-        return out
-
-    def scores(self) -> Tensor:
-        """Scores `[m, Hkv, g, n]`, -inf where a query may not look."""
-        m, num_kv_heads, group, head_dim = self.queries.shape
-        rows = self.queries.transpose(0, 1).reshape(num_kv_heads, m * group, head_dim)
-        scores = self._capped(rows @ self.keys.mT).view(num_kv_heads, m, group, -1)
-        return scores.masked_fill_(~self.sees[:, None], -torch.inf).transpose(0, 1)
-
-    def probabilities(self) -> Tensor:
-        """How much each token counts `[m, Hkv, g, n]`."""
-        return reference.probabilities(self.scores(), self.sink)
-
-    def _attend_all(self) -> Tensor:
-        m, num_kv_heads, group, _ = self.queries.shape
-        weights = self.probabilities()
-        out = weights.transpose(0, 1).reshape(num_kv_heads, m * group, -1) @ self.values
-        return out.view(num_kv_heads, m, group, -1).transpose(0, 1)
-
-    def _attend_chosen(self, chosen: Tensor) -> Tensor:
-        m, num_kv_heads, group, head_dim = self.queries.shape
-        heads = max(num_kv_heads, chosen.shape[1])  # one gather a head of this many
-        token = chosen.clamp(min=0).long().expand(m, heads, -1)
-        kv_head = torch.arange(heads, device=token.device)[:, None] // (heads // num_kv_heads)
-        queries = self.queries.reshape(m, heads, -1, head_dim)
-        scores = self._capped(queries @ self.keys[kv_head, token].mT)
-        scores = scores.masked_fill_((chosen < 0)[:, :, None], -torch.inf)
-        weights = scores.softmax(-1)
-        if self.sink is not None:
-            sink = self.sink.float().view(1, heads, -1, 1).expand(*scores.shape[:3], 1)
-            weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-        return (weights @ self.values[kv_head, token]).view(m, num_kv_heads, group, -1)
-
-    def _capped(self, products: Tensor) -> Tensor:
-        scores = products * self.scale
-        return self.softcap * (scores / self.softcap).tanh() if self.softcap else scores

@@ -17,21 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .models import continues, empty_cache, forgets, with_cache
-from .passes.plan import Plan, kv_share
-from .policy import Policy
+from .variant import Variant
 
 ANSWER_TOKENS = 12  # a number of seven digits, and what a model may say before it
 WARM_UP = 3  # steps that are not timed: compilation, CUDA-graph warm-up and recording
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How to run a decode step: `eager`, `inductor`, or `tidal` under a policy, which makes this plan of the model."""
-
-    name: str
-    kind: str
-    policy: Policy | None = None
-    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -130,13 +119,13 @@ def rewind(cache: Any, length: int, saved: Mapping[int, Any] = MappingProxyType(
 
 
 def make_step(model: PreTrainedModel, variant: Variant) -> Callable:
-    """The decode step of a variant."""
-    if variant.kind == "eager":
+    """The decode step of a variant: `eager`, `inductor`, or a policy."""
+    if variant.policy is not None:
+        return torch.compile(model.forward, backend="tidal", fullgraph=True, options={"policy": variant.policy})
+    if variant.name == "eager":
         return model.forward
-    if variant.kind == "inductor":
-        mode = "reduce-overhead" if model.device.type == "cuda" else None
-        return torch.compile(model.forward, fullgraph=True, mode=mode)
-    return torch.compile(model.forward, backend="tidal", fullgraph=True, options={"policy": variant.policy})
+    mode = "reduce-overhead" if model.device.type == "cuda" else None
+    return torch.compile(model.forward, fullgraph=True, mode=mode)
 
 
 @torch.no_grad()
@@ -185,7 +174,7 @@ def measure(
     right = [prompt.answer in text for prompt, text in zip(prompts, texts, strict=False) if prompt.answer is not None]
     return Result(
         variant, tuple(tokens), tuple(texts), sum(right) if right else None, tuple(milliseconds[WARM_UP:]),
-        1.0 if variant.plan is None else kv_share(variant.plan, prompts[0].length + steps - 1), milliseconds[0] / 1e3,
+        variant.kv_share(prompts[0].length + steps - 1), milliseconds[0] / 1e3,
     )  # fmt: skip
 
 

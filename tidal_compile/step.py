@@ -12,7 +12,7 @@ from .kernels import ops as _ops  # noqa: F401  registers the ops that `apply_pl
 from .passes.match import find_attention
 from .passes.plan import make_plan
 from .passes.rewrite import apply_plan
-from .policy import LayerRole
+from .passes.roles import LayerRole
 
 
 class PolicyStep:

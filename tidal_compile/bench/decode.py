@@ -21,13 +21,14 @@ from torch import Tensor, fx, nn
 from ..backend import Options, followed, past_dynamo, plan_graph
 from ..errors import TidalError
 from ..explain import decode_calls
-from ..kernels import reference
+from ..kernels.ops import DEFINITIONS
 from ..models import with_cache
 from ..passes.match import AttentionSite
-from ..passes.plan import Plan, kv_share
+from ..passes.plan import make_plan
 from ..passes.rewrite import apply_plan
 from ..policy import Policy
 from ..run import random_cache, rewind, windows
+from ..variant import Variant
 from .timing import relative_error, summary, time_steps
 
 WARM_UP = 6  # steps that are not timed: compilation, CUDA-graph warm-up and recording
@@ -48,15 +49,6 @@ class Shape:
     width: int  # bytes of one number
 
 
-@dataclass(frozen=True)
-class Case:
-    """One variant at one size: a baseline by name, or a policy and the plan that it makes of the model."""
-
-    name: str
-    policy: Policy | None = None
-    plan: Plan | None = None
-
-
 def read_shape(model: nn.Module, dtype: torch.dtype) -> Shape:
     """The shape of a model on the meta device.
 
@@ -66,8 +58,7 @@ def read_shape(model: nn.Module, dtype: torch.dtype) -> Shape:
     sites = [call for call in calls if isinstance(call, AttentionSite)]
     if not sites:
         raise TidalError("bench: the model has no attention call over a static cache that could be rewritten")
-    kv_elements = [_elements_per_token(site.key) + _elements_per_token(site.value) for site in sites]
-    heads, kv_heads = (node.meta["example_value"].shape[1] for node in (sites[0].query, sites[0].key))
+    kv_elements = [_elements_per_token(site.call.key) + _elements_per_token(site.call.value) for site in sites]
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     not_streamed = 0 if head is not None and head.weight is table else table.numel() * dtype.itemsize
@@ -75,7 +66,7 @@ def read_shape(model: nn.Module, dtype: torch.dtype) -> Shape:
         calls=tuple(calls), num_layers=num_layers, weight_bytes=weights, streamed_bytes=weights - not_streamed,
         kv_bytes_per_token=sum(kv_elements) * dtype.itemsize,
         largest_layer_bytes_per_token=max(kv_elements) * dtype.itemsize,
-        group=heads // kv_heads, width=dtype.itemsize,
+        group=sites[0].num_heads // sites[0].num_kv_heads, width=dtype.itemsize,
     )  # fmt: skip
 
 
@@ -85,21 +76,27 @@ def _elements_per_token(node: fx.Node) -> int:
     return heads * head_dim
 
 
-def cases_of(shape: Shape, baselines: Sequence[str], asked: Sequence[Options]) -> list[Case]:
+def cases_of(
+    shape: Shape, baselines: Sequence[str], asked: Sequence[Options], budgets: Sequence[int] = ()
+) -> list[Variant]:
     """The variants to run: `baselines` by name, and a policy for each of the options that are `asked` for.
 
-    Raises `TidalError` where the model can't follow a policy.
+    A policy that chooses tokens runs at each of the `budgets`, or else at its own. Raises `TidalError` where the model
+    can't follow a policy.
     """
-    cases = [Case(name) for name in baselines]
+    cases = [Variant(name) for name in baselines]
+    calls = list(shape.calls)
     for options in asked:
-        policy, plan = followed(list(shape.calls), shape.num_layers, options)
-        budgets = {role.budget for role in policy.roles if role.role == "select"}
-        name = f"tidal: {policy.name}" + (f" {max(budgets)}" if budgets else "")
-        cases.append(Case(name, policy, plan))
+        policy, plan = followed(calls, shape.num_layers, options)
+        case = Variant(f"tidal: {policy.name}", policy, plan)
+        for chosen in [policy.with_budget(budget) for budget in budgets] if case.chooses and budgets else [policy]:
+            own = {role.selection.budget for role in chosen.roles if role.role == "select"}
+            name = case.name + (f" {max(own)}" if own else "")
+            cases.append(Variant(name, chosen, make_plan(calls, chosen.roles)))
     return cases
 
 
-def need_memory(shape: Shape, cases: Sequence[Case], batch: int, slots: int, free: int) -> None:
+def need_memory(shape: Shape, cases: Sequence[Variant], batch: int, slots: int, free: int) -> None:
     """Raise `TidalError` with the bytes, before anything is allocated, where a case can't fit into `free` bytes."""
     cache = batch * slots * shape.kv_bytes_per_token
     layer = batch * slots * shape.largest_layer_bytes_per_token
@@ -126,15 +123,14 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def floor_bytes(shape: Shape, case: Case, batch: int, length: int) -> tuple[int, int]:
+def floor_bytes(shape: Shape, case: Variant, batch: int, length: int) -> tuple[int, int]:
     """The fewest bytes that a step can read: of weights, and of the KV cache under the policy."""
-    share = 1.0 if case.plan is None else kv_share(case.plan, length)
-    return shape.streamed_bytes, round(batch * length * shape.kv_bytes_per_token * share)
+    return shape.streamed_bytes, round(batch * length * shape.kv_bytes_per_token * case.kv_share(length))
 
 
 @torch.no_grad()
 def run_case(
-    model: nn.Module, shape: Shape, case: Case, cache: Any, lengths: Sequence[int], token: Tensor, steps: int,
+    model: nn.Module, shape: Shape, case: Variant, cache: Any, lengths: Sequence[int], token: Tensor, steps: int,
     rate: float, saved: dict[int, Any],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Compile one variant, then check and time it from `token [B, 1]` after each number of cached tokens: records.
@@ -177,18 +173,17 @@ def run_case(
             }
 
 
-def tolerance(case: Case, num_layers: int, dtype: torch.dtype) -> float:
+def tolerance(case: Variant, num_layers: int, dtype: torch.dtype) -> float:
     """The relative error between two right runs, at most: rounding in layers adds up as a random walk does.
 
     A sparse policy gets three times as much: random weights attend almost evenly, so that rounding also moves tokens in
     and out of a token set. Wrong sets, or wrong attention, are off by about 1.
     """
-    sparse = case.policy is not None and any(role.role == "reuse" for role in case.policy.roles)
-    return ROUNDING[dtype] * num_layers**0.5 * (3 if sparse else 1)
+    return ROUNDING[dtype] * num_layers**0.5 * (3 if case.is_sparse else 1)
 
 
 def _timed(
-    decode_step: Callable[[], Tensor], shape: Shape, case: Case, length: int, batch: int, steps: int, rate: float,
+    decode_step: Callable[[], Tensor], shape: Shape, case: Variant, length: int, batch: int, steps: int, rate: float,
     device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """Time warm steps: ms, the bytes that a step must read, and counts of what should not happen in the meantime."""
@@ -218,7 +213,7 @@ def _timed(
 
 @torch.no_grad()
 def expected_logits(
-    model: nn.Module, case: Case, cache: Any, lengths: Sequence[int], token: Tensor, saved: dict[int, Any]
+    model: nn.Module, case: Variant, cache: Any, lengths: Sequence[int], token: Tensor, saved: dict[int, Any]
 ) -> list[Tensor]:
     """The last logits `[B, V]` at each length, uncompiled: eager for dense cases, the reference ops for a policy."""
     torch._dynamo.reset()
@@ -245,14 +240,14 @@ def _restored(cache: Any, slot: int) -> Iterator[None]:
 
 
 def reference_backend(policy: Policy) -> Callable:
-    """A backend that rewrites by the policy, puts `kernels/reference.py` in place of the ops, and compiles nothing."""
+    """A backend that rewrites by the policy, puts the ops' definitions in their place, and compiles nothing."""
 
     @past_dynamo
     def run_uncompiled(gm: fx.GraphModule, _: Sequence[Any]) -> Callable:
         apply_plan(gm, plan_graph(gm, Options.parse({"policy": policy})))
         for node in gm.graph.nodes:
-            if node.op == "call_function" and "tidal" in str(node.target):
-                node.target = getattr(reference, str(node.target).split(".")[1])
+            if node.op == "call_function" and str(node.target).startswith("tidal."):
+                node.target = DEFINITIONS[str(node.target).split(".")[1]]
         gm.recompile()
         return gm.forward
 
@@ -261,7 +256,7 @@ def reference_backend(policy: Policy) -> Callable:
 
 @torch.no_grad()
 def generate_ms(
-    model: nn.Module, case: Case, cache: Any, length: int, token: Tensor, new_tokens: int, saved: dict[int, Any]
+    model: nn.Module, case: Variant, cache: Any, length: int, token: Tensor, new_tokens: int, saved: dict[int, Any]
 ) -> dict[str, float]:
     """ms a token that `model.generate` takes for the same step: between tokens of a streamer, batch 1, warm."""
     from transformers import CompileConfig
@@ -313,7 +308,7 @@ def make_cache(model: nn.Module, batch: int, length: int, slots: int) -> tuple[A
     return cache, windows(cache)
 
 
-def _compiled(forward: Callable, case: Case, device: torch.device) -> Callable:
+def _compiled(forward: Callable, case: Variant, device: torch.device) -> Callable:
     if case.name == "eager":
         return forward
     if case.policy is not None:
@@ -323,7 +318,7 @@ def _compiled(forward: Callable, case: Case, device: torch.device) -> Callable:
 
 
 @contextlib.contextmanager
-def _as_baseline(model: nn.Module, case: Case, live: int) -> Iterator[Callable]:
+def _as_baseline(model: nn.Module, case: Variant, live: int) -> Iterator[Callable]:
     """The model's forward; for `flash`, with SDPA over the first `live` slots, without `repeat_kv` and without a mask.
 
     `flash` is the strong dense baseline: what a careful user of PyTorch could write by hand for a known length.

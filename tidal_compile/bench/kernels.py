@@ -7,7 +7,7 @@ the reference op on the same inputs before it is timed.
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import TidalError
 from ..kernels import ops, reference
+from ..kernels.call import Call, Selection, arguments, fitting
+from ..kernels.methods import METHODS
 from .timing import relative_error, summary, time_calls
 
 ROTATE_BYTES = 400 * 10**6  # read between two calls on the same copy, so that none of it is left in a cache
@@ -41,27 +43,27 @@ class Size:
         return 2 * self.batch * self.kv_heads * self.context * self.head_dim * 2
 
     @property
+    def selection(self) -> Selection:
+        """What a selection is to keep; a small budget has fewer sinks and recent tokens."""
+        return Selection(**fitting(min(self.budget, self.context), SINKS, RECENT), share=self.share)
+
+    @property
     def sets(self) -> int:
         """Token sets of a selection."""
-        return {"query_head": self.heads, "kv_head": self.kv_heads, "layer": 1}[self.share]
+        return self.selection.num_sets(self.heads, self.kv_heads)
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Random inputs of one attention call; `index` holds scattered positions, the worst that a selection can choose."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    length: Tensor
-    mask: Tensor
-    scale: float
+    call: Call[Tensor]
     index: Tensor
 
     @property
-    def attention(self) -> tuple:
-        """The arguments that all ops share."""
-        return self.q, self.k, self.v, self.length, self.mask, self.scale
+    def unmasked(self) -> Call[Tensor]:
+        """The same call without its mask, which hides nothing."""
+        return replace(self.call, mask=None)
 
 
 def need_memory(size: Size, device: torch.device, free: int) -> None:
@@ -79,15 +81,15 @@ def make_inputs(size: Size, device: torch.device, dtype: torch.dtype, seed: int)
     kv = (size.batch, size.kv_heads, size.context, size.head_dim)
     keep = min(size.budget, size.context)
     chosen = torch.rand(size.batch * size.sets, size.context, device=device, generator=generator).topk(keep).indices
-    return Inputs(
-        q=normal(size.batch, size.heads, 1, size.head_dim),
-        k=normal(kv),
-        v=normal(kv),
+    call = Call(
+        query=normal(size.batch, size.heads, 1, size.head_dim),
+        key=normal(kv),
+        value=normal(kv),
         length=torch.tensor(size.context, device=device),
         mask=torch.ones(size.batch, 1, 1, size.context, dtype=torch.bool, device=device),
         scale=size.head_dim**-0.5,
-        index=chosen.sort().values.int().view(size.batch, size.sets, keep),
     )
+    return Inputs(call, chosen.sort().values.int().view(size.batch, size.sets, keep))
 
 
 def run_size(size: Size, device: torch.device, dtype: torch.dtype, rate: float) -> list[dict[str, Any]]:
@@ -102,7 +104,7 @@ def run_size(size: Size, device: torch.device, dtype: torch.dtype, rate: float) 
     for name, call in variants(size, device).items():
         calls = [functools.partial(call, inputs) for inputs in data]
         timing = summary(time_calls(calls * max(1, 8 // copies), device))
-        moved = gathered if name.startswith("sparse") else 0 if name.startswith("top-k") else scanned
+        moved = _bytes_moved(name, scanned, gathered, size)
         records.append({
             "op": name, **vars(size), "us": timing, "bytes": moved,
             "gb_per_s": moved / timing["median"] / 1e3 or None,
@@ -111,22 +113,40 @@ def run_size(size: Size, device: torch.device, dtype: torch.dtype, rate: float) 
     return records
 
 
+def _bytes_moved(name: str, scanned: int, gathered: int, size: Size) -> int:
+    """Bytes of keys and values that a variant reads: everything is `scanned` bytes, the chosen tokens `gathered`."""
+    if name.startswith("by "):
+        by = name.removeprefix("by ").partition(",")[0]
+        keys = METHODS[by]().keys_read(size.selection, size.context)
+        return round(scanned / 2 * keys / size.context) + gathered
+    return gathered if name.startswith("sparse") else 0 if name.startswith("top-k") else scanned
+
+
 def variants(size: Size, device: torch.device) -> dict[str, Callable[[Inputs], object]]:
     """What is timed at a size, by name: our ops with and without a mask, and what else does the same."""
     grouped = size.heads != size.kv_heads
-    settings = _selection(size)
+    chosen = arguments(size.selection)
 
     def sdpa(x: Inputs, backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(x.q, x.k, x.v, enable_gqa=grouped)
+            return torch.nn.functional.scaled_dot_product_attention(
+                x.call.query, x.call.key, x.call.value, enable_gqa=grouped
+            )
+
+    def choose_and_attend(x: Inputs, by: str, keys: tuple) -> Tensor:
+        index = ops.choose_by[by](*arguments(x.call), *chosen, *keys)
+        return ops.sparse_attention(*arguments(x.unmasked), index)
 
     timed = {
-        "dense": lambda x: ops.full_attention(*x.attention),
-        "dense, no mask": lambda x: ops.full_attention(x.q, x.k, x.v, x.length, None, x.scale),
-        "select": lambda x: ops.select_attention(*x.attention, *settings),
-        "select, no mask": lambda x: ops.select_attention(x.q, x.k, x.v, x.length, None, x.scale, *settings),
-        "sparse": lambda x: ops.sparse_attention(x.q, x.k, x.v, x.index, x.length, None, x.scale),
+        "dense": lambda x: ops.full_attention(*arguments(x.call)),
+        "dense, no mask": lambda x: ops.full_attention(*arguments(x.unmasked)),
+        "select": lambda x: ops.select_attention(*arguments(x.call), *chosen),
+        "select, no mask": lambda x: ops.select_attention(*arguments(x.unmasked), *chosen),
+        "sparse": lambda x: ops.sparse_attention(*arguments(x.unmasked), x.index),
     }
+    for by, kind in METHODS.items():
+        keys = arguments(kind())
+        timed[f"by {by}, sparse output"] = functools.partial(choose_and_attend, by=by, keys=keys)
     if device.type != "cuda":
         return timed | {"SDPA": lambda x: sdpa(x, SDPBackend.MATH)}
     timed |= {
@@ -135,21 +155,21 @@ def variants(size: Size, device: torch.device) -> dict[str, Callable[[Inputs], o
         "dense + torch.topk": lambda x: _dense_and_topk(x, size),
     }
     rows = torch.randn(size.batch * size.sets, size.context, device=device)
-    timed["top-k alone, torch.topk"] = lambda _: rows.topk(settings[0])
+    timed["top-k alone, torch.topk"] = lambda _: rows.topk(size.selection.budget)
     if importlib.util.find_spec("flashinfer"):
         import flashinfer
 
-        timed["top-k alone, FlashInfer"] = lambda _: flashinfer.top_k(rows, settings[0])
+        timed["top-k alone, FlashInfer"] = lambda _: flashinfer.top_k(rows, size.selection.budget)
     return timed
 
 
 def _dense_and_topk(x: Inputs, size: Size) -> tuple[Tensor, Tensor]:
     """The dense scan with its scores, and PyTorch's top-k of them, summed over the heads that share a token set."""
-    from ..kernels.dense import scan
-    from ..kernels.split import merge
+    from ..kernels.triton.dense import scan
+    from ..kernels.triton.split import merge
 
-    out = torch.empty_like(x.q)
-    splits = scan(*x.attention, 0.0, True)
+    out = torch.empty_like(x.call.query)
+    splits = scan(x.call, write_scores=True)
     lse = merge(splits, None, out)
     scores = splits.scores[..., : size.context]
     if size.sets < size.heads:
@@ -157,26 +177,23 @@ def _dense_and_topk(x: Inputs, size: Size) -> tuple[Tensor, Tensor]:
     return out, scores.topk(min(size.budget, size.context)).indices
 
 
-def _selection(size: Size) -> tuple[int, float, int, int, str]:
-    """Budget, ratio, sinks, recent and share, as ops take them; a small budget has fewer sinks and recent tokens."""
-    sinks, recent = (min(tokens, size.budget // 4) for tokens in (SINKS, RECENT))
-    return min(size.budget, size.context), 0.0, sinks, recent, size.share
-
-
 def _check(size: Size, x: Inputs, dtype: torch.dtype) -> None:
     """Compare our ops with the reference. Selections may differ where float32 sums make near-ties."""
-    settings = _selection(size)
-    out, index = ops.select_attention(*x.attention, *settings)
-    expected_out, expected_index = reference.select_attention(*x.attention, *settings)
-    sparse = ops.sparse_attention(x.q, x.k, x.v, x.index, x.length, None, x.scale)
-    expected_sparse = reference.sparse_attention(x.q, x.k, x.v, x.index, x.length, None, x.scale)
+    chosen = arguments(size.selection)
+    out, index = ops.select_attention(*arguments(x.call), *chosen)
+    expected_out, expected_index = reference.select_attention(x.call, size.selection)
+    sparse = ops.sparse_attention(*arguments(x.unmasked), x.index)
     errors = {
-        "dense": relative_error(ops.full_attention(*x.attention), expected_out),
+        "dense": relative_error(ops.full_attention(*arguments(x.call)), expected_out),
         "select": relative_error(out, expected_out),
-        "sparse": relative_error(sparse, expected_sparse),
+        "sparse": relative_error(sparse, reference.sparse_attention(x.unmasked, x.index)),
         "tokens": _count_unexpected(index, expected_index) / expected_index.numel(),
     }
-    limits = dict.fromkeys(errors, TOLERANCE[dtype]) | {"tokens": 0.01}
+    for by, kind in METHODS.items():
+        index = ops.choose_by[by](*arguments(x.call), *chosen, *arguments(kind()))
+        expected = kind().choose(x.call, size.selection)
+        errors[f"tokens by {by}"] = _count_unexpected(index, expected) / expected.numel()
+    limits = {name: 0.01 if name.startswith("tokens") else TOLERANCE[dtype] for name in errors}
     for name, error in errors.items():
         if not error <= limits[name]:
             raise TidalError(f"bench: {name} is off by {error:.3g} (relative; at most {limits[name]}) at {size}")

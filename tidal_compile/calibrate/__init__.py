@@ -24,10 +24,12 @@ from transformers import PreTrainedModel
 
 from ..errors import TidalError, UnsupportedModelError
 from ..explain import decode_calls
+from ..kernels.call import fitting
 from ..models import describe, name_of
 from ..passes.match import Unmatched, policy_layers
 from ..passes.plan import kv_share, make_plan
-from ..policy import LayerRole, Policy, fitting
+from ..passes.roles import LayerRole
+from ..policy import Policy
 from ..provenance import check_same, versions
 from ..replay import Context, cannot_replay
 from ..text import default_text, digest
@@ -447,7 +449,7 @@ def _published(ground: Ground, settings: dict[str, int]) -> dict[str, Any]:
 @torch.no_grad()
 def _statistics(ground: Ground, settings: dict[str, Any], share: str, report: Report) -> dict[str, Statistics]:
     """Estimate what layers lose with each other's tokens, for each way to share token sets that is to be tried."""
-    kv_heads = {call.key.meta["example_value"].shape[1] for call in ground.calls if call.layer in ground.layers}
+    kv_heads = {call.num_kv_heads for call in ground.calls if call.layer in ground.layers}
     shares = (["layer"] if kv_heads == {1} else ["kv_head", "layer"]) if share == "auto" else [share]
     statistics = {}
     for way in shares:
@@ -493,7 +495,7 @@ def _make_policy(
 def _cost(ground: Ground, roles: Sequence[LayerRole]) -> dict[str, Any]:
     """Return the bytes that a step reads at the contexts' length, and the speedup if it did nothing but read."""
     share = kv_share(make_plan(ground.calls, roles), ground.about["context"])
-    keys = [call.key.meta["example_value"] for call in ground.calls if call.layer in ground.layers]
+    keys = [call.call.key.meta["example_value"] for call in ground.calls if call.layer in ground.layers]
     cache = sum(2 * key.shape[1] * key.shape[3] * key.element_size() for key in keys) * ground.about["context"]
     weights = sum(weight.numel() * weight.element_size() for weight in ground.model.parameters())
     return {

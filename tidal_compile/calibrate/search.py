@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..policy import LayerRole
+from ..passes.roles import LayerRole
 from ..replay import Context, replay
 from .statistics import Statistics, best_selections, total_loss
 

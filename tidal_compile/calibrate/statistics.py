@@ -10,13 +10,15 @@ that is kept instead.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..policy import LayerRole
-from ..replay import Call, Context, replay
+from ..kernels import reference
+from ..kernels.call import Call
+from ..passes.roles import LayerRole
+from ..replay import Context, Tokens, replay
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,15 @@ def head_maps(
     """
     kept: dict[tuple[int, int], Tensor] = {}  # [Hkv of i, Hkv of j]: the attention of j's heads to tokens of i's heads
 
-    def observe(call: Call, sets: dict[int, Tensor], weight: Tensor) -> None:
-        mass = call.probabilities().sum(2)  # [m, Hkv, n]
-        sets[call.layer] = call.choose(role)
+    def observe(layer: int, call: Call, sets: dict[int, Tensor], weight: Tensor) -> None:
+        mass = _attention_mass(call)  # [m, Hkv, n]
+        sets[layer] = _choose(call, role)
         for source, chosen in sets.items():
-            if source != call.layer and chosen.shape[1] == mass.shape[1]:
+            if source != layer and chosen.shape[1] == mass.shape[1]:
                 token = chosen.clamp(min=0).long()[:, :, None].expand(-1, -1, mass.shape[1], -1)
                 chosen_mass = mass[:, None].expand(-1, chosen.shape[1], -1, -1).gather(3, token)
                 kept_mass = (chosen_mass * (chosen >= 0)[:, :, None]).sum(3)  # [m, Hkv of i, Hkv of j]
-                pair = (source, call.layer)
+                pair = (source, layer)
                 kept[pair] = kept.get(pair, 0.0) + (weight[:, None, None] * kept_mass).sum(0)
 
     _observe(model, contexts, layers, num_layers, weights, observe, advance)
@@ -66,25 +68,39 @@ def layer_losses(
     """
     losses = torch.zeros(num_layers, num_layers, dtype=torch.float64)
 
-    def observe(call: Call, sets: dict[int, Tensor], weight: Tensor) -> None:
-        sets[call.layer] = call.choose(role)
-        exact = call.attend(None)
+    def observe(layer: int, call: Call, sets: dict[int, Tensor], weight: Tensor) -> None:
+        sets[layer] = _choose(call, role)
+        exact = reference.full_attention(call)  # [1, Hq, m, D]
         for source, chosen in sets.items():
-            if chosen.shape[1] not in (1, sets[call.layer].shape[1]):
-                losses[source, call.layer] = torch.inf
+            if chosen.shape[1] not in (1, sets[layer].shape[1]):
+                losses[source, layer] = torch.inf
                 continue
-            if heads and source != call.layer:
-                chosen = chosen[:, heads[source, call.layer]]
-            error = (call.attend(chosen) - exact).square().sum((1, 2, 3)) / exact.square().sum((1, 2, 3))
-            losses[source, call.layer] += (weight * error).sum().item()
+            if heads and source != layer:
+                chosen = chosen[:, heads[source, layer]]
+            difference = reference.sparse_attention(call, chosen[None]) - exact
+            error = difference.square().sum((0, 1, 3)) / exact.square().sum((0, 1, 3))
+            losses[source, layer] += (weight * error).sum().item()
 
     _observe(model, contexts, layers, num_layers, weights, observe, advance)
     return losses
 
 
+def _choose(call: Call, role: LayerRole) -> Tensor:
+    """The token sets of each query `[m, G, K]`."""
+    index = role.method.choose(call, role.selection)
+    return index.view(call.query.shape[2], *index.shape[-2:])
+
+
+def _attention_mass(call: Call) -> Tensor:
+    """The attention that the query heads of each kv head give to each token, added up: `[m, Hkv, n]`."""
+    scores = reference.score_live_tokens(call)  # [1, Hkv, g, m, n]
+    sink = None if call.sink_logit is None else call.sink_logit.float().view(*scores.shape[1:3], 1, 1)
+    return reference.probabilities(scores, sink).sum(2)[0].transpose(0, 1)
+
+
 def _observe(
     model: nn.Module, contexts: Sequence[Context], layers: Sequence[int], num_layers: int, weights: dict[str, float],
-    observe: Callable[[Call, dict[int, Tensor], Tensor], None], advance: Callable[[], None],
+    observe: Callable[[int, Call, dict[int, Tensor], Tensor], None], advance: Callable[[], None],
 ) -> None:  # fmt: skip
     """Replay the contexts densely, and pass each attention call of `layers` to `observe`.
 
@@ -98,12 +114,16 @@ def _observe(
         sets: dict[int, Tensor] = {}
         block_weights = [weights[block.kind] / count[block.kind] / block.steps for block in context.blocks]
 
-        def on_call(call: Call, sets: dict[int, Tensor] = sets, block_weights: list[float] = block_weights) -> None:
-            if call.layer == layers[0]:
+        def on_call(
+            layer: int, call: Call, tokens: Tokens, sets: dict[int, Tensor] = sets,
+            block_weights: list[float] = block_weights,
+        ) -> None:  # fmt: skip
+            if layer == layers[0]:
                 sets.clear()  # a new pass begins: models with layers that forget tokens take one for every block
-            if call.layer in layers:
-                weight = torch.tensor(block_weights, device=call.queries.device)[call.tokens.block]
-                observe(call, sets, weight * ~call.tokens.dense)
+            if layer in layers:
+                weight = torch.tensor(block_weights, device=call.query.device)[tokens.block]
+                exact = replace(call, query=call.query.float(), key=call.key.float(), value=call.value.float())
+                observe(layer, exact, sets, weight * ~tokens.dense)
 
         replay(model, context, full, on_call)
         advance()

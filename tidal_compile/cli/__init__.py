@@ -84,8 +84,9 @@ def run(
     from ..evaluate.tasks import FILLER, make_sample
     from ..models import load_config
     from ..policy import shipped
-    from ..run import Prompt, Variant, measure, prefill, random_cache, windows
+    from ..run import Prompt, measure, prefill, random_cache, windows
     from ..shapes import is_random
+    from ..variant import Variant
 
     hf_logging.disable_progress_bar()  # its stages are shown here
     device, number = where(device, dtype)
@@ -102,7 +103,7 @@ def run(
             return add_stage(progress, title, steps)
 
         net, tokenizer = load(progress, model, device, number)
-        variants = [Variant(kind.value, kind.value) for kind in baseline if kind != Baseline.none]
+        variants = [Variant(kind.value) for kind in baseline if kind != Baseline.none]
         variants += _policy_variants(net, asked)
         made: list[Prompt] = []
         if is_random(model):
@@ -168,13 +169,13 @@ def _policy_variants(model: Any, asked: list) -> list:
     """A `tidal` variant of the model for each `Options`; raises if the model can't follow one."""
     from ..backend import followed
     from ..explain import decode_calls
-    from ..run import Variant
+    from ..variant import Variant
 
     calls, num_layers = decode_calls(model)
     variants = []
     for options in asked:
         found, plan = followed(calls, num_layers, options)
-        variants.append(Variant(f"tidal: {Path(options.policy).stem}", "tidal", found, plan))
+        variants.append(Variant(f"tidal: {Path(options.policy).stem}", found, plan))
     return variants
 
 

@@ -22,7 +22,6 @@ from .common import (
     ResultsOption,
     Share,
     add_stage,
-    budget_override,
     check_positions,
     file_name,
     make_folder,
@@ -81,7 +80,7 @@ def bench_decode(
     about = {"kind": "decode", "model": model, "layers": layers}
     with _results(about, results, f"{Path(model).name}-{name}", device, as_json) as keep:
         _measure_decode(
-            keep, model, _options(policy, budget), baselines, context, batch, steps, generate, layers, device, number
+            keep, model, policy, budget or [], baselines, context, batch, steps, generate, layers, device, number
         )
 
 
@@ -134,46 +133,34 @@ def bench_figures(
     config = load_config(model).get_text_config(decoder=True)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    asked = [*_options(["full"], None), *_options(["tidal"], budget)]
     cases = [size for each in budget for size in sizes(context, [1], heads, [kv_heads], head_dim, [each], ["kv_head"])]
     about = {"kind": "figures", "model": model}
     with _results(about, results, Path(model).name, device, as_json) as keep:
-        _measure_decode(keep, model, asked, [], context, [1], steps, 0, layers, device, number)
+        _measure_decode(keep, model, ["full", "tidal"], budget, [], context, [1], steps, 0, layers, device, number)
         _measure_kernels(keep, cases, device, number)
     for number, draw in enumerate((figures.draw_latency, figures.draw_attention), 1):
         draw(keep.result, keep.path.with_name(f"{keep.path.stem}-{number}.png"))
 
 
-def _options(names: list[str], budgets: list[int] | None) -> list:
-    """The backend's options for each policy, and for each budget if it is one that chooses tokens."""
-    from ..backend import Options
-
-    asked = []
-    for policy in names:
-        for budget in [None] if policy == "full" or not budgets else budgets:
-            # What is always kept must fit into a small budget
-            small = {"sinks": budget // 8, "recent": budget // 2} if budget and budget < 128 else {}
-            asked.append(Options.parse({"policy": policy, **budget_override(budget), **small}))
-    return asked
-
-
 def _measure_decode(
-    keep: "Kept", model: str, asked: list, baselines: list[str], contexts: list[int], batches: list[int], steps: int,
-    generate: int, layers: int | None, device: str, number: Any,
+    keep: "Kept", model: str, policies: list[str], budgets: list[int], baselines: list[str], contexts: list[int],
+    batches: list[int], steps: int, generate: int, layers: int | None, device: str, number: Any,
 ) -> None:  # fmt: skip
     """Keep the records of `bench decode`, with progress."""
     import torch
     from transformers.utils import logging as hf_logging
 
+    from ..backend import Options
     from ..bench import decode
     from ..bench.timing import copy_rate
     from ..models import load_config, load_model
 
     hf_logging.disable_progress_bar()
+    asked = [Options.parse({"policy": policy}) for policy in policies]
     place = torch.device(device)
     extra = decode.WARM_UP + max(steps, generate + 1)
     shape = decode.read_shape(load_model(model, "meta", number, layers), number)
-    cases = decode.cases_of(shape, baselines, asked)
+    cases = decode.cases_of(shape, baselines, asked, budgets)
     config = load_config(model)
     for context in contexts:
         check_positions(config, model, context, "warm-up and --steps", extra)

@@ -7,11 +7,9 @@ Answers are decoded greedily by the step of deployment (`decode`); predictions a
 
 import dataclasses
 import functools
-import hashlib
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,14 @@ from ..errors import TidalError
 from ..explain import decode_calls
 from ..models import describe, is_recurrent_model
 from ..passes.match import AttentionSite, Unmatched, policy_layers
-from ..passes.plan import Plan, kv_share, make_plan
+from ..passes.plan import make_plan
 from ..policy import FILE as POLICY_FILE
 from ..policy import Policy, is_preset, resolve
 from ..provenance import provenance
 from ..replay import cannot_replay
 from ..step import PolicyStep
 from ..text import default_text, digest
+from ..variant import Variant
 from . import records
 from .decode import answer, prepare
 from .quality import Decoder, answer_trial, judge, log_probabilities, text_trial
@@ -35,16 +34,6 @@ from .tasks import HAS_DEPTH, TASKS, make_sample
 
 PREDICTIONS = ("text", "text_steps", "answers")
 QUESTIONS = ("dense", "sparse")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A policy at one budget, the name under which it is compared, and a digest of what it says."""
-
-    name: str
-    digest: str
-    policy: Policy
-    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -153,13 +142,13 @@ def _check(kind: str, given: Sequence[str], valid: Sequence[str]) -> None:
 def compared(
     calls: list[AttentionSite | Unmatched], num_layers: int, policies: Sequence[Any], budgets: Sequence[int],
     model_name: str | None,
-) -> list[Subject]:  # fmt: skip
+) -> list[Variant]:  # fmt: skip
     """Dense, then each policy at each budget, for a model with these attention calls.
 
     Raises `PolicyError` and `TidalError`.
     """
     layers = policy_layers(calls)
-    subjects: list[Subject] = []
+    subjects: list[Variant] = []
     titles: set[str] = set()
     for given in ("full", *policies):
         found = resolve(given, num_layers, attention_layers=layers, model=model_name)
@@ -177,10 +166,8 @@ def compared(
             plan = make_plan(calls, policy.roles)
             if plan.problems:
                 raise TidalError(f"evaluate: the model can't follow policy {title!r}: {'; '.join(plan.problems)}")
-            roles = json.dumps([dataclasses.asdict(role) for role in policy.roles])
-            said = hashlib.sha256(roles.encode()).hexdigest()[:12]
-            name = f"{title} @{_budget(policy)}" if any(role.role == "select" for role in policy.roles) else title
-            subjects.append(Subject(name, said, policy, plan))
+            subject = Variant(title, policy, plan)
+            subjects.append(replace(subject, name=f"{title} @{_budget(policy)}") if subject.chooses else subject)
     return subjects
 
 
@@ -192,8 +179,8 @@ def _title(given: str | Path) -> str:
 
 
 def _budget(policy: Policy) -> str:
-    roles = [role for role in policy.roles if role.role == "select"]
-    return "/".join(dict.fromkeys(f"{role.ratio:g}" if role.ratio else str(role.budget) for role in roles))
+    chosen = [role.selection for role in policy.roles if role.role == "select"]
+    return "/".join(dict.fromkeys(f"{one.ratio:g}" if one.ratio else str(one.budget) for one in chosen))
 
 
 def _places(task: str, length: int, depths: int, seeds: range) -> list[Place]:
@@ -203,18 +190,18 @@ def _places(task: str, length: int, depths: int, seeds: range) -> list[Place]:
     return [Place(task, length, depth, seed) for seed in seeds for depth in steps]
 
 
-def _record(place: Place, subject: Subject, question: str | None) -> dict[str, Any]:
+def _record(place: Place, subject: Variant, question: str | None) -> dict[str, Any]:
     """The part of a record that says what it is about."""
     said = {"question": question, "subject": subject.name, "policy": subject.digest}
-    return {**dataclasses.asdict(place), **said, "kv_share": round(kv_share(subject.plan, place.length), 4)}
+    return {**dataclasses.asdict(place), **said, "kv_share": round(subject.kv_share(place.length), 4)}
 
 
-def _name(place: Place, subject: Subject, question: str | None) -> tuple:
+def _name(place: Place, subject: Variant, question: str | None) -> tuple:
     return records.name_of(_record(place, subject, question))
 
 
 def _answers(
-    ground: Ground, places: Sequence[Place], asked: Sequence[tuple[Subject, str]]
+    ground: Ground, places: Sequence[Place], asked: Sequence[tuple[Variant, str]]
 ) -> Iterator[list[dict[str, Any]]]:
     """The records of each pair that is asked: greedy answers to the prompts at these places, and their scores."""
     model, tokenizer = ground.model, ground.tokenizer
@@ -248,7 +235,7 @@ def _answers(
 
 
 def _predictions(
-    ground: Ground, places: Sequence[Place], asked: Sequence[tuple[Subject, None]]
+    ground: Ground, places: Sequence[Place], asked: Sequence[tuple[Variant, None]]
 ) -> Iterator[list[dict[str, Any]]]:
     """The record of each policy that is asked, at one place."""
     (place,) = places

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..models import continues, is_recurrent_model, with_cache
-from ..policy import LayerRole
+from ..passes.roles import LayerRole
 from ..run import filled, positions, rewind, windows
 from ..step import PolicyStep
 

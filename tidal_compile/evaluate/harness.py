@@ -33,7 +33,8 @@ from ..replay import Block, cannot_replay, make_context, replay, replay_text
 from ..run import filled, rewind, windows
 from ..step import PolicyStep
 from ..text import ids_of
-from . import Subject, about_model, records
+from ..variant import Variant
+from . import about_model, records
 from .quality import decode_steps
 
 MOST_STEPS = 256  # tokens that one pass of `replay` decodes at most; longer rows are decoded in parts
@@ -57,7 +58,6 @@ class TidalLM(HFLM):
         name = pretrained if isinstance(pretrained, str) else None
         model = load_model(name, device, getattr(torch, dtype)) if name else pretrained
         super().__init__(pretrained=model, tokenizer=tokenizer or load_tokenizer(name), backend="causal", **options)
-        torch._dynamo.reset()  # another policy may have compiled the same model
         calls, num_layers = decode_calls(model)
         resolved = resolve(policy, num_layers, attention_layers=policy_layers(calls), model=name)
         self.policy = resolved if budget is None else resolved.with_budget(int(budget))
@@ -157,7 +157,7 @@ def check_tasks(names: Iterable[str], include: Path | None) -> None:
 
 
 def run_tasks(
-    model: PreTrainedModel, tokenizer: Any, subjects: Sequence[Subject], tasks: Mapping[str, str], include: Path | None,
+    model: PreTrainedModel, tokenizer: Any, subjects: Sequence[Variant], tasks: Mapping[str, str], include: Path | None,
     limit: int | None, batch: int, folder: Path, model_name: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Evaluate every policy on every task, and return a row for each task, metric and policy.

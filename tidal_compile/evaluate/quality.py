@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from ..models import with_cache
 from ..policy import Policy
 from ..replay import Block, make_context, replay, replay_text
-from ..run import Variant, decode_given, filled, rewind, windows
+from ..run import decode_given, filled, rewind, windows
 from ..step import PolicyStep
 from ..text import ids_of
+from ..variant import Variant
 from .tasks import Sample
 
 
@@ -62,7 +63,7 @@ def text_trial(model: PreTrainedModel, ids: Sequence[int], length: int, decoder:
     def logits(policy: Policy) -> Iterable[Tensor]:
         rewind(cache, length, saved)
         if compiled:
-            return decode_given(model, Variant(policy.name, "tidal", policy), cache, tokens)
+            return decode_given(model, Variant(policy.name, policy), cache, tokens)
         if decoder.replays:
             return replay_text(model, cache, length, tokens, policy.roles)
         return decode_steps(model, decoder.step, cache, tokens, policy)

@@ -1,9 +1,12 @@
 """Ready-made policies: methods that fit any model (the functions here) and files made for one model (`*.yaml` beside).
 
-A preset maps a number of full-attention layers, and the model's name if it is known, to a role for each layer.
+A preset takes the number of full-attention layers, the model's name if it is known, and the budget if the user gives
+one, and writes an entry for each layer and the policy's defaults.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 # Where TidalDecode selects for the second time, by model: arXiv 2410.05076 and, for others, 2508.07101
 PUBLISHED_SELECTION = {
@@ -16,22 +19,98 @@ PUBLISHED_SELECTION = {
     "qwen3-8b": 12,
     "qwen3-14b": 12,
 }
+# Kascade's anchor layers, by model: arXiv 2512.16391 and its code
+PUBLISHED_ANCHORS = {
+    "llama-3.1-8b": (0, 2, 8, 13, 14),
+    "deepseek-r1-distill-llama-8b": (0, 2, 8, 13, 14),
+    "qwen3-8b": (0, 2, 7, 14, 23),
+}
 
 
-def full(num_layers: int, model: str | None = None) -> list[str]:
+@dataclass(frozen=True)
+class Preset:
+    """An entry for each full-attention layer, and the defaults, as a policy file has them."""
+
+    layers: list[Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+def full(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
     """Every layer attends to the whole cache: the exact model."""
-    return ["full"] * num_layers
+    return Preset(["full"] * num_layers)
 
 
-def tidal(num_layers: int, model: str | None = None) -> list[str]:
+def tidal(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
     """TidalDecode: dense 0-1, selections at 2 and at the published layer (else at 0.4 x layers), reuse elsewhere.
 
-    A shallow model drops what doesn't fit: 4 layers are dense 0-1, selection 2, reuse 3.
+    https://arxiv.org/abs/2410.05076. Left out: the correction of the cache. A shallow model drops what doesn't fit: 4
+    layers are dense 0-1, selection 2, reuse 3.
     """
-    name = (model or "").lower()
-    published = [layer for part, layer in PUBLISHED_SELECTION.items() if part in name and layer < num_layers]
+    published = [layer for layer in _published(PUBLISHED_SELECTION, model) if layer < num_layers]
     second = published[0] if published else round(0.4 * num_layers)
-    return ["full" if layer < 2 else "select" if layer in (2, second) else "reuse" for layer in range(num_layers)]
+    return Preset(
+        ["full" if layer < 2 else "select" if layer in (2, second) else "reuse" for layer in range(num_layers)]
+    )
 
 
-PRESETS: dict[str, Callable[[int, str | None], list[str]]] = {"full": full, "tidal": tidal}
+def topk(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
+    """Top-k attention: every layer attends to its own most important tokens, each query head to others. The oracle.
+
+    https://arxiv.org/abs/2106.06899. Every layer scans its keys, so this is a bound of quality, not of speed. Left out:
+    nothing in decode steps; a prefill is dense.
+    """
+    return Preset(["select"] * num_layers, {"output": "sparse", "share": "query_head", "sinks": 0, "recent": 0})
+
+
+def lessismore(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
+    """LessIsMore: TidalDecode's layers; one token set for all heads, joined by rank, a quarter of it recent tokens.
+
+    https://arxiv.org/abs/2508.07101, with 4 sinks, which come out of the share of recent tokens, and a budget of 2,048
+    (the paper has 1K to 8K). Left out: nothing in decode steps. Another budget by `with_budget` keeps no exact quarter.
+    """
+    size = budget if isinstance(budget, int) and budget > 0 else 2048
+    recent = max(0, size // 4 - 4)
+    defaults = {"budget": 2048, "share": "layer", "pool": "union", "sinks": min(4, size // 4), "recent": recent}
+    return Preset(tidal(num_layers, model).layers, defaults)
+
+
+def kascade(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
+    """Kascade: published anchor layers (else at the same depths) select, with sparse output from the second on.
+
+    https://arxiv.org/abs/2512.16391: a tenth of the tokens, at least 128, no sinks, no recent tokens. Left out: its
+    head maps (`policy import --kascade` reads them), the rounding of budgets to 128, and its sparse prefill.
+    """
+    published = [anchors for anchors in _published(PUBLISHED_ANCHORS, model) if anchors[-1] < num_layers]
+    scaled = {round(anchor * num_layers / 32) for anchor in PUBLISHED_ANCHORS["llama-3.1-8b"]}
+    anchors = published[0] if published else scaled
+    layers = [
+        "select" if layer == 0 else {"role": "select", "output": "sparse"} if layer in anchors else "reuse"
+        for layer in range(num_layers)
+    ]
+    return Preset(layers, {"budget": {"ratio": 0.1, "min": 128}, "sinks": 0, "recent": 0})
+
+
+def omnikv(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
+    """OmniKV: filter layers 2, 8, 18 of 32 (else at these depths) select one set for all heads, by their maximum.
+
+    https://openreview.net/forum?id=ulCAPXYXfa: 6.7% of the tokens. The layers before the first filter and the one after
+    each stay dense. Left out: the cache in host memory, and that generated tokens are always kept.
+    """
+    filters = sorted({round(layer * num_layers / 32) for layer in (2, 8, 18)})
+    layers = [
+        "select" if layer in filters else "full" if layer < filters[0] or layer - 1 in filters else "reuse"
+        for layer in range(num_layers)
+    ]
+    defaults = {"budget": {"ratio": 0.067, "min": 128}, "sinks": 0, "recent": 0, "share": "layer", "pool": "max"}
+    return Preset(layers, defaults)
+
+
+def _published(table: dict[str, Any], model: str | None) -> list[Any]:
+    """What is published for models with this name."""
+    name = (model or "").lower()
+    return [value for part, value in table.items() if part in name]
+
+
+PRESETS: dict[str, Callable[..., Preset]] = {
+    make.__name__: make for make in (full, tidal, topk, lessismore, kascade, omnikv)
+}

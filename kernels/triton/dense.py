@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import Call
 from .split import (
     Splits,
     after_previous,
@@ -21,6 +22,7 @@ from .split import (
     padded_rows,
     score_tile,
     store_split,
+    sum_tile,
     tile_tokens,
     weigh_tile,
 )
@@ -41,7 +43,7 @@ def _unmasked(mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.con
 def _attend(
     q, keys, values, mask_ptr, score_ptr, scale, stride_s, begin, end, stride_kn, stride_vn, stride_mn,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr, WRITE_SCORES: tl.constexpr,
+    MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr, WRITE_SCORES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """The running softmax (m, l, acc: see split.py) of one query group over the tokens from `begin` to `end`."""
     m = tl.full([ROWS], float("-inf"), tl.float32)
@@ -55,7 +57,8 @@ def _attend(
         token = start + lane
         inside = token < end
         k = load_keys(keys, lane * stride_kn, inside, D, BLOCK_D)
-        v = load_values(values, lane * stride_vn, inside, D, BLOCK_D)
+        if VALUES:
+            v = load_values(values, lane * stride_vn, inside, D, BLOCK_D)
         valid, bias = mask_tile(mask_ptr, token * stride_mn, inside, MASK, HIDES)
         score = score_tile(q, k, valid, bias, scale, CAP)
         if WRITE_SCORES:
@@ -63,9 +66,12 @@ def _attend(
             stored = (row[:, None] < GROUP) & inside[None, :]
             # The selection reads scores back from L2, which the much larger stream of keys and values would push out.
             tl.store(rows, score, mask=stored, eviction_policy="evict_last")
-        m, l, acc = weigh_tile(score, v, valid, m, l, acc, MASK)
+        if VALUES:
+            m, l, acc = weigh_tile(score, v, valid, m, l, acc, MASK)
+            values += BLOCK_N * stride_vn
+        else:
+            m, l = sum_tile(score, m, l)
         keys += BLOCK_N * stride_kn
-        values += BLOCK_N * stride_vn
     return m, l, acc
 
 
@@ -76,7 +82,7 @@ def _scan(
     stride_mb, stride_mn, stride_s, splits,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
-    WRITE_SCORES: tl.constexpr, PDL: tl.constexpr,
+    WRITE_SCORES: tl.constexpr, VALUES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the query group of one kv head against one split of its cache."""
     after_previous(PDL)
@@ -105,29 +111,28 @@ def _scan(
     if MASK == "none" or _unmasked(masks, stride_mn, begin, end, MASK, HIDES, 4096):
         m, l, acc = _attend(
             q, keys, values, masks, scores, scale, stride_s, begin, end, stride_kn, stride_vn, stride_mn,
-            GROUP, ROWS, D, BLOCK_D, BLOCK_N, "none", HIDES, CAP, WRITE_SCORES,
+            GROUP, ROWS, D, BLOCK_D, BLOCK_N, "none", HIDES, CAP, WRITE_SCORES, VALUES,
         )  # fmt: skip
     else:
         m, l, acc = _attend(
             q, keys, values, masks, scores, scale, stride_s, begin, end, stride_kn, stride_vn, stride_mn,
-            GROUP, ROWS, D, BLOCK_D, BLOCK_N, MASK, HIDES, CAP, WRITE_SCORES,
+            GROUP, ROWS, D, BLOCK_D, BLOCK_N, MASK, HIDES, CAP, WRITE_SCORES, VALUES,
         )  # fmt: skip
-    store_split(m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D)
+    store_split(m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, VALUES)
 
 
-def scan(
-    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float, softcap: float,
-    write_scores: bool = False,
-) -> Splits:  # fmt: skip
-    """Attend to the whole live cache, in splits."""
+def scan(call: Call[Tensor], write_scores: bool = False, values: bool = True) -> Splits:
+    """Attend to the whole live cache, in splits; without `values`, only score its keys."""
+    q, k, v, length, mask, scale, _, softcap = call.arguments()
     check_rows(k, v)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
     # A large cache keeps every processor busy with one program of long tiles; a small one needs more, shorter programs.
     large = head_dim > 64 and batch * num_kv_heads * slots >= 2**17
     block_n = tile_tokens(k, stage_bytes=2**16 if large else 2**15)
+    warps, stages = (8, 3) if large and values else (4, 3 if values else 4)
     splits = num_splits(q.device, batch * num_kv_heads, triton.cdiv(slots, block_n), per_processor=1 if large else 2)
-    acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
+    acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32) if values else None
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
     stride_s = triton.cdiv(slots, 16) * 16  # aligned rows, for wide loads
     scores = q.new_empty(batch, num_heads, stride_s, dtype=torch.float32) if write_scores else None
@@ -137,16 +142,13 @@ def scan(
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m, stride_s, splits,
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, ROWS=padded_rows(num_heads // num_kv_heads),
         D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, **mask_kind, CAP=softcap,
-        WRITE_SCORES=write_scores, num_warps=8 if large else 4, num_stages=3, **overlap(q.device),
+        WRITE_SCORES=write_scores, VALUES=values, num_warps=warps, num_stages=stages, **overlap(q.device),
     )  # fmt: skip
-    return Splits(acc, stats, scores)
+    return Splits(stats, acc, scores)
 
 
-def full_attention(
-    q: Tensor, k: Tensor, v: Tensor, length: Tensor, mask: Tensor | None, scale: float,
-    sink: Tensor | None = None, softcap: float = 0.0,
-) -> Tensor:  # fmt: skip
+def full_attention(call: Call[Tensor]) -> Tensor:
     """See `reference.full_attention`."""
-    out = q.new_empty(q.shape)
-    merge(scan(q, k, v, length, mask, scale, softcap), sink, out)
+    out = call.query.new_empty(call.query.shape)
+    merge(scan(call), call.sink_logit, out)
     return out

@@ -11,8 +11,9 @@ K maxima reach the floor of that bin, so at least K tokens do, and not many more
 in RUN enters the histogram, and only about K candidates are compared. Nothing is sorted, and the host reads nothing:
 the live length and K stay on the device. Launches cover the whole cache, TILE tokens a program.
 
-The importance of a token is its base-2 score where a token set belongs to one query head, and otherwise the sum of its
-probabilities over the MEMBERS query heads that share the set. The definition is `reference.choose_tokens`.
+The importance of a token depends on POOL: its base-2 `score` where a token set belongs to one query head; the `sum` or
+the `max` of its probabilities over the MEMBERS query heads that share the set; or what `union` makes of the `turn` that
+a token has. The definitions are `reference.importance` and `reference.pick`.
 """
 
 from typing import NamedTuple
@@ -22,13 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import index_width, parts_per_million
+from ..call import Call, Selection
 from .split import Splits, after_previous, mask_args, mask_tile, merge_args, merge_part, overlap, parts
 
 LOWEST_CODE = tl.constexpr(-(2**31))  # below what `_encode` returns for any number, as HIGHEST_CODE is above
 HIGHEST_CODE = tl.constexpr(2**31 - 1)
 BINS = tl.constexpr(128)
 RUN = tl.constexpr(8)
+WAYS = tl.constexpr(16)
 SEGMENT_BLOCK = tl.constexpr(128)  # candidates that are read at once: most tiles have fewer
 INF = tl.constexpr(float("inf"))  # the importance of a token that is always chosen; invalid tokens have -INF
 
@@ -62,10 +64,10 @@ def _encode(importance):
 
 
 @triton.jit
-def _ceiling(keep, lse_ptr, row, MEMBERS: tl.constexpr):
+def _ceiling(keep, lse_ptr, row, MEMBERS: tl.constexpr, POOL: tl.constexpr):
     """The largest importance that `keep` tokens can all have."""
     keep = tl.maximum(keep, 1).to(tl.float32)
-    if MEMBERS == 1:  # base-2 scores
+    if POOL == "score":  # in base 2
         return tl.load(lse_ptr + row) - tl.log2(keep)
     return MEMBERS / keep
 
@@ -77,9 +79,9 @@ def _eighths(probability):
 
 
 @triton.jit
-def _bin(importance, ceiling, MEMBERS: tl.constexpr):
+def _bin(importance, ceiling, POOL: tl.constexpr):
     """The bins `[N]` of importance `[N]`: see the table above."""
-    if MEMBERS == 1:  # an octave is a difference of 1 between base-2 scores
+    if POOL == "score":  # an octave is a difference of 1 between base-2 scores
         eighths = tl.minimum(tl.maximum((ceiling - importance) * 8.0, 0.0), 2048.0).to(tl.int32)
     else:
         eighths = tl.maximum(_eighths(ceiling) - _eighths(importance), 0)
@@ -88,11 +90,11 @@ def _bin(importance, ceiling, MEMBERS: tl.constexpr):
 
 
 @triton.jit
-def _bin_floor(bin, ceiling, MEMBERS: tl.constexpr):
+def _bin_floor(bin, ceiling, POOL: tl.constexpr):
     """An importance that every token in this bin, or in a higher one, reaches: `_bin` backwards, rounded down."""
     steps = BINS - 2 - bin  # 64 steps of one eighth, 32 of two, 30 of 16; `eighths` is the largest of a step
     eighths = tl.where(steps < 64, steps, tl.where(steps < 96, 2 * steps - 63, 16 * steps - 1393))
-    if MEMBERS == 1:  # + 1 for the fraction of an eighth that `_bin` cuts off, + 1 for rounding
+    if POOL == "score":  # + 1 for the fraction of an eighth that `_bin` cuts off, + 1 for rounding
         floor = ceiling - (eighths + 2) / 8.0
     else:
         floor = (tl.maximum(_eighths(ceiling) - eighths, 0) << 20).to(tl.float32, bitcast=True)
@@ -103,9 +105,9 @@ def _bin_floor(bin, ceiling, MEMBERS: tl.constexpr):
 def _merge_and_prepare(
     acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits,
     mask_ptr, length_ptr, valid_count_ptr, histogram_ptr, total_ptr, slots, tiles, stride_mb, stride_mn,
-    BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr, SETS: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PARTS: tl.constexpr, SETS: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr,
+    HIDES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first programs merge one part of one head each; the others count one tile, and clear one set's histogram."""
     after_previous(PDL)
@@ -114,7 +116,7 @@ def _merge_and_prepare(
     if job < num_heads * PARTS:
         merge_part(
             batch * num_heads + job // PARTS, job % PARTS, acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads,
-            splits, BLOCK_SPLITS, CHUNK, HAS_SINK, D, BLOCK_D,
+            splits, BLOCK_SPLITS, CHUNK, HAS_SINK, VALUES, D, BLOCK_D,
         )  # fmt: skip
         return
     job -= num_heads * PARTS
@@ -132,7 +134,8 @@ def _merge_and_prepare(
 def _rank(
     score_ptr, lse_ptr, valid_count_ptr, length_ptr, histogram_ptr, keep_ptr, slots, stride_s, tiles,
     budget, ratio_ppm, sinks, recent,
-    SETS: tl.constexpr, MEMBERS: tl.constexpr, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr, PDL: tl.constexpr,
+    SETS: tl.constexpr, MEMBERS: tl.constexpr, POOL: tl.constexpr, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one token set. Its importance overwrites the scores of the set's first query head."""
     after_previous(PDL)
@@ -149,11 +152,15 @@ def _rank(
     scores = score_ptr + row * MEMBERS * stride_s + token
     importance = tl.load(scores, mask=inside, other=-INF)
     valid = importance > -INF
-    if MEMBERS > 1:  # only probabilities may be added across heads
+    if MEMBERS > 1:  # only probabilities may be compared and added across heads
         importance = tl.exp2(importance - tl.load(lse_ptr + row * MEMBERS))
         for member in tl.range(1, MEMBERS, loop_unroll_factor=4):
             score = tl.load(scores + member * stride_s, mask=inside, other=-INF)
-            importance += tl.exp2(score - tl.load(lse_ptr + row * MEMBERS + member))
+            probability = tl.exp2(score - tl.load(lse_ptr + row * MEMBERS + member))
+            if POOL == "sum":
+                importance += probability
+            else:
+                importance = tl.maximum(importance, probability)
         importance = tl.where(valid, importance, -INF)
 
     num_valid = tl.sum(counts, 0)
@@ -170,19 +177,20 @@ def _rank(
     if MEMBERS > 1 or has_ends:
         tl.store(scores, importance, mask=inside)
 
-    ceiling = _ceiling(keep, lse_ptr, row, MEMBERS)
+    ceiling = _ceiling(keep, lse_ptr, row, MEMBERS, POOL)
     if num_valid >= 2 * RUN * keep:
         largest = tl.max(tl.reshape(importance, [TILE // RUN, RUN]), 1)
-        histogram = tl.histogram(_bin(largest, ceiling, MEMBERS), BINS, mask=largest > -INF)
+        histogram = tl.histogram(_bin(largest, ceiling, POOL), BINS, mask=largest > -INF)
     else:  # there may be fewer than K runs, so every token is counted
-        histogram = tl.histogram(_bin(importance, ceiling, MEMBERS), BINS, mask=valid)
+        histogram = tl.histogram(_bin(importance, ceiling, POOL), BINS, mask=valid)
     tl.atomic_add(histogram_ptr + row * BINS + tl.arange(0, BINS), histogram, mask=histogram > 0, sem="relaxed")
 
 
 @triton.jit
 def _sift(
     score_ptr, lse_ptr, length_ptr, keep_ptr, histogram_ptr, total_ptr, segment_ptr, bound_ptr, code_ptr, position_ptr,
-    slots, stride_s, tiles, SETS: tl.constexpr, MEMBERS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    slots, stride_s, tiles, SETS: tl.constexpr, MEMBERS: tl.constexpr, POOL: tl.constexpr, TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the candidates of one tile of one token set, written as a segment in ascending order of position.
 
@@ -200,7 +208,7 @@ def _sift(
     histogram = tl.load(histogram_ptr + row * BINS + tl.arange(0, BINS))
     at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram  # counted in this bin and those above
     crossing = tl.sum((at_least >= keep).to(tl.int32), 0) - 1  # the bin of the K-th
-    bound = _bin_floor(crossing, _ceiling(keep, lse_ptr, row, MEMBERS), MEMBERS)
+    bound = _bin_floor(crossing, _ceiling(keep, lse_ptr, row, MEMBERS, POOL), POOL)
     tl.store(bound_ptr + row, _encode(bound))
 
     is_candidate = (importance >= bound) & (importance > -INF)
@@ -224,33 +232,35 @@ def _find_threshold(
     reach. At least `wanted` must reach `low`.
 
     The values of candidates are their codes, or with OF_POSITIONS the negated positions of those with `tied_code`. The
-    first BLOCK values, nearly always all, are given in `values`; the others are read again for every threshold tried.
-    The answer is expected near `low`, so steps from there start at `step` and double, until halving the interval is
-    the shorter step. Returns the threshold, how many values reach it, and, if these are more than `wanted`, how many
-    are above it.
+    first BLOCK values, nearly always all, are given in `values`; the others are read again for every turn. A turn tries
+    WAYS thresholds, `step` apart; the first ones are just above `low`, where the answer is expected. Returns the
+    threshold, how many values reach it, and, if these are more than `wanted`, how many are above it.
     """
     low = low.to(tl.int64)
     high = high.to(tl.int64)
     step = low * 0 + step
     reach = total
     above = total * 0
-    while low < high:
-        middle = tl.minimum(low + step, high - (high - low) // 2)
-        threshold = middle.to(tl.int32)
-        reached = tl.sum((values >= threshold).to(tl.int32), 0)
+    way = tl.arange(1, WAYS + 1)
+    while (low < high) & (reach != wanted):
+        # Ways beyond the end try the end again, which changes nothing
+        thresholds = tl.minimum(low + way * step, high).to(tl.int32)
+        reached = tl.sum((values[:, None] >= thresholds[None, :]).to(tl.int32), 0)
         for first in range(BLOCK, total, BLOCK):
             entry = first + tl.arange(0, BLOCK)
             more = tl.load(codes + entry, mask=entry < total, other=LOWEST_CODE)
             if OF_POSITIONS:
                 position = tl.load(positions + entry, mask=entry < total, other=0)
                 more = tl.where(more == tied_code, -position, LOWEST_CODE)
-            reached += tl.sum((more >= threshold).to(tl.int32), 0)
-        enough = reached >= wanted
-        low = tl.where(enough, middle, low)
-        reach = tl.where(enough, reached, reach)
-        above = tl.where(enough, above, reached)
-        high = tl.where(reached == wanted, middle, tl.where(enough, high, middle - 1))
-        step *= 2
+            reached += tl.sum((more[:, None] >= thresholds[None, :]).to(tl.int32), 0)
+        enough = reached >= wanted  # for the first so many ways
+        ways = tl.sum(enough.to(tl.int64), 0)
+        reach = tl.minimum(reach, tl.min(tl.where(enough, reached, HIGHEST_CODE), 0))
+        above = tl.maximum(above, tl.max(tl.where(enough, 0, reached), 0))
+        end = tl.where(ways == WAYS, high, tl.minimum(low + (ways + 1) * step - 1, high))
+        low = tl.minimum(low + ways * step, high)
+        high = end
+        step = tl.where(ways == WAYS, step * WAYS, (high - low) // WAYS + 1)
     return low.to(tl.int32), reach, above
 
 
@@ -293,14 +303,14 @@ def _emit(
     # A constant enters the search as `x * 0 + constant`: a loop needs variables that don't change their type.
     code = tl.where(entry < total, code, LOWEST_CODE)
     threshold, reach, above = _find_threshold(
-        code, codes, positions, total, 0, keep, bound, bound * 0 + HIGHEST_CODE - 1, 2**19, BLOCK, False
+        code, codes, positions, total, 0, keep, bound, bound * 0 + HIGHEST_CODE - 1, 2**16, BLOCK, False
     )
     last_tied = slots + total * 0
     if reach > keep:  # too many candidates are equal: those at the lowest positions are chosen
         tied = tl.where(code == threshold, -position, LOWEST_CODE)
         lowest = total * 0 - slots
         position_threshold, _, _ = _find_threshold(
-            tied, codes, positions, total, threshold, keep - above, lowest, total * 0, slots, BLOCK, True
+            tied, codes, positions, total, threshold, keep - above, lowest, total * 0, slots // WAYS + 1, BLOCK, True
         )
         last_tied = -position_threshold
 
@@ -325,6 +335,41 @@ def _emit(
             offset += tl.max(rank, 0)
 
 
+@triton.jit
+def _take_turns(
+    score_ptr, index_ptr, turn_ptr, stride_s, width,
+    SETS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK of the tokens that one query head chose. 1 / (their turn + 1), if larger, becomes their worth.
+
+    The turn of a token is rank x MEMBERS + head, where its rank counts the better ones of those that the head chose,
+    without those that are always kept.
+    """
+    after_previous(PDL)
+    member = tl.program_id(1) % MEMBERS
+    batch = tl.program_id(2).to(tl.int64)
+    token_set = batch * SETS + tl.program_id(1) // MEMBERS
+    head = batch * SETS * MEMBERS + tl.program_id(1)
+    scores = score_ptr + head * stride_s
+    chosen = index_ptr + head * width
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    position = tl.load(chosen + column, mask=column < width, other=-1)
+    score = tl.load(scores + position, mask=position >= 0, other=-INF)
+    rank = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, width, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        other_position = tl.load(chosen + other, mask=other < width, other=-1)
+        rival = tl.load(scores + other_position, mask=other_position >= 0, other=-INF)
+        better = (rival[None, :] > score[:, None]) | (
+            (rival[None, :] == score[:, None]) & (other_position[None, :] < position[:, None])
+        )
+        rank += tl.sum((better & (rival < INF)[None, :]).to(tl.int32), 1)
+    worth = 1.0 / (rank * MEMBERS + member + 1).to(tl.float32)
+    ranked = (position >= 0) & (score < INF)
+    # Positive floats are in the order of their bits
+    tl.atomic_max(turn_ptr + token_set * stride_s + position, worth.to(tl.int32, bitcast=True), mask=ranked)
+
+
 class Prepared(NamedTuple):
     """What a selection of G token sets needs beside its scores."""
 
@@ -340,32 +385,36 @@ def _tile(batch: int, sets: int, slots: int) -> int:
 
 
 def merge_and_prepare(
-    splits: Splits, sink: Tensor | None, out: Tensor, sets: int, slots: int, length: Tensor, mask: Tensor | None
-) -> Prepared:
-    """Merge the splits of a scan of `slots` into `out [B, Hq, 1, D]`, and prepare a selection of `sets` token sets."""
-    batch, num_heads = out.shape[:2]
-    tile = _tile(batch, sets, slots)
+    splits: Splits | None, call: Call[Tensor], num_sets: int, out: Tensor | None = None
+) -> Prepared:  # fmt: skip
+    """Merge the splits of a scan, if there are any, into `out [B, Hq, 1, D]`, and prepare a choice of token sets."""
+    batch, num_heads = call.query.shape[:2]
+    slots, device = call.key.shape[2], call.query.device
+    tile = _tile(batch, num_sets, slots)
     tiles = triton.cdiv(slots, tile)
     valid_counts, histogram, total = (
-        out.new_empty(batch, *shape, dtype=torch.int32) for shape in ((tiles,), (sets, BINS.value), (sets,))
+        torch.empty(batch, *shape, dtype=torch.int32, device=device)
+        for shape in ((tiles,), (num_sets, BINS.value), (num_sets,))
     )
-    arguments, sizes = merge_args(splits, sink, out)
-    (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
-    _merge_and_prepare[(num_heads * parts(sizes) + max(tiles, sets), batch)](
-        *arguments, mask_data, length, valid_counts, histogram, total, slots, tiles, *stride_m, **sizes,
-        PARTS=parts(sizes), SETS=sets, TILE=tile, **mask_kind, **overlap(out.device),
+    empty = torch.empty(batch, 0, 1, 2, device=device)
+    arguments, sizes = merge_args(Splits(empty, None) if splits is None else splits, call.sink_logit, out)
+    to_merge = 0 if splits is None else num_heads
+    (mask_data, *stride_m), mask_kind = mask_args(call.mask, batch, slots)
+    _merge_and_prepare[(to_merge * parts(sizes) + max(tiles, num_sets), batch)](
+        *arguments, mask_data, call.length, valid_counts, histogram, total, slots, tiles, *stride_m, **sizes,
+        PARTS=parts(sizes), SETS=num_sets, TILE=tile, **mask_kind, **overlap(device),
     )  # fmt: skip
     return Prepared(arguments[4], valid_counts, histogram, total)
 
 
 def choose_tokens(
-    scores: Tensor, prepared: Prepared, length: Tensor, slots: int, budget: int, ratio: float, sinks: int, recent: int
+    scores: Tensor, prepared: Prepared, length: Tensor, slots: int, selection: Selection, pool: str
 ) -> Tensor:
-    """The chosen positions `[B, G, K]` int32 by base-2 scores `[B, Hq, >= S]`, which are overwritten."""
+    """The chosen positions `[B, G, K]` int32 by base-2 scores `[B, Hq, >= S]`, or turns, which are overwritten."""
     lse, valid_counts, histogram, total = prepared
     batch, num_heads, stride_s = scores.shape
     sets, tiles = total.shape[1], valid_counts.shape[1]
-    width, tile = index_width(budget, ratio, slots), _tile(batch, sets, slots)
+    width, tile = selection.width(slots), _tile(batch, sets, slots)
 
     def empty(*shape: int) -> Tensor:
         return scores.new_empty(batch, *shape, dtype=torch.int32)
@@ -374,10 +423,11 @@ def choose_tokens(
     segments, bound = empty(sets, tiles, 2), empty(sets)  # segments: start and size
     codes, positions = empty(sets, slots), empty(sets, slots)  # of candidates
     common = {"SETS": sets, "TILE": tile, **overlap(scores.device)}
-    size = {"MEMBERS": num_heads // sets, "num_warps": tile // 256}
+    size = {"MEMBERS": num_heads // sets, "POOL": pool, "num_warps": tile // 256}
     _rank[(tiles, sets, batch)](
-        scores, lse, valid_counts, length, histogram, keep, slots, stride_s, tiles, budget, parts_per_million(ratio),
-        sinks, recent, BLOCK_TILES=max(32, triton.next_power_of_2(tiles)), **common, **size,
+        scores, lse, valid_counts, length, histogram, keep, slots, stride_s, tiles, selection.budget,
+        selection.parts_per_million, selection.sinks, selection.recent,
+        BLOCK_TILES=max(32, triton.next_power_of_2(tiles)), **common, **size,
     )  # fmt: skip
     _sift[(tiles, sets, batch)](
         scores, lse, length, keep, histogram, total, segments, bound, codes, positions, slots, stride_s, tiles,
@@ -390,3 +440,18 @@ def choose_tokens(
         num_warps=4, **common,
     )  # fmt: skip
     return index
+
+
+def take_turns(scores: Tensor, index: Tensor, num_sets: int) -> Tensor:
+    """What the tokens of each set are worth `[B, G, >= S]` by the turns in which its heads `[B, Hq, K]` chose them.
+
+    `scores` are those that `choose_tokens` left. What no head chose is worth 0; what doesn't count, -inf.
+    """
+    batch, num_heads, stride_s = scores.shape
+    members, width = num_heads // num_sets, index.shape[2]
+    worth = torch.where(scores[:, ::members] > -torch.inf, 0.0, -torch.inf)
+    _take_turns[(triton.cdiv(width, 64), num_heads, batch)](
+        scores, index, worth.view(torch.int32), stride_s, width, SETS=num_sets, MEMBERS=members, BLOCK=64,
+        **overlap(scores.device),
+    )  # fmt: skip
+    return worth

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import most_tokens
+from ..reference import most_tokens
 from .split import dot, may_launch_next, overlap, wait_for_previous
 
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import Call
 from .split import (
     Splits,
     after_previous,
@@ -64,14 +65,13 @@ def _gather(
         valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, alive, MASK, HIDES)
         score = score_tile(q, k, valid, bias, scale, CAP)
         m, l, acc = weigh_tile(score, v, valid, m, l, acc, MASK)
-    store_split(m, l, acc, acc_ptr, stat_ptr, (batch * PAIRS + pair) * GROUP, split, splits, GROUP, ROWS, D, BLOCK_D)
+    head = (batch * PAIRS + pair) * GROUP
+    store_split(m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, True)
 
 
-def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, length: Tensor, mask: Tensor | None, scale: float,
-    sink: Tensor | None = None, softcap: float = 0.0,
-) -> Tensor:  # fmt: skip
+def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
     """See `reference.sparse_attention`."""
+    q, k, v, length, mask, scale, sink_logit, softcap = call.arguments()
     check_rows(k, v)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
@@ -94,5 +94,5 @@ def sparse_attention(
         **mask_kind, CAP=softcap, num_warps=4, num_stages=stages, **overlap(q.device),
     )  # fmt: skip
     out = q.new_empty(q.shape)
-    merge(Splits(acc, stats), sink, out)
+    merge(Splits(stats, acc), sink_logit, out)
     return out

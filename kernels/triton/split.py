@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .reference import HIDES
+from ..reference import HIDES
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -121,15 +121,24 @@ def weigh_tile(score, v, valid, m, l, acc, MASK: tl.constexpr):
 
 
 @triton.jit
+def sum_tile(score, m, l):
+    """Add a scored tile to the softmax's m `[ROWS]` and l `[ROWS]`, without values."""
+    new_m = tl.maximum(m, tl.max(score, 1))
+    shift = tl.where(new_m == float("-inf"), 0.0, new_m)
+    return new_m, l * tl.exp2(m - shift) + tl.sum(tl.exp2(score - shift[:, None]), 1)
+
+
+@triton.jit
 def store_split(
     m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Write one split of GROUP heads, the first of which is `head` (counted over the batch): acc and (m, l)."""
+    """Write one split of GROUP heads, the first of which is `head`, counted over the batch: (m, l), any acc."""
     row = tl.arange(0, ROWS)
-    dim = tl.arange(0, BLOCK_D)
     slot = (head + row) * splits + split
-    tl.store(acc_ptr + slot[:, None] * D + dim[None, :], acc, mask=(row[:, None] < GROUP) & (dim[None, :] < D))
+    if VALUES:
+        dim = tl.arange(0, BLOCK_D)
+        tl.store(acc_ptr + slot[:, None] * D + dim[None, :], acc, mask=(row[:, None] < GROUP) & (dim[None, :] < D))
     tl.store(stat_ptr + slot * 2, m, mask=row < GROUP)
     tl.store(stat_ptr + slot * 2 + 1, l, mask=row < GROUP)
 
@@ -137,7 +146,7 @@ def store_split(
 @triton.jit
 def merge_part(
     head, part, acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits, BLOCK_SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one head (counted over the batch): the BLOCK_D values of one part, and the log-sum-exp."""
     head = head.to(tl.int64)
@@ -154,19 +163,20 @@ def merge_part(
     if HAS_SINK:
         total += tl.exp2(sink - shift)
 
-    dim = part * BLOCK_D + tl.arange(0, BLOCK_D)
-    out = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, splits, CHUNK):
-        some = first + tl.arange(0, CHUNK)
-        some_m = tl.load(stats + some * 2, mask=some < splits, other=float("-inf"))
-        acc = tl.load(
-            acc_ptr + (head * splits + some[:, None]) * D + dim[None, :],
-            mask=(some[:, None] < splits) & (dim[None, :] < D),
-            other=0.0,
-        )
-        out += tl.sum(acc * tl.exp2(some_m - shift)[:, None], 0)
-    out = tl.where(total > 0.0, out / total, 0.0)  # no token to attend to: zeros
-    tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty), mask=dim < D)
+    if VALUES:
+        dim = part * BLOCK_D + tl.arange(0, BLOCK_D)
+        out = tl.zeros([BLOCK_D], tl.float32)
+        for first in range(0, splits, CHUNK):
+            some = first + tl.arange(0, CHUNK)
+            some_m = tl.load(stats + some * 2, mask=some < splits, other=float("-inf"))
+            acc = tl.load(
+                acc_ptr + (head * splits + some[:, None]) * D + dim[None, :],
+                mask=(some[:, None] < splits) & (dim[None, :] < D),
+                other=0.0,
+            )
+            out += tl.sum(acc * tl.exp2(some_m - shift)[:, None], 0)
+        out = tl.where(total > 0.0, out / total, 0.0)  # no token to attend to: zeros
+        tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty), mask=dim < D)
     if part == 0:
         tl.store(lse_ptr + head, shift + tl.log2(total))
 
@@ -174,41 +184,44 @@ def merge_part(
 @triton.jit
 def _merge(
     acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits, BLOCK_SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D values of one head."""
     after_previous(PDL)
     merge_part(
         tl.program_id(0), tl.program_id(1), acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits,
-        BLOCK_SPLITS, CHUNK, HAS_SINK, D, BLOCK_D,
+        BLOCK_SPLITS, CHUNK, HAS_SINK, VALUES, D, BLOCK_D,
     )  # fmt: skip
 
 
 class Splits(NamedTuple):
     """What a scan leaves behind: its splits P, to be merged, and on request its scores."""
 
-    acc: Tensor  # [B, Hq, P, D]
     stats: Tensor  # [B, Hq, P, 2]: m and l
+    acc: Tensor | None  # [B, Hq, P, D]; None: keys were scored, and no values weighted
     scores: Tensor | None = None  # [B, Hq, >= S] in base 2, -inf where hidden, unwritten beyond the live length
 
 
-def merge(splits: Splits, sink: Tensor | None, out: Tensor) -> Tensor:
-    """Join splits into `out [B, Hq, 1, D]`; -> log2-sum-exp `[B, Hq]`. The logit `sink [Hq]` takes part in both."""
-    arguments, sizes = merge_args(splits, sink, out)
+def merge(splits: Splits, sink_logit: Tensor | None, out: Tensor) -> Tensor:
+    """Join splits into `out [B, Hq, 1, D]`; -> log2-sum-exp `[B, Hq]`. `sink_logit [Hq]` takes part in both."""
+    arguments, sizes = merge_args(splits, sink_logit, out)
     _merge[(out.shape[0] * out.shape[1], parts(sizes))](*arguments, **sizes, **overlap(out.device))
     return arguments[4]
 
 
-def merge_args(splits: Splits, sink: Tensor | None, out: Tensor) -> tuple[list, dict[str, int]]:
+def merge_args(splits: Splits, sink_logit: Tensor | None, out: Tensor | None) -> tuple[list, dict[str, int]]:
     """The arguments of `merge_part` from `acc` on; the fifth is an empty log2-sum-exp `[B, Hq]`."""
-    batch, num_heads, count, head_dim = splits.acc.shape
-    lse = splits.acc.new_empty(batch, num_heads)
+    batch, num_heads, count, _ = splits.stats.shape
+    head_dim = 1 if splits.acc is None else splits.acc.shape[3]
+    lse = splits.stats.new_empty(batch, num_heads)
     sizes = {
         "BLOCK_SPLITS": triton.next_power_of_2(count), "CHUNK": min(64, triton.next_power_of_2(count)),
-        "HAS_SINK": sink is not None, "D": head_dim, "BLOCK_D": min(32, padded_dim(head_dim)),
+        "HAS_SINK": sink_logit is not None, "VALUES": splits.acc is not None, "D": head_dim,
+        "BLOCK_D": min(32, padded_dim(head_dim)),
     }  # fmt: skip
-    sink = None if sink is None else sink.contiguous()
-    return [splits.acc, splits.stats, sink, out, lse, num_heads, count], sizes
+    sink_logit = None if sink_logit is None else sink_logit.contiguous()
+    return [splits.acc, splits.stats, sink_logit, out, lse, num_heads, count], sizes
 
 
 def parts(sizes: dict[str, int]) -> int:

@@ -1,0 +1,52 @@
+"""Ways for a selection to choose tokens: one file each, named as the policy key `by` names it.
+
+A file `key_norm.py` holds a frozen dataclass `KeyNorm`, a `Method`: its fields, with their types and defaults, are the
+method's own keys in a policy file, and its `choose` is its definition. Nothing else needs to know of it: `METHODS` is
+what is in this folder, `ops` makes an operator `tidal::choose_by_<name>` of each, and policies, `explain`, calibration
+and evaluation take the rest from here. Policy files are read without torch: methods import it where they need it.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..call import Call, Selection
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose tokens. A wrong value of a key is a ValueError of `__post_init__`, which names the key.
+
+    `outputs`: what a selection layer may return, the default first. `sparse`: attention to the tokens that it chose;
+    `full`, to all tokens, is for `scores` alone, whose op does both in one pass.
+    """
+
+    outputs: ClassVar[tuple[str, ...]] = ("sparse",)
+
+    def choose(self, call: Call[Tensor], selection: Selection) -> Tensor:
+        """The token sets: index `[B, G, K]` int32, and `[B, T, G, K]` for T > 1 query tokens (see `call`).
+
+        In plain PyTorch, without a wait for the host and without a shape that depends on data, so that it also runs in
+        CUDA graphs. `reference.pick` turns the importance of tokens into an index.
+        """
+        raise NotImplementedError
+
+    def choose_on_gpu(self, call: Call[Tensor], selection: Selection) -> Tensor:
+        """The same as a kernel, for T = 1."""
+        return self.choose(call, selection)
+
+    def keys_read(self, selection: Selection, length: int) -> int:
+        """How many tokens' keys are read to choose, of so many live ones: for floors, and the bytes of a step."""
+        raise NotImplementedError
+
+
+METHODS: dict[str, type[Method]] = {
+    name: getattr(import_module(f".{name}", __name__), name.title().replace("_", ""))
+    for _, name, _ in pkgutil.iter_modules(__path__)
+}

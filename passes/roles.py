@@ -1,0 +1,113 @@
+"""What a role does, said once: for the graph of a decode step, for its uncompiled ops, and for many steps in a pass.
+
+    full    attention to everything
+    select  chooses a token set; attention to everything, or to what it chose
+    reuse   attention to the token set of an earlier selection
+
+`follow` writes an attention call as calls of ops, over tensors or over nodes of a graph alike. Needs no torch until
+then, since policy files are read without it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Generic
+
+from ..kernels.call import Call, Selection, T, arguments
+from ..kernels.methods import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor, fx
+
+ROLES = ("full", "select", "reuse")
+
+
+@dataclass(frozen=True)
+class LayerRole:
+    """What one layer does, with all defaults of its policy filled in.
+
+    A selection chooses by the method `by`, whose keys are `method`, and returns its `output`. `source` is the select
+    layer whose tokens a reuse layer attends to, and whose `selection` and method it has, too. `heads`: for each kv head
+    of a reuse layer, the kv head of its source whose tokens it takes; None: the one of the same number.
+    """
+
+    layer: int
+    role: str
+    source: int | None = None
+    selection: Selection | None = None
+    by: str = "scores"
+    method: Method | None = None
+    output: str = "full"
+    heads: tuple[int, ...] | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether its output is attention to a token set."""
+        return self.role == "reuse" or (self.role == "select" and self.output == "sparse")
+
+    def describe_method(self) -> str:
+        """The method by which its tokens are chosen, and its keys: "pages, page 16"."""
+        keys = [f"{field.name} {getattr(self.method, field.name)}" for field in fields(self.method)]
+        return ", ".join([self.by, *keys])
+
+    def tokens_read(self, length: int, group: int) -> float:
+        """How many tokens' keys and values a decode step reads at `length` live tokens, for each kv head.
+
+        `group`: query heads a kv head. Token sets of query heads count as if they had no token in common.
+        """
+        if not self.is_sparse:
+            return length
+        sets = group if self.selection.share == "query_head" else 1
+        chosen = min(length, sets * self.selection.keep(length))
+        scanned = self.method.keys_read(self.selection, length) if self.role == "select" else 0
+        return min(length, scanned / 2 + chosen)
+
+
+@dataclass(frozen=True)
+class TokenSet(Generic[T]):
+    """The tokens that a selection chose, and the mask under which it did."""
+
+    index: T
+    mask: T | None
+
+
+Sets = dict[tuple[int, tuple[int, ...] | None], TokenSet]  # by selection, and the head map under which it is used
+Run = Callable[..., Any]  # run(op or function, *arguments): an op is given by name
+
+
+def follow(role: LayerRole, call: Call[T], sets: Sets, run: Run) -> T:
+    """The attention of a layer by its role; a selection leaves what it chose in `sets`, for the layers after it."""
+    if role.role == "full":
+        return run("full_attention", *arguments(call))
+    if role.role == "select" and role.output == "full":
+        both = run("select_attention", *arguments(call), *arguments(role.selection))
+        sets[role.layer, None] = TokenSet(run(operator.getitem, both, 1), call.mask)
+        return run(operator.getitem, both, 0)
+    if role.role == "select":
+        settings = (*arguments(role.selection), *arguments(role.method))
+        index = run(f"choose_by_{role.by}", *arguments(call), *settings)
+        chosen = sets[role.layer, None] = TokenSet(index, call.mask)
+    else:
+        if (role.source, role.heads) not in sets:
+            sets[role.source, role.heads] = _mapped(sets[role.source, None], role.heads, run)
+        chosen = sets[role.source, role.heads]
+    if chosen.mask is call.mask and _is_bool(call.mask):
+        call = replace(call, mask=None)  # it hides none of the tokens that were chosen under it
+    return run("sparse_attention", *arguments(call), chosen.index)
+
+
+def _mapped(tokens: TokenSet[T], heads: tuple[int, ...], run: Run) -> TokenSet[T]:
+    """The same set with row heads[h] in row h. Slices, not an index: that would be a constant on the CPU."""
+    import torch
+
+    rows = [run(torch.select, tokens.index, -2, head) for head in heads]
+    return TokenSet(run(torch.stack, rows, -2), tokens.mask)
+
+
+def _is_bool(mask: Tensor | fx.Node | None) -> bool:
+    import torch
+
+    value = mask.meta["example_value"] if isinstance(mask, torch.fx.Node) else mask
+    return value is not None and value.dtype == torch.bool
