@@ -150,7 +150,7 @@ def pick(importance: Tensor, seen: Tensor, selection: Selection, slots: int) -> 
     """
     width = selection.width(slots)
     if importance.shape[-1] == 0:
-        return _as_index(seen.new_full((*importance.shape[:3], width), -1, dtype=torch.int32))
+        return as_index(seen.new_full((*importance.shape[:3], width), -1, dtype=torch.int32))
     num_valid = seen.sum(-1, keepdim=True)[:, :, None]  # [B, T, 1, 1]
     keep = selection.by_ratio(num_valid).clamp(min=selection.budget).minimum(num_valid)
     kept = always_kept(seen, selection)[:, :, None]
@@ -164,7 +164,7 @@ def pick(importance: Tensor, seen: Tensor, selection: Selection, slots: int) -> 
     column = torch.where(chosen, chosen.cumsum(-1) - 1, width)  # what is not chosen goes to a column of no use
     position = torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device).expand(column.shape)
     index = seen.new_full((*importance.shape[:3], width + 1), -1, dtype=torch.int32)
-    return _as_index(index.scatter_(-1, column, position)[..., :width])
+    return as_index(index.scatter_(-1, column, position)[..., :width])
 
 
 def probabilities(scores: Tensor, sink: Tensor | None = None) -> Tensor:
@@ -200,8 +200,8 @@ def _weigh_live_tokens(call: Call[Tensor], scores: Tensor) -> Tensor:
     return (weights.flatten(2, 3) @ values).view(call.query.shape).to(call.query.dtype)
 
 
-def _as_index(chosen: Tensor) -> Tensor:
-    """`[B, T, G, K]` as the ops have it for a decode step, whose T is 1: `[B, G, K]`."""
+def as_index(chosen: Tensor) -> Tensor:
+    """Positions `[B, T, G, K]` as the ops have them for a decode step, whose T is 1: `[B, G, K]`. On any device."""
     return (chosen[:, 0] if chosen.shape[1] == 1 else chosen).contiguous()
 
 
