@@ -183,6 +183,8 @@ class OracleModel:
         """The sets of a selection, by its method."""
         sizes = [settings[name] for name in ("budget", "ratio", "sinks", "recent")]
         pool, share = settings.get("pool", "sum"), settings["share"]
+        if settings.get("by") == "window":  # the later, the better
+            return choose(torch.arange(scores.shape[2]).expand(scores.shape[0], 1, -1), valid, *sizes)
         ranked = importance_of(scores, num_kv_heads, share, sink, pool, settings["sinks"], settings["recent"])
         return choose(ranked, valid, *sizes)
 

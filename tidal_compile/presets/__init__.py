@@ -62,6 +62,16 @@ def topk(num_layers: int, model: str | None = None, budget: Any = None) -> Prese
     return Preset(["select"] * num_layers, {"output": "sparse", "share": "query_head", "sinks": 0, "recent": 0})
 
 
+def window(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
+    """StreamingLLM: every layer attends to the first 4 tokens and the most recent ones, as many as the budget says.
+
+    https://arxiv.org/abs/2309.17453. Left out: tokens keep their positions, where the paper numbers those of its cache
+    anew, and nothing is dropped from the cache.
+    """
+    layers = [{"role": "select", "by": "window"}, *["reuse"] * (num_layers - 1)]
+    return Preset(layers, {"sinks": 4, "recent": 0})
+
+
 def lessismore(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
     """LessIsMore: TidalDecode's layers; one token set for all heads, joined by rank, a quarter of it recent tokens.
 
@@ -112,5 +122,5 @@ def _published(table: dict[str, Any], model: str | None) -> list[Any]:
 
 
 PRESETS: dict[str, Callable[..., Preset]] = {
-    make.__name__: make for make in (full, tidal, topk, lessismore, kascade, omnikv)
+    make.__name__: make for make in (full, tidal, topk, window, lessismore, kascade, omnikv)
 }

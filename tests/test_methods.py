@@ -1,0 +1,227 @@
+"""Ways to choose tokens: every preset and method on whole models, against the oracle, and a new method in one file."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import quick
+from models import decode_logits, prefilled, random_tokens, tiny_model
+from oracle import OracleModel, roles_of
+from recorder import Recorder
+
+import tidal_compile as tc
+from tidal_compile.kernels import reference
+from tidal_compile.kernels.call import Call, Selection
+from tidal_compile.kernels.methods import METHODS
+from tidal_compile.presets import PRESETS
+from tidal_compile.replay import Block, make_context, replay
+from tidal_compile.run import filled
+
+ROOT = Path(__file__).parent.parent
+MODEL = tiny_model(hidden_size=96, num_attention_heads=6, num_hidden_layers=8)
+PROMPT, STEPS, SLOTS = 70, 4, 96
+SMALL = {
+    "tidal": {"sinks": 2, "recent": 4, "budget": 20},
+    "topk": {"budget": 20},
+    "window": {"budget": 20, "sinks": 2},
+    "lessismore": {"budget": 24},
+    "kascade": {"budget": {"ratio": 0.2, "min": 8}},
+    "omnikv": {"budget": {"ratio": 0.2, "min": 8}},
+}
+
+
+def step_by_step(policy, mask=None, batch=1):
+    """What the rewritten graph, the oracle and the dense model say."""
+    prompt, tokens = random_tokens(batch, PROMPT), random_tokens(batch, STEPS, seed=2)
+    masks = None
+    if mask is not None:
+        wide = torch.cat([mask, torch.ones(batch, SLOTS - PROMPT, dtype=torch.long)], 1).bool()
+        masks = [(wide & (torch.arange(SLOTS) <= PROMPT + i))[:, None, None] for i in range(STEPS)]
+    step = torch.compile(MODEL, backend=Recorder(policy=policy), fullgraph=True)
+    got = decode_logits(step, prefilled(MODEL, prompt, SLOTS, mask), tokens, masks)
+    dense = decode_logits(MODEL, prefilled(MODEL, prompt, SLOTS, mask), tokens, masks)
+    return got, OracleModel(MODEL, roles_of(policy)).logits(prompt, tokens, mask), dense
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_preset_equals_the_oracle_and_its_replay(name):
+    policy = tc.Policy.preset(name, 8, **SMALL[name])
+    got, expected, dense = step_by_step(policy)
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
+    assert (got - dense).abs().max() > 1e-2  # the budget is felt
+    prompt, tokens = random_tokens(1, PROMPT), random_tokens(1, STEPS, seed=2)
+    context = make_context(MODEL, filled(MODEL, prompt, SLOTS), PROMPT, [Block("text", tokens)])
+    torch.testing.assert_close(replay(MODEL, context, policy.roles)[0], expected[0], atol=2e-4, rtol=2e-4)
+
+
+def test_presets_say_what_is_published():
+    assert set(PRESETS) == {*SMALL, "full"}
+    kascade = tc.Policy.preset("kascade", 36, model="Qwen/Qwen3-8B").roles
+    assert [role.layer for role in kascade if role.role == "select"] == [0, 2, 7, 14, 23]
+    assert [role.output for role in kascade if role.role == "select"] == ["full", *["sparse"] * 4]
+    omnikv = tc.Policy.preset("omnikv", 32).roles
+    assert "".join(role.role[0] for role in omnikv) == "ffsf" + "r" * 4 + "sf" + "r" * 8 + "sf" + "r" * 12
+    less = tc.Policy.preset("lessismore", 32, model="meta-llama/Llama-3.1-8B", budget=1024).roles
+    assert less[13].selection == Selection(1024, 0.0, 4, 252, "layer", "union") and less[13].output == "full"
+    topk = tc.Policy.preset("topk", 4).roles
+    assert {(role.role, role.output, role.selection.share) for role in topk} == {("select", "sparse", "query_head")}
+    for name in PRESETS:  # any depth that a model may have
+        for depth in range(1, 40):
+            assert len(tc.Policy.preset(name, depth).roles) == depth
+
+
+@pytest.mark.parametrize("by", METHODS)
+def test_padded_rows_and_every_share(by):
+    """Left padding, no padding, a ratio; a reuse layer that follows with a head map."""
+    mask = torch.ones(2, PROMPT, dtype=torch.long)
+    mask[0, :31] = 0
+    for share, budget in (("kv_head", 16), ("layer", {"ratio": 0.3, "min": 9}), ("query_head", 16)):
+        mapped = {"role": "reuse", "heads": [1, 0]} if share == "kv_head" else "reuse"
+        layers = {"0": "full", "1": {"role": "select", "by": by, "output": "sparse"}, "2-6": "reuse", "7": mapped}
+        defaults = {"budget": budget, "sinks": 3, "recent": 5, "share": share}
+        policy = tc.Policy.from_dict({"num_layers": 8, "layers": layers, "defaults": defaults})
+        got, expected, _ = step_by_step(policy, mask, batch=2)
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
+        torch._dynamo.reset()
+
+
+def test_a_window_is_the_first_and_the_last_tokens():
+    """Fewer tokens than the budget, none at all, padding, several queries; the rest of a row is -1."""
+    kind = METHODS["window"]()
+    for length, mask, expected in (
+        (30, None, [0, 1, 2, 26, 27, 28, 29]),
+        (5, None, [0, 1, 2, 3, 4, -1, -1]),
+        (0, None, [-1] * 7),
+        (30, torch.arange(40)[None, None, None] >= 10, [10, 11, 12, 26, 27, 28, 29]),
+    ):
+        call = Call(torch.randn(1, 4, 1, 8), *torch.randn(2, 1, 2, 40, 8), torch.tensor(length), mask, 1.0)
+        for share, sets in (("query_head", 4), ("kv_head", 2), ("layer", 1)):
+            assert kind.choose(call, Selection(7, 0.0, 3, 1, share)).tolist() == [[expected] * sets]
+    call = Call(torch.randn(1, 4, 2, 8), *torch.randn(2, 1, 2, 40, 8), torch.tensor(40), None, 1.0)
+    sees = (torch.arange(40) <= torch.tensor([[8], [20]]))[None, None]
+    index = kind.choose(Call(call.query, call.key, call.value, call.length, sees, 1.0), Selection(4, 0.0, 1))
+    assert index[0, :, 0].tolist() == [[0, 6, 7, 8], [0, 18, 19, 20]]
+
+
+def test_what_a_step_reads():
+    """In tokens' keys and values: a selection with sparse output scans keys, a window nothing."""
+    for by, output, expected in (("scores", "full", 1000), ("scores", "sparse", 500 + 100), ("window", "sparse", 100)):
+        layers = {"0": {"role": "select", "by": by, "output": output}, "1": "reuse"}
+        policy = tc.Policy.from_dict({"num_layers": 2, "layers": layers, "defaults": {"budget": 100}})
+        assert [role.tokens_read(1000, 3) for role in policy.roles] == [expected, 100]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"by": "quest"}, r"layers.0.by: found \"quest\"; valid values are 'scores' or 'window'"),
+        ({"by": "window", "output": "full"}, "layers.0.output: by: window returns sparse, found full"),
+        (
+            {"by": "window", "page": 16},
+            "layers.0.page: unknown key; valid keys are role, .*by: window has none of its own",
+        ),
+        ({"pool": "mean"}, "layers.0.pool: found \"mean\"; valid values are 'sum', 'max' or 'union'"),
+        ({"output": "dense"}, "layers.0.output: found \"dense\"; valid values are 'full' or 'sparse'"),
+    ],
+)
+def test_methods_and_keys_that_are_not_valid(entry, message):
+    with pytest.raises(tc.PolicyError, match=message):
+        tc.Policy.from_dict({"num_layers": 1, "layers": {"0": {"role": "select", **entry}}})
+
+
+def test_only_selections_have_a_method():
+    for entry in ({"by": "window"}, {"output": "sparse"}, {"pool": "max"}):
+        with pytest.raises(tc.PolicyError, match=f"layers.1: {next(iter(entry))} can only be set on a select layer"):
+            tc.Policy.from_dict({"num_layers": 2, "layers": {"0": "select", "1": {"role": "reuse", **entry}}})
+
+
+def test_one_line_of_defaults_changes_the_method():
+    layers = {"0": "select", "1-2": "reuse", "3": "select", "4": "reuse"}
+    policy = tc.Policy.from_dict({"num_layers": 5, "layers": layers, "defaults": {"by": "window"}})
+    assert [(role.by, role.output) for role in policy.roles] == [("window", "sparse")] * 5
+    assert tc.Policy.from_dict(policy.to_dict()) == policy
+    scores = policy.with_defaults(by="scores", output="sparse")
+    assert [role.output for role in scores.roles if role.role == "select"] == ["sparse"] * 2
+
+
+def test_explain_and_the_list_of_policies_name_methods():
+    rows = tc.explain(tiny_model(num_hidden_layers=3), "window").rows
+    assert [(row.role, row.by, row.output) for row in rows] == [
+        ("select", "window", "sparse"),
+        *[("reuse", "window", "sparse")] * 2,
+    ]
+    table = quick("explain", "--model", "random:llama", "--policy", "kascade")
+    assert "scores" in table and "sparse" in table and "full" in table
+    listed = {row["name"]: row["description"] for row in json.loads(quick("policy", "list", "--json"))}
+    assert set(PRESETS) <= set(listed) and listed["window"].startswith("StreamingLLM")
+
+
+def test_pick_takes_any_importance():
+    """NaN and infinities where nothing is seen, ties to the lower position, several queries."""
+    seen = torch.tensor([[[True, False, True, True, True, False]]])
+    worth = torch.tensor([[[[1.0, torch.nan, 5.0, 1.0, 1.0, torch.inf]]]])
+    assert reference.pick(worth, seen, Selection(2), 6).tolist() == [[[0, 2]]]
+    assert reference.pick(worth, seen, Selection(3, 0.0, 0, 1), 6).tolist() == [[[0, 2, 4]]]
+    assert reference.pick(worth, seen, Selection(6), 6).tolist() == [[[0, 2, 3, 4, -1, -1]]]
+    assert reference.pick(worth, ~seen & False, Selection(2), 6).tolist() == [[[-1, -1]]]
+
+
+STRANGER = """
+import json, sys
+import torch
+from models import decode_logits, prefilled, random_tokens, tiny_model
+from recorder import Recorder
+import tidal_compile as tc
+from tidal_compile.kernels.call import Selection
+from tidal_compile.replay import Block, make_context, replay
+from tidal_compile.run import filled
+
+model = tiny_model(num_hidden_layers=3)
+layers = {"0": "full", "1": {"role": "select", "by": "key_norm", "power": 3.0}, "2": "reuse"}
+policy = tc.Policy.from_dict({"num_layers": 3, "layers": layers, "defaults": {"budget": 12, "sinks": 2, "recent": 3}})
+prompt, token = random_tokens(1, 40), random_tokens(1, 1, seed=2)
+recorder, cache = Recorder(policy=policy), prefilled(model, prompt, 64)
+got = decode_logits(torch.compile(model, backend=recorder, fullgraph=True), cache, token)
+compiled = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
+same = decode_logits(compiled, prefilled(model, prompt, 64), token)
+block = replay(model, make_context(model, filled(model, prompt, 64), 40, [Block("text", token)]), policy.roles)[0]
+norms = cache.layers[1].keys[0, :, :41].norm(dim=-1)
+wrong = []
+try:
+    tc.Policy.from_dict({"num_layers": 1, "layers": {"0": {"role": "select", "by": "window", "power": 2.0}}})
+except tc.PolicyError as error:
+    wrong.append(str(error))
+row = tc.explain(model, policy).rows[1]
+print(json.dumps({
+    "op": recorder.after[0]["choose_by_key_norm.default"], "explain": row.by, "error": wrong[0],
+    "apart": [(got - same).abs().max().item(), (got[0] - block).abs().max().item()],
+    "read": policy.roles[1].tokens_read(100, 2),
+}))
+"""
+
+
+def test_a_new_method_is_one_file(tmp_path):
+    """The example of docs/adding-a-method.md, put into the folder of methods: policy, graph, Inductor, replay, explain."""
+    page = (ROOT / "docs/adding-a-method.md").read_text()
+    example = re.search(r"```python title=\"kernels/methods/key_norm.py\"\n(.*?)```", page, re.DOTALL)[1]
+    shutil.copytree(ROOT / "tidal_compile", tmp_path / "tidal_compile", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tidal_compile/kernels/methods/key_norm.py").write_text(example)
+    paths = os.pathsep.join([str(tmp_path), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["op"] == 1 and found["explain"] == "key_norm, power 3.0" and found["read"] == 50 + 12
+    assert max(found["apart"]) < 1e-4
+    assert "power: a key of by: key_norm, not of by: window" in found["error"]
