@@ -25,7 +25,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def explanation_table(explanation: "Explanation") -> Table:
-    """Make a table with a row for each attention call: its layer, role, source of tokens and budget.
+    """Make a table with a row for each attention call: its layer, role, source of tokens, method and budget.
 
     The last column says why a call was left as it was; it is there only if one was.
     """
@@ -34,8 +34,8 @@ def explanation_table(explanation: "Explanation") -> Table:
         layer = "?" if row.layer is None else str(row.layer)
         source = f"layer {row.source}" if row.role == "reuse" else "whole cache" if row.role else ""
         source += f", heads {' '.join(map(str, row.heads))}" if row.heads else ""
-        rows.append((layer, row.role or "-", source, row.budget, row.share, row.reason))
-    columns = ("layer", "role", "tokens from", "budget", "shared by", "left alone because")
+        rows.append((layer, row.role or "-", source, row.by, row.budget, row.share, row.output, row.reason))
+    columns = ("layer", "role", "tokens from", "chosen by", "budget", "shared by", "output", "left alone because")
     shown = len(columns) if any(row.reason for row in explanation.rows) else len(columns) - 1
     return table(columns[:shown], [row[:shown] for row in rows])
 
