@@ -7,7 +7,7 @@ measured at: in a column of its own or, where all rows share one, in the lines a
 import json
 from pathlib import Path
 
-from tidal_compile.bench.tables import DECODE_COLUMNS, KERNEL_COLUMNS, about, decode_rows, kernel_rows, markdown
+from tidal_compile.bench.markdown import DECODE_COLUMNS, KERNEL_COLUMNS, about, decode_rows, kernel_rows, markdown
 from tidal_compile.policy import Policy, resolve
 
 HERE = Path(__file__).parent

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Generic
 
 from ..kernels.call import Call, Selection, T, arguments
-from ..kernels.methods import Method
+from ..kernels.methods import METHODS, Method
 
 if TYPE_CHECKING:
     from torch import Tensor, fx
@@ -38,7 +38,7 @@ class LayerRole:
     source: int | None = None
     selection: Selection | None = None
     by: str = "scores"
-    method: Method | None = None
+    method: Method = field(default_factory=METHODS["scores"])
     output: str = "full"
     heads: tuple[int, ...] | None = None
 
@@ -49,7 +49,7 @@ class LayerRole:
 
     def describe_method(self) -> str:
         """The method by which its tokens are chosen, and its keys: "pages, page 16"."""
-        keys = [f"{field.name} {getattr(self.method, field.name)}" for field in fields(self.method)]
+        keys = [f"{one.name} {getattr(self.method, one.name)}" for one in fields(self.method)]
         return ", ".join([self.by, *keys])
 
     def tokens_read(self, length: int, group: int) -> float:

@@ -10,7 +10,7 @@ import torch
 from commands import quick
 from typer.testing import CliRunner
 
-from tidal_compile.bench import decode, figures, kernels, tables
+from tidal_compile.bench import decode, figures, kernels, markdown
 from tidal_compile.bench.timing import relative_error, summary
 from tidal_compile.cli import app
 from tidal_compile.kernels.call import fitting
@@ -176,4 +176,4 @@ def test_small_numbers():
     assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
     assert fitting(32, 4, 64) == {"budget": 32, "sinks": 4, "recent": 16}
     assert fitting(1024, 4, 64) == {"budget": 1024, "sinks": 4, "recent": 64}
-    assert tables.markdown(("a", "b"), [("1", "2")]) == "| a | b |\n|---|---|\n| 1 | 2 |\n"
+    assert markdown.markdown(("a", "b"), [("1", "2")]) == "| a | b |\n|---|---|\n| 1 | 2 |\n"

@@ -193,7 +193,9 @@ def test_the_better_way_to_share_is_found_and_refined():
         return Score(loss, {"text": loss}, {"text": 1.0}, 1.0)
 
     statistics = {"kv_head": Statistics(losses / 2, {}), "layer": Statistics(losses, {})}
-    tried = list(explore(score, statistics, range(16), 3, 2, 64, 36, 400, vary_budgets=True))
+    tried = list(
+        explore(score, statistics, range(16), 3, 2, 64, 36, tc.CalibrationSettings(tries=400, vary_budgets=True))
+    )
     best = min(tried, key=lambda one: one.score.loss).candidate
     assert (best.selections, best.share, best.nearest) == ((2, 7, 11), "layer", False)
     assert max(best.budgets) == 96

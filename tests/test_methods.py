@@ -16,6 +16,8 @@ from oracle import OracleModel, roles_of
 from recorder import Recorder
 
 import tidal_compile as tc
+from tidal_compile.calibrate.search import Score, explore, is_better
+from tidal_compile.calibrate.statistics import Statistics
 from tidal_compile.kernels import reference
 from tidal_compile.kernels.call import Call, Selection
 from tidal_compile.kernels.methods import METHODS
@@ -172,6 +174,33 @@ def test_pick_takes_any_importance():
     assert reference.pick(worth, ~seen & False, Selection(2), 6).tolist() == [[[-1, -1]]]
 
 
+@pytest.mark.parametrize(("cost", "expected"), [(0.0, (1, 3)), (0.001, (1, 3)), (0.1, ())])
+def test_calibration_takes_sparse_output_where_it_costs_nothing(cost, expected):
+    """`cost`: what each selection with sparse output adds to a loss of about 0.3."""
+    statistics = {"layer": Statistics(torch.rand(6, 6, dtype=torch.float64), {})}
+
+    def score(candidate):
+        far = sum(abs(one - other) for one, other in zip(candidate.selections, (1, 3), strict=True))
+        loss = 0.3 + 0.1 * far + 0.2 * (not candidate.nearest) + cost * len(candidate.sparse)
+        return Score(loss, {}, {}, None)
+
+    best = None
+    for tried in explore(score, statistics, range(6), 2, 2, 64, 8, tc.CalibrationSettings(tries=30)):
+        best = tried if is_better(tried, best) else best
+    assert best.candidate.selections == (1, 3) and best.candidate.sparse == expected
+    settings = tc.CalibrationSettings(tries=30, output="full")
+    assert not any(one.candidate.sparse for one in explore(score, statistics, range(6), 2, 2, 64, 8, settings))
+
+
+def test_settings_by_name():
+    with pytest.raises(tc.TidalError, match="calibrate: unknown setting 'trys'; valid settings are context, contexts"):
+        tc.calibrate(None, None, "a text", trys=3)
+    with pytest.raises(tc.TidalError, match="evaluate: unknown setting 'lenghts'; valid settings are tasks, lengths"):
+        tc.evaluate(None, None, [], text="a text", lenghts=[3])
+    with pytest.raises(tc.TidalError, match="output 'half'; valid are auto, full, sparse"):
+        tc.calibrate(None, None, "a text", settings=tc.CalibrationSettings(output="half"))
+
+
 STRANGER = """
 import json, sys
 import torch
@@ -212,7 +241,7 @@ def test_a_new_method_is_one_file(tmp_path):
     example = re.search(r"```python title=\"kernels/methods/key_norm.py\"\n(.*?)```", page, re.DOTALL)[1]
     shutil.copytree(ROOT / "tidal_compile", tmp_path / "tidal_compile", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tidal_compile/kernels/methods/key_norm.py").write_text(example)
-    paths = os.pathsep.join([str(tmp_path), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(tmp_path), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", STRANGER],
         capture_output=True,

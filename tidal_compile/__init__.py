@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from .evaluate import evaluate
     from .explain import explain
     from .policy import Policy
+    from .settings import CalibrationSettings, EvaluationSettings
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "CalibrationSettings",
+    "EvaluationSettings",
     "Policy",
     "PolicyError",
     "TidalError",
@@ -38,6 +41,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CalibrationSettings": "settings",
+    "EvaluationSettings": "settings",
     "Policy": "policy",
     "calibrate": "calibrate",
     "calibrate_curve": "calibrate",

@@ -8,7 +8,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from transformers.integrations import sdpa_attention
 
 from .errors import TidalError, UnsupportedModelError
 from .kernels import ops as _ops  # noqa: F401  registers the ops that `rewrite` inserts
+from .kernels.methods import METHODS
 from .passes.counters import COUNTER, take_out_counters
 from .passes.linears import join_linears
 from .passes.match import AttentionSite, Unmatched, count_layers, find_attention, policy_layers
@@ -59,7 +60,9 @@ class Options:
     @classmethod
     def parse(cls, options: dict[str, Any]) -> "Options":
         """Raises `TidalError` for an unknown option or a value of the wrong type."""
-        known = (*OWN_OPTIONS, *Defaults.model_fields)
+        of_methods = dict.fromkeys(field.name for kind in METHODS.values() for field in fields(kind))
+        of_policies = (*Defaults.model_fields, *of_methods)
+        known = (*OWN_OPTIONS, *of_policies)
         for name in options:
             if name not in known:
                 raise TidalError(f"unknown option {name!r} for backend 'tidal'; valid options are: {', '.join(known)}")
@@ -77,7 +80,7 @@ class Options:
             raise TidalError(
                 f"option 'inductor': no Inductor setting {unknown[0]!r}; see torch._inductor.list_options()"
             )
-        overrides = {name: options[name] for name in Defaults.model_fields if name in options}
+        overrides = {name: options[name] for name in of_policies if name in options}
         # What is wrong with a policy is an error now, not at the first decode step
         if is_preset(own.setdefault("policy", "full")):
             Policy.preset(own["policy"], 32, **overrides)

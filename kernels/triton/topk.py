@@ -30,7 +30,6 @@ LOWEST_CODE = tl.constexpr(-(2**31))  # below what `_encode` returns for any num
 HIGHEST_CODE = tl.constexpr(2**31 - 1)
 BINS = tl.constexpr(128)
 RUN = tl.constexpr(8)
-WAYS = tl.constexpr(16)
 SEGMENT_BLOCK = tl.constexpr(128)  # candidates that are read at once: most tiles have fewer
 INF = tl.constexpr(float("inf"))  # the importance of a token that is always chosen; invalid tokens have -INF
 
@@ -232,35 +231,33 @@ def _find_threshold(
     reach. At least `wanted` must reach `low`.
 
     The values of candidates are their codes, or with OF_POSITIONS the negated positions of those with `tied_code`. The
-    first BLOCK values, nearly always all, are given in `values`; the others are read again for every turn. A turn tries
-    WAYS thresholds, `step` apart; the first ones are just above `low`, where the answer is expected. Returns the
-    threshold, how many values reach it, and, if these are more than `wanted`, how many are above it.
+    first BLOCK values, nearly always all, are given in `values`; the others are read again for every threshold tried.
+    The answer is expected near `low`, so steps from there start at `step` and double, until halving the interval is
+    the shorter step. Returns the threshold, how many values reach it, and, if these are more than `wanted`, how many
+    are above it.
     """
     low = low.to(tl.int64)
     high = high.to(tl.int64)
     step = low * 0 + step
     reach = total
     above = total * 0
-    way = tl.arange(1, WAYS + 1)
-    while (low < high) & (reach != wanted):
-        # Ways beyond the end try the end again, which changes nothing
-        thresholds = tl.minimum(low + way * step, high).to(tl.int32)
-        reached = tl.sum((values[:, None] >= thresholds[None, :]).to(tl.int32), 0)
+    while low < high:
+        middle = tl.minimum(low + step, high - (high - low) // 2)
+        threshold = middle.to(tl.int32)
+        reached = tl.sum((values >= threshold).to(tl.int32), 0)
         for first in range(BLOCK, total, BLOCK):
             entry = first + tl.arange(0, BLOCK)
             more = tl.load(codes + entry, mask=entry < total, other=LOWEST_CODE)
             if OF_POSITIONS:
                 position = tl.load(positions + entry, mask=entry < total, other=0)
                 more = tl.where(more == tied_code, -position, LOWEST_CODE)
-            reached += tl.sum((more[:, None] >= thresholds[None, :]).to(tl.int32), 0)
-        enough = reached >= wanted  # for the first so many ways
-        ways = tl.sum(enough.to(tl.int64), 0)
-        reach = tl.minimum(reach, tl.min(tl.where(enough, reached, HIGHEST_CODE), 0))
-        above = tl.maximum(above, tl.max(tl.where(enough, 0, reached), 0))
-        end = tl.where(ways == WAYS, high, tl.minimum(low + (ways + 1) * step - 1, high))
-        low = tl.minimum(low + ways * step, high)
-        high = end
-        step = tl.where(ways == WAYS, step * WAYS, (high - low) // WAYS + 1)
+            reached += tl.sum((more >= threshold).to(tl.int32), 0)
+        enough = reached >= wanted
+        low = tl.where(enough, middle, low)
+        reach = tl.where(enough, reached, reach)
+        above = tl.where(enough, above, reached)
+        high = tl.where(reached == wanted, middle, tl.where(enough, high, middle - 1))
+        step *= 2
     return low.to(tl.int32), reach, above
 
 
@@ -303,14 +300,14 @@ def _emit(
     # A constant enters the search as `x * 0 + constant`: a loop needs variables that don't change their type.
     code = tl.where(entry < total, code, LOWEST_CODE)
     threshold, reach, above = _find_threshold(
-        code, codes, positions, total, 0, keep, bound, bound * 0 + HIGHEST_CODE - 1, 2**16, BLOCK, False
+        code, codes, positions, total, 0, keep, bound, bound * 0 + HIGHEST_CODE - 1, 2**19, BLOCK, False
     )
     last_tied = slots + total * 0
     if reach > keep:  # too many candidates are equal: those at the lowest positions are chosen
         tied = tl.where(code == threshold, -position, LOWEST_CODE)
         lowest = total * 0 - slots
         position_threshold, _, _ = _find_threshold(
-            tied, codes, positions, total, threshold, keep - above, lowest, total * 0, slots // WAYS + 1, BLOCK, True
+            tied, codes, positions, total, threshold, keep - above, lowest, total * 0, slots, BLOCK, True
         )
         last_tied = -position_threshold
 
@@ -437,7 +434,7 @@ def choose_tokens(
     span = 1 if programs <= 256 else 2 if programs <= 1024 else 4
     _emit[(triton.cdiv(tiles, span), sets, batch)](
         length, keep, total, segments, bound, codes, positions, index, slots, tiles, width, SPAN=span, BLOCK=2048,
-        num_warps=4, **common,
+        num_warps=2, **common,
     )  # fmt: skip
     return index
 

@@ -24,30 +24,22 @@ from transformers import PreTrainedModel
 
 from ..errors import TidalError, UnsupportedModelError
 from ..explain import decode_calls
-from ..kernels.call import fitting
+from ..kernels.call import SHARES, fitting
 from ..models import describe, name_of
 from ..passes.match import Unmatched, policy_layers
 from ..passes.plan import kv_share, make_plan
 from ..passes.roles import LayerRole
 from ..policy import Policy
+from ..progress import Progress
 from ..provenance import check_same, versions
 from ..replay import Context, cannot_replay
+from ..settings import CALIBRATION, CalibrationSettings, changed
 from ..text import default_text, digest
-from .search import Candidate, Found, Score, dense_predictions, explore, measure, sources
+from .search import Candidate, Found, Score, dense_predictions, explore, is_better, measure, sources
 from .statistics import Statistics, head_maps, layer_losses
 from .tasks import make_contexts
 
 KINDS = ("text", "answer", "copy")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a calibration stands: the stage, how many of its steps are done, and the best candidate so far."""
-
-    stage: str
-    done: int
-    total: int
-    best: Found | None = None
 
 
 Report = Callable[[Progress], None]
@@ -109,7 +101,7 @@ class Memory:
     another `about` belongs to another calibration.
     """
 
-    settings: dict[str, int]
+    settings: dict[str, Any]
     about: dict[str, Any]
     file: Path | None
     scores: dict[Candidate, Score]
@@ -128,55 +120,38 @@ class Memory:
         part.replace(self.file)  # an interrupt leaves the old file or the new one, never half of one
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What a search may try; the fields are the arguments of `calibrate` with these names."""
-
-    dense: int | None
-    vary_budgets: bool
-    tries: int
-    share: str
-
-
 def calibrate(
     model: PreTrainedModel, tokenizer: Any, text: str | None = None, *, budget: int | Sequence[int] = 1024,
     selections: int | None = None, max_kl: float | None = None, min_agreement: float | None = None,
-    context: int = 4096, contexts: int = 6, dense: int | None = None, sinks: int = 4, recent: int = 32,
-    share: str = "auto", vary_budgets: bool = False, weights: Mapping[str, float] | None = None, tries: int = 60,
-    seed: int = 0, name: str = "calibrated", memory: str | Path | None = None,
-    report: Report = lambda progress: None,
+    settings: CalibrationSettings = CALIBRATION, name: str = "calibrated", memory: str | Path | None = None,
+    report: Report = lambda progress: None, **changes: Any,
 ) -> Policy:  # fmt: skip
     """Return the policy with the best selection layers for a model, judged by its own predictions on the user's text.
 
-    `text` (default: `default_text`) is cut into `contexts` of about `context` tokens, in which facts are hidden; see
-    `tasks`. Give `selections`, a number of layers that select (default: 3, or a third of a shallow model's layers), or
-    a quality to reach with as few selections as possible: `max_kl`, the mean KL divergence from the dense model in
-    nats, or `min_agreement`, how often the likeliest token stays the same. Several budgets go with a quality only: the
-    policy that reaches it and reads the fewest bytes is returned. Up to `dense` layers before the first selection stay
-    dense (default: 2, or an eighth of a shallow model's layers). `budget`, `sinks` and `recent` are the policy's
-    defaults. `share` says who shares a token set, with a map of heads for `kv_head`; `auto` tries `kv_head` and
-    `layer`. `vary_budgets` also tries another budget for each selection, with the same number of tokens in all.
-    `weights` of the kinds of loss (text, answer and copy) are 1 each by default. `tries` bounds the policies that are
-    tried for each number of selections, before the best one is refined. `memory` is a file that keeps the scores, so
-    that a second run needn't measure them again. `report` is called after every step. An interrupt (Ctrl-C) ends the
-    search, and the best policy so far is returned.
+    `text` (default: `default_text`) is cut into contexts, in which facts are hidden; see `tasks`. Give `selections`, a
+    number of layers that select (default: 3, or a third of a shallow model's layers), or a quality to reach with as few
+    selections as possible: `max_kl`, the mean KL divergence from the dense model in nats, or `min_agreement`, how often
+    the likeliest token stays the same. Several budgets go with a quality only: the policy that reaches it and reads the
+    fewest bytes is returned. `settings`, or single ones by name (`tries=20`), say how contexts are made and what the
+    search may try. `memory` is a file that keeps the scores, so that a second run needn't measure them again. `report`
+    is called after every step. An interrupt (Ctrl-C) ends the search, and the best policy so far is returned.
 
     Raises `TidalError` for a text that is too short, a quality that no number of selections reaches, or a `memory` of
     another calibration; `UnsupportedModelError` for a model whose attention can't be rewritten.
     """
+    settings = changed("calibrate", settings, changes)
     goal = Goal(selections, max_kl, min_agreement)
     several = not isinstance(budget, int)
-    check_settings(budget if several else [budget], context, contexts, tries, [goal])
+    check_settings(budget if several else [budget], settings, [goal])
     if several and (not budget or goal.to_reach is None):
         raise TidalError("calibrate: several budgets go with a quality to reach; `calibrate_curve` makes a policy each")
     text = default_text() if text is None else text
-    about = _about_scores(model, text, context, contexts, weights, seed)
+    about = _about_scores(model, text, settings)
     budgets = sorted(budget, reverse=True) if several else [budget]  # the largest is the likeliest to reach the goal
-    memories = [_open_memory(about, tokens, sinks, recent, memory, several) for tokens in budgets]
+    memories = [_open_memory(about, tokens, settings, memory, several) for tokens in budgets]
     ground = _prepare(model, tokenizer, text, about, [] if selections is None else [selections], report)
     goal = Goal(_default_selections(ground.layers)) if goal == Goal() else goal
-    effort = Effort(dense, vary_budgets, tries, share)
-    policies = _search_budgets(ground, memories, [goal], effort, lambda *_: name, report)
+    policies = _search_budgets(ground, memories, [goal], settings, lambda *_: name, report)
     reaching = [policy for policy in policies if policy.calibration["reached"]]
     if goal.to_reach is None or (policies[-1].calibration["interrupted"] and not reaching):
         return policies[-1]
@@ -192,10 +167,8 @@ def calibrate(
 
 def calibrate_curve(
     model: PreTrainedModel, tokenizer: Any, text: str | None = None, *, budgets: Sequence[int],
-    selections: Sequence[int] | None = None, context: int = 4096, contexts: int = 6, dense: int | None = None,
-    sinks: int = 4, recent: int = 32, share: str = "auto", vary_budgets: bool = False,
-    weights: Mapping[str, float] | None = None, tries: int = 60, seed: int = 0, name: str = "calibrated",
-    memory: str | Path | None = None, report: Report = lambda progress: None,
+    selections: Sequence[int] | None = None, settings: CalibrationSettings = CALIBRATION,
+    name: str = "calibrated", memory: str | Path | None = None, report: Report = lambda progress: None, **changes: Any,
 ) -> list[Policy]:  # fmt: skip
     """Return a policy for every budget and every number of selections, calibrated on the same contexts.
 
@@ -203,29 +176,34 @@ def calibrate_curve(
     `memory` file for each budget, with the budget in its name. Small budgets get fewer sinks and recent tokens. An
     interrupt (Ctrl-C) ends all of the searches, and the policies found so far are returned.
     """
-    check_settings(budgets, context, contexts, tries, [Goal(number) for number in selections or [None]])
+    settings = changed("calibrate", settings, changes)
+    check_settings(budgets, settings, [Goal(number) for number in selections or [None]])
     text = default_text() if text is None else text
-    about = _about_scores(model, text, context, contexts, weights, seed)
-    memories = [_open_memory(about, budget, sinks, recent, memory, True) for budget in budgets]
+    about = _about_scores(model, text, settings)
+    memories = [_open_memory(about, budget, settings, memory, True) for budget in budgets]
     ground = _prepare(model, tokenizer, text, about, selections or [], report)
     goals = [Goal(number) for number in selections or [_default_selections(ground.layers)]]
 
     def policy_name(budget: int, number: int) -> str:
         return f"{name}-{budget}-{number}"
 
-    return _search_budgets(ground, memories, goals, Effort(dense, vary_budgets, tries, share), policy_name, report)
+    return _search_budgets(ground, memories, goals, settings, policy_name, report)
 
 
-def check_settings(budgets: Sequence[int], context: int, contexts: int, tries: int, goals: Sequence[Goal]) -> None:
+def check_settings(budgets: Sequence[int], settings: CalibrationSettings, goals: Sequence[Goal]) -> None:
     """Raise `TidalError` for settings that are wrong for every model."""
     for budget in budgets:
-        if not 1 <= budget < context:
+        if not 1 <= budget < settings.context:
             raise TidalError(
-                f"calibrate: budget {budget}; valid are 1 to {context - 1}, below the context of {context}"
+                f"calibrate: budget {budget}; valid are 1 to {settings.context - 1}, below the context of "
+                f"{settings.context}"
             )
-    for name, number in (("contexts", contexts), ("tries", tries)):
-        if number < 1:
-            raise TidalError(f"calibrate: {name} {number}; at least 1 is needed")
+    for name in ("contexts", "tries"):
+        if getattr(settings, name) < 1:
+            raise TidalError(f"calibrate: {name} {getattr(settings, name)}; at least 1 is needed")
+    for name, valid in (("share", ("auto", *SHARES)), ("output", ("auto", "full", "sparse"))):
+        if getattr(settings, name) not in valid:
+            raise TidalError(f"calibrate: {name} {getattr(settings, name)!r}; valid are {', '.join(valid)}")
     for goal in goals:
         if sum(value is not None for value in dataclasses.astuple(goal)) > 1:
             raise TidalError("calibrate: give one of selections, max_kl and min_agreement, not several")
@@ -236,7 +214,7 @@ def check_settings(budgets: Sequence[int], context: int, contexts: int, tries: i
 
 
 def _search_budgets(
-    ground: Ground, memories: Sequence[Memory], goals: Sequence[Goal], effort: Effort,
+    ground: Ground, memories: Sequence[Memory], goals: Sequence[Goal], settings: CalibrationSettings,
     policy_name: Callable[[int, int | None], str], report: Report,
 ) -> list[Policy]:  # fmt: skip
     """Return the best policy at each budget for each goal; once one reaches a quality, only cheaper ones are tried.
@@ -246,8 +224,8 @@ def _search_budgets(
     policies: list[Policy] = []
     try:
         for memory in memories:
-            statistics = _statistics(ground, memory.settings, effort.share, report)
-            search = BudgetSearch(ground, memory, statistics, effort, _published(ground, memory.settings))
+            statistics = _statistics(ground, memory.settings, settings.share, report)
+            search = BudgetSearch(ground, memory, statistics, settings, _published(ground, memory.settings))
             for goal in goals:
                 reaching = [
                     policy.calibration["bytes_per_step"] for policy in policies if policy.calibration["reached"]
@@ -271,7 +249,7 @@ class BudgetSearch:
     ground: Ground
     memory: Memory
     statistics: dict[str, Statistics]
-    effort: Effort
+    effort: CalibrationSettings
     published: dict[str, Any]
 
     @torch.no_grad()
@@ -287,7 +265,7 @@ class BudgetSearch:
             for tried in self._try_candidates(goal, byte_limit):
                 trace[tried.candidate] = round(tried.score.loss, 6)
                 reached = goal.reached(tried.score, self.ground.weights)
-                if best is None or reached or tried.score.loss < best.score.loss:
+                if reached or is_better(tried, best):
                     best = tried
                 stage = f"search at {self.memory.settings['budget']}, {len(tried.candidate.selections)} selections"
                 report(Progress(stage, len(trace), max(self.effort.tries, len(trace)), best))
@@ -308,8 +286,7 @@ class BudgetSearch:
             if self._least_bytes(number) >= byte_limit:
                 return
             yield from explore(
-                self._score, self.statistics, layers, number, dense, settings["budget"], always_kept, effort.tries,
-                effort.vary_budgets,
+                self._score, self.statistics, layers, number, dense, settings["budget"], always_kept, effort
             )  # fmt: skip
 
     def _least_bytes(self, selections: int) -> int:
@@ -343,17 +320,19 @@ class BudgetSearch:
 
 
 def _open_memory(
-    about: dict[str, Any], budget: int, sinks: int, recent: int, file: str | Path | None, several: bool
+    about: dict[str, Any], budget: int, asked: CalibrationSettings, file: str | Path | None, several: bool
 ) -> Memory:
     """Return the scores that an earlier run has measured at a budget, from the budget's own file if it has `several`.
 
     Sinks and recent tokens must fit into the only budget; of several, small ones get as many as fit.
     """
-    settings = {"budget": budget, "sinks": sinks, "recent": recent}
+    settings: dict[str, Any] = {"budget": budget, "sinks": asked.sinks, "recent": asked.recent}
     if several:
         settings = fitting(**settings)
-    elif sinks + recent > budget:
-        raise TidalError(f"calibrate: budget {budget} is smaller than sinks + recent ({sinks} + {recent})")
+    elif asked.sinks + asked.recent > budget:
+        raise TidalError(f"calibrate: budget {budget} is smaller than sinks + recent ({asked.sinks} + {asked.recent})")
+    if asked.output == "sparse":
+        settings["output"] = "sparse"
     path = None if file is None else Path(file)
     if several and path is not None:
         path = path.with_stem(f"{path.stem}-{budget}")
@@ -373,9 +352,9 @@ def _read_scores(file: Path | None, about: dict[str, Any]) -> dict[Candidate, Sc
     return {_candidate(**row["candidate"]): Score(**row["score"]) for row in data["scores"]}
 
 
-def _candidate(selections: list[int], share: str, nearest: bool, budgets: list[int]) -> Candidate:
+def _candidate(**fields: Any) -> Candidate:
     """A candidate as JSON holds it, with tuples in place of lists again."""
-    return Candidate(tuple(selections), share, nearest, tuple(budgets))
+    return Candidate(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def _default_selections(layers: Sequence[int]) -> int:
@@ -383,11 +362,9 @@ def _default_selections(layers: Sequence[int]) -> int:
     return min(3, max(1, len(layers) // 3))
 
 
-def _about_scores(
-    model: PreTrainedModel, text: str, context: int, contexts: int, weights: Mapping[str, float] | None, seed: int
-) -> dict[str, Any]:
+def _about_scores(model: PreTrainedModel, text: str, settings: CalibrationSettings) -> dict[str, Any]:
     """Describe all that scores depend on, besides the policy. Raises `TidalError` for weights that can't be used."""
-    all_weights = dict.fromkeys(KINDS, 1.0) | dict(weights or {})
+    all_weights = dict.fromkeys(KINDS, 1.0) | dict(settings.weights or {})
     if unknown := set(all_weights) - set(KINDS):
         raise TidalError(f"calibrate: unknown kind of loss {sorted(unknown)[0]!r}; kinds are {', '.join(KINDS)}")
     if not all(0 <= weight < math.inf for weight in all_weights.values()) or not any(all_weights.values()):
@@ -395,7 +372,8 @@ def _about_scores(
             f"calibrate: weights must be finite numbers, none below 0 and at least one above; found {all_weights}"
         )
     return describe(model) | {
-        "text": digest(text), "context": context, "contexts": contexts, "seed": seed, "weights": all_weights,
+        "text": digest(text), "context": settings.context, "contexts": settings.contexts, "seed": settings.seed,
+        "weights": all_weights,
     }  # fmt: skip
 
 
@@ -479,7 +457,8 @@ def _make_policy(
     layers: dict[int, Any] = dict.fromkeys(range(ground.num_layers), "full")
     for number, layer in enumerate(candidate.selections):
         budget = {"budget": candidate.budgets[number]} if candidate.budgets else {}
-        layers[layer] = {"role": "select", **budget}
+        output = {"output": "sparse"} if layer in candidate.sparse else {}
+        layers[layer] = {"role": "select", **budget, **output}
     for layer, source in sources(candidate, statistics.losses, ground.layers).items():
         heads = statistics.heads.get((source, layer))
         head_map = {"heads": list(heads)} if heads and heads != tuple(range(len(heads))) else {}

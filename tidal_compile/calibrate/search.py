@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from ..passes.roles import LayerRole
 from ..replay import Context, replay
+from ..settings import CalibrationSettings
 from .statistics import Statistics, best_selections, total_loss
 
+NOTHING = 1.01  # times the loss: less than what another text changes
 BREADTH = 12  # changes of a candidate that are tried in one turn
 SHIFTS = (0.5, 0.75, 1.25, 1.5)  # factors of one selection's budget, where another selection's makes up the difference
 
@@ -29,13 +31,15 @@ class Candidate:
     """What a policy is made of: the selection layers, who shares a token set, and the budget of each selection.
 
     `nearest`: a layer reuses the tokens of the nearest selection before it, otherwise those of the earlier selection
-    that costs it the least loss. `budgets`: empty where all selections have the policy's default.
+    that costs it the least loss. `budgets`: empty where all selections have the policy's default. `sparse`: the
+    selections whose output is sparse, though the policy's default is full.
     """
 
     selections: tuple[int, ...]
     share: str
     nearest: bool = True
     budgets: tuple[int, ...] = ()
+    sparse: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,14 @@ class Found:
 
     candidate: Candidate
     score: Score
+
+
+def is_better(tried: Found, best: Found | None) -> bool:
+    """Whether a candidate loses less than the best one so far, or nothing and reads fewer bytes (sparse output)."""
+    if best is None:
+        return True
+    saves = set(tried.candidate.sparse) > set(best.candidate.sparse)
+    return tried.score.loss <= best.score.loss * NOTHING if saves else tried.score.loss < best.score.loss
 
 
 def dense_predictions(model: nn.Module, contexts: Sequence[Context], num_layers: int) -> list[list[Tensor]]:
@@ -95,30 +107,32 @@ def measure(
 
 def explore(
     score: Callable[[Candidate], Score], statistics: Mapping[str, Statistics], layers: Sequence[int], selections: int,
-    dense: int, budget: int, least: int, tries: int, vary_budgets: bool,
+    dense: int, budget: int, least: int, settings: CalibrationSettings,
 ) -> Iterator[Found]:  # fmt: skip
-    """Yield every candidate with its score as it is tried: `tries` by `search`, then refinements of the best one.
+    """Yield every candidate with its score as it is tried: some by `search`, then refinements of the best one.
 
     `statistics`: for each way to share token sets, by the name of who shares them. `layers`: those that may select, of
     which up to `dense` before the first selection stay dense. `budget`: of every selection, and no smaller than `least`
-    where `vary_budgets` asks for refinements with other budgets.
+    where the settings ask for refinements with other budgets.
     """
     best: Found | None = None
 
     def attempt(candidate: Candidate) -> Found:
         nonlocal best
         result = Found(candidate, score(candidate))
-        best = result if best is None or result.score.loss < best.score.loss else best
+        best = result if is_better(result, best) else best
         return result
 
-    yield from search(attempt, statistics, layers, selections, dense, tries)
-    if selections == 1:  # the only source of tokens, with the whole budget
-        return
-    yield attempt(dataclasses.replace(best.candidate, nearest=False))
-    if vary_budgets:
+    yield from search(attempt, statistics, layers, selections, dense, settings.tries)
+    if selections > 1:  # one is the only source of tokens, with the whole budget
+        yield attempt(dataclasses.replace(best.candidate, nearest=False))
+    if selections > 1 and settings.vary_budgets:
         losses = statistics[best.candidate.share].losses
         for budgets in _shifts(best.candidate, losses, layers, budget, least):
             yield attempt(dataclasses.replace(best.candidate, budgets=budgets))
+    if settings.output == "auto":
+        for selection in best.candidate.selections:
+            yield attempt(dataclasses.replace(best.candidate, sparse=(*best.candidate.sparse, selection)))
 
 
 def search(

@@ -250,16 +250,16 @@ def _results(about: dict[str, Any], folder: Path, name: str, device: str, as_jso
 
 
 def _print(kept: Kept, as_json: bool) -> None:
-    from ..bench import tables
+    from ..bench import markdown
 
     if as_json:
         print(json.dumps(kept.result))
         return
     for key, columns, rows in (
-        ("decode", tables.DECODE_COLUMNS, tables.decode_rows),
-        ("kernels", tables.KERNEL_COLUMNS, tables.kernel_rows),
+        ("decode", markdown.DECODE_COLUMNS, markdown.decode_rows),
+        ("kernels", markdown.KERNEL_COLUMNS, markdown.kernel_rows),
     ):
         if key in kept.result:
-            print(tables.markdown(columns, rows(kept.result)))
-    out.print(tables.about(kept.result), markup=False, highlight=False, soft_wrap=True)
+            print(markdown.markdown(columns, rows(kept.result)))
+    out.print(markdown.about(kept.result), markup=False, highlight=False, soft_wrap=True)
     out.print(f"wrote {kept.path}", markup=False, highlight=False, soft_wrap=True)

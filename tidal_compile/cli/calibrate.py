@@ -10,6 +10,8 @@ import typer
 from .. import report
 from ..errors import TidalError
 from ..provenance import provenance
+from ..settings import CALIBRATION as DEFAULT
+from ..settings import CalibrationSettings
 from .common import (
     DeviceOption,
     DType,
@@ -25,6 +27,14 @@ from .common import (
     show_progress,
     where,
 )  # fmt: skip
+
+
+class CalibratedOutput(StrEnum):
+    """What selections return; `auto` is `sparse` where that costs no quality, otherwise `full`."""
+
+    auto = "auto"
+    full = "full"
+    sparse = "sparse"
 
 
 class CalibratedShare(StrEnum):
@@ -56,16 +66,22 @@ def calibrate(
     budget: Annotated[
         list[int] | None, typer.Option(min=1, help="Tokens a selection keeps; repeat for several.", show_default="1024")
     ] = None,
-    sinks: Annotated[int, typer.Option(min=0, help="How many of the first tokens are always kept.")] = 4,
-    recent: Annotated[int, typer.Option(min=0, help="How many of the last tokens are always kept.")] = 32,
+    sinks: Annotated[int, typer.Option(min=0, help="How many of the first tokens are always kept.")] = DEFAULT.sinks,
+    recent: Annotated[int, typer.Option(min=0, help="How many of the last tokens are always kept.")] = DEFAULT.recent,
     share: Annotated[
         CalibratedShare, typer.Option(help="Who shares a token set; auto: kv_head or layer, whichever loses less.")
-    ] = CalibratedShare.auto,
+    ] = CalibratedShare[DEFAULT.share],
+    output: Annotated[
+        CalibratedOutput,
+        typer.Option(help="What selections return; auto: sparse attention where that costs no quality, else full."),
+    ] = CalibratedOutput[DEFAULT.output],
     vary_budgets: Annotated[
         bool, typer.Option(help="Also try another budget for each selection, with as many tokens in all.")
     ] = False,
-    context: Annotated[int, typer.Option(min=64, help="Tokens of each context, about.")] = 4096,
-    contexts: Annotated[int, typer.Option(min=1, help="Number of contexts; half hide their facts in filler.")] = 6,
+    context: Annotated[int, typer.Option(min=64, help="Tokens of each context, about.")] = DEFAULT.context,
+    contexts: Annotated[
+        int, typer.Option(min=1, help="Number of contexts; half hide their facts in filler.")
+    ] = DEFAULT.contexts,
     dense: Annotated[
         int | None,
         typer.Option(
@@ -79,8 +95,8 @@ def calibrate(
     ] = None,
     tries: Annotated[
         int, typer.Option(min=1, help="Policies to try for each number of selections, before refining the best one.")
-    ] = 60,
-    seed: Annotated[int, typer.Option(help="The seed that chooses the hidden facts.")] = 0,
+    ] = DEFAULT.tries,
+    seed: Annotated[int, typer.Option(help="The seed that chooses the hidden facts.")] = DEFAULT.seed,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
     file: Annotated[
@@ -97,10 +113,10 @@ def calibrate(
     from transformers.utils import logging as hf_logging
 
     from ..calibrate import Goal, calibrate_curve, check_settings
-    from ..calibrate import Progress as Step
     from ..calibrate import calibrate as run_calibration
     from ..calibrate.tasks import TEXT_TOKENS
     from ..models import load_config
+    from ..progress import Progress
     from ..shapes import is_random
 
     hf_logging.disable_progress_bar()
@@ -111,10 +127,13 @@ def calibrate(
     has_quality = any(value is not None for value in quality.values())
     budgets, numbers = budget or [1024], selections or []
     goals = [Goal(number, **quality) for number in numbers or [None]]
-    check_settings(budgets, context, contexts, tries, goals)
+    settings = CalibrationSettings(
+        context=context, contexts=contexts, dense=dense, sinks=sinks, recent=recent, share=share.value,
+        output=output.value, vary_budgets=vary_budgets, weights=_weights(weight or []), tries=tries, seed=seed,
+    )  # fmt: skip
+    check_settings(budgets, settings, goals)
     check_positions(load_config(model), model, context, "blocks of", TEXT_TOKENS)
     several = len(numbers) > 1 or (len(budgets) > 1 and not has_quality)  # policies
-    weights = _weights(weight or [])
     if file.suffix not in (".yaml", ".yml", ".json") or file.is_dir():
         raise TidalError(f"--out {file}: name a file that ends in .yaml, .yml or .json")
     make_folder(file.parent)
@@ -125,7 +144,7 @@ def calibrate(
         net, tokenizer = load(progress, model, device, torch_dtype)
         tasks: dict[str, Any] = {}
 
-        def show(step: Step) -> None:
+        def show(step: Progress) -> None:
             if step.stage not in tasks:
                 if not err.is_terminal:
                     err.print(f"{step.stage} ...", markup=False, highlight=False)
@@ -134,17 +153,16 @@ def calibrate(
             so_far = "" if best is None else f": best {list(best.candidate.selections)}, loss {best.score.loss:.4f}"
             progress.update(tasks[step.stage], completed=step.done, total=step.total, description=step.stage + so_far)
 
-        settings = {
-            "sinks": sinks, "recent": recent, "share": share.value, "vary_budgets": vary_budgets, "context": context,
-            "contexts": contexts, "dense": dense, "weights": weights, "tries": tries, "seed": seed,
-            "name": file.stem, "memory": file.with_name(f"{file.name}.scores.json"), "report": show,
+        more = {
+            "settings": settings, "name": file.stem, "memory": file.with_name(f"{file.name}.scores.json"),
+            "report": show,
         }  # fmt: skip
         if several:
-            policies = calibrate_curve(net, tokenizer, corpus, budgets=budgets, selections=numbers or None, **settings)
+            policies = calibrate_curve(net, tokenizer, corpus, budgets=budgets, selections=numbers or None, **more)
         else:
             goal = {"selections": numbers[0] if numbers else None, **quality}
             budget = budgets if len(budgets) > 1 else budgets[0]
-            policies = [run_calibration(net, tokenizer, corpus, budget=budget, **goal, **settings)]
+            policies = [run_calibration(net, tokenizer, corpus, budget=budget, **goal, **more)]
     files = [file.with_stem(policy.name) for policy in policies]
     for policy, path in zip(policies, files, strict=True):
         policy.save(path)

@@ -245,10 +245,11 @@ def _evaluate(
     """
     from transformers.utils import logging as hf_logging
 
-    from ..evaluate import Progress, evaluate
+    from ..evaluate import evaluate
     from ..evaluate import report as pages
     from ..evaluate.records import summarize
     from ..models import load_config
+    from ..progress import Progress
 
     hf_logging.disable_progress_bar()
     device, torch_dtype = where(device, dtype)

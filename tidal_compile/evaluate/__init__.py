@@ -22,8 +22,10 @@ from ..passes.match import AttentionSite, Unmatched, policy_layers
 from ..passes.plan import make_plan
 from ..policy import FILE as POLICY_FILE
 from ..policy import Policy, is_preset, resolve
+from ..progress import Progress
 from ..provenance import provenance
 from ..replay import cannot_replay
+from ..settings import EVALUATION, EvaluationSettings, changed
 from ..step import PolicyStep
 from ..text import default_text, digest
 from ..variant import Variant
@@ -47,7 +49,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Ground:
+class Exam:
     """What every prompt of an evaluation shares; `dense` is the policy that everything is compared with."""
 
     model: PreTrainedModel
@@ -58,55 +60,43 @@ class Ground:
     dense: Policy
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where an evaluation stands: what is done of all its records."""
-
-    stage: str
-    done: int
-    total: int
-
-
 def evaluate(
     model: PreTrainedModel, tokenizer: Any, policies: Sequence[Policy | str | Path | dict], *,
-    tasks: Sequence[str] = ("needle", "text", "answers"), text: str | None = None,
-    lengths: Sequence[int] = (1024, 2048, 4096), budgets: Sequence[int] = (), depths: int = 5, seeds: int = 1,
-    questions: Sequence[str] = QUESTIONS, text_tokens: int = 128, batch: int = 8, first_seed: int = 0,
-    model_name: str | None = None, folder: str | Path | None = None,
-    report: Callable[[Progress], None] = lambda progress: None,
+    text: str | None = None, settings: EvaluationSettings = EVALUATION, model_name: str | None = None,
+    folder: str | Path | None = None, report: Callable[[Progress], None] = lambda progress: None, **changes: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Compare policies with the dense model: one record a task, length, depth, seed, question, policy and budget.
 
-    `tasks` are those of `evaluate.tasks`, whose answers are decoded greedily and matched, and `PREDICTIONS`, see
-    `evaluate.quality`. `lengths` of the prompts in tokens; each policy runs at its own budget, or at each of `budgets`.
-    Facts stand at `depths` places from the start to the end, `seeds` times; tasks without a place are asked `seeds`
-    times, and passages, whose last `text_tokens` are decoded, taken at `seeds` places. `questions`: read densely with
-    the prompt, as in the papers, or decoded under the policy. `batch` prompts share a prefill. `text` (default:
+    `settings`, or single ones by name (`lengths=[4096]`), say what is asked. The answers of `evaluate.tasks` are
+    decoded greedily and matched; `PREDICTIONS` are compared token by token, see `evaluate.quality`. `text` (default:
     `default_text`) is what facts are hidden in. `model_name` finds a preset's published layers. In `folder`,
     `records.jsonl` keeps what was found, from which a second run goes on.
 
     Raises `TidalError` for what can't be asked, `PolicyError` for a policy that doesn't fit.
     """
-    _check("task", tasks, (*TASKS, *PREDICTIONS))
-    _check("question", questions, QUESTIONS)
+    settings = changed("evaluate", settings, changes)
+    _check("task", settings.tasks, (*TASKS, *PREDICTIONS))
+    _check("question", settings.questions, QUESTIONS)
     text = default_text() if text is None else text
     if not text.split():
         raise TidalError("evaluate: the text is empty")
     calls, num_layers = decode_calls(model)
-    subjects = compared(calls, num_layers, policies, budgets, model_name)
+    subjects = compared(calls, num_layers, policies, settings.budgets, model_name)
     decoder = Decoder(PolicyStep(model), replays=not cannot_replay(model, calls))
-    ground = Ground(model, tokenizer, text, text_tokens, decoder, subjects[0].policy)
-    about = about_model(model, model_name) | {"text": digest(text), "text_tokens": text_tokens}
+    exam = Exam(model, tokenizer, text, settings.text_tokens, decoder, subjects[0].policy)
+    about = about_model(model, model_name) | {"text": digest(text), "text_tokens": settings.text_tokens}
     folder = None if folder is None else Path(folder)
     known = {} if folder is None else {records.name_of(record): record for record in records.read(folder, about)}
 
-    seeds_asked = range(first_seed, first_seed + seeds)
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
     jobs = [
         (ask, places, [(subject, question) for subject in subjects for question in asked])
-        for task in tasks
-        for length in lengths
-        for ask, size, asked in [(_answers, batch, questions) if task in TASKS else (_predictions, 1, (None,))]
-        for places in _batches(_places(task, length, depths, seeds_asked), size)
+        for task in settings.tasks
+        for length in settings.lengths
+        for ask, size, asked in [
+            (_answers, settings.batch, settings.questions) if task in TASKS else (_predictions, 1, (None,))
+        ]
+        for places in _batches(_places(task, length, settings.depths, seeds), size)
     ]
     total = sum(len(places) * len(pairs) for _, places, pairs in jobs)
     results: list[dict[str, Any]] = []
@@ -114,7 +104,7 @@ def evaluate(
         names = [[_name(place, *pair) for place in places] for pair in pairs]
         is_known = [known.keys() >= set(of_pair) for of_pair in names]
         missing = [pair for pair, there in zip(pairs, is_known, strict=True) if not there]
-        measured = ask(ground, places, missing) if missing else iter(())
+        measured = ask(exam, places, missing) if missing else iter(())
         for of_pair, there in zip(names, is_known, strict=True):
             rows = [known[name] for name in of_pair] if there else next(measured)
             if folder is not None and not there:
@@ -201,13 +191,12 @@ def _name(place: Place, subject: Variant, question: str | None) -> tuple:
 
 
 def _answers(
-    ground: Ground, places: Sequence[Place], asked: Sequence[tuple[Variant, str]]
+    exam: Exam, places: Sequence[Place], asked: Sequence[tuple[Variant, str]]
 ) -> Iterator[list[dict[str, Any]]]:
     """The records of each pair that is asked: greedy answers to the prompts at these places, and their scores."""
-    model, tokenizer = ground.model, ground.tokenizer
+    model, tokenizer = exam.model, exam.tokenizer
     samples = [
-        make_sample(place.task, tokenizer, ground.text, place.length, place.depth or 0.0, place.seed)
-        for place in places
+        make_sample(place.task, tokenizer, exam.text, place.length, place.depth or 0.0, place.seed) for place in places
     ]
     groups: dict[tuple[int, int], list[int]] = {}  # questions of a batch are equally long; recurrent layers see padding
     unpadded = is_recurrent_model(model)
@@ -224,7 +213,7 @@ def _answers(
     for subject, question in asked:
         rows: dict[int, dict[str, Any]] = {}
         for group, prompt in prompts.items():
-            answers = answer(model, ground.decoder.step, prompt, subject.policy.roles, question == "sparse", stop)
+            answers = answer(model, exam.decoder.step, prompt, subject.policy.roles, question == "sparse", stop)
             for number, tokens in zip(group, answers, strict=True):
                 output = tokenizer.decode(tokens)
                 rows[number] = _record(places[number], subject, question) | {
@@ -235,21 +224,21 @@ def _answers(
 
 
 def _predictions(
-    ground: Ground, places: Sequence[Place], asked: Sequence[tuple[Variant, None]]
+    exam: Exam, places: Sequence[Place], asked: Sequence[tuple[Variant, None]]
 ) -> Iterator[list[dict[str, Any]]]:
     """The record of each policy that is asked, at one place."""
     (place,) = places
-    model, tokenizer = ground.model, ground.tokenizer
+    model, tokenizer = exam.model, exam.tokenizer
     if place.task == "answers":
-        sample = make_sample("passkey", tokenizer, ground.text, place.length, place.depth, place.seed)
-        trial = answer_trial(model, tokenizer, sample, ground.decoder)
+        sample = make_sample("passkey", tokenizer, exam.text, place.length, place.depth, place.seed)
+        trial = answer_trial(model, tokenizer, sample, exam.decoder)
     else:
-        ids = _passage(tokenizer, ground.text, place.length, place.seed)
-        start = max(1, place.length - ground.text_tokens)
-        trial = text_trial(model, ids, start, ground.decoder, compiled=place.task == "text_steps")
-    dense = log_probabilities(trial, ground.dense)
+        ids = _passage(tokenizer, exam.text, place.length, place.seed)
+        start = max(1, place.length - exam.text_tokens)
+        trial = text_trial(model, ids, start, exam.decoder, compiled=place.task == "text_steps")
+    dense = log_probabilities(trial, exam.dense)
     for subject, question in asked:
-        parts = [dense] if subject.policy == ground.dense else trial.logits(subject.policy)
+        parts = [dense] if subject.policy == exam.dense else trial.logits(subject.policy)
         yield [_record(place, subject, question) | dataclasses.asdict(judge(parts, dense, trial.labels))]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..bench.tables import markdown
+from ..bench.markdown import markdown
 
 Row = dict[str, Any]
 
