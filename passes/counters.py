@@ -25,6 +25,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from .compat import detect_fake_mode, source_of
+from .forms import target_name
+
 COUNTER = ".cumulative_length_int"
 ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.neg, torch.sym_max, torch.sym_min)
 ELEMENTWISE = (
@@ -90,10 +93,10 @@ class _Flow:
     host: list[fx.Node]
 
     @property
-    def is_supported(self) -> bool:
-        """Whether these calls work with tensors in place of numbers, and those of `host` outside the graph."""
-        known = all(node.target in ARITHMETIC for node in (*self.derived, *self.host))
-        return known and all(_is_tensor(node) and node.target in ELEMENTWISE for node in self.consumers)
+    def unknown(self) -> list[fx.Node]:
+        """The calls that may not work with tensors in place of numbers or, of `host`, outside the graph."""
+        odd = [node for node in (*self.derived, *self.host) if node.target not in ARITHMETIC]
+        return odd + [node for node in self.consumers if not _is_tensor(node) or node.target not in ELEMENTWISE]
 
 
 def take_out_counters(gm: fx.GraphModule) -> Counters | None:
@@ -103,10 +106,10 @@ def take_out_counters(gm: fx.GraphModule) -> Counters | None:
     2. Derived numbers that only the outputs needed are erased.
     3. Counters, and the derived numbers that are left, become 0-d tensors.
 
-    Returns None, and edits nothing, if the graph has no counter or uses one for more than positions and masks.
+    Returns None, and edits nothing, if the graph has no counter, or does `unknown_arithmetic` with one.
     """
     flow = _follow_counters(gm)
-    if not flow.counters or not flow.is_supported:
+    if not flow.counters or flow.unknown:
         return None
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     device = next(node.meta["example_value"].device for node in placeholders if _is_tensor(node))
@@ -130,6 +133,14 @@ def take_out_counters(gm: fx.GraphModule) -> Counters | None:
         arithmetic=arithmetic,
         outputs=outputs,
     )
+
+
+def unknown_arithmetic(gm: fx.GraphModule) -> list[str]:
+    """What a graph does with token counters beside positions and masks: the names of functions. They keep it from CUDA
+    graphs, which would be recorded anew for every token.
+    """
+    flow = _follow_counters(gm)
+    return sorted({target_name(node) for node in flow.unknown}) if flow.counters else []
 
 
 def _follow_counters(gm: fx.GraphModule) -> _Flow:
@@ -160,7 +171,7 @@ def _make_tensor(node: fx.Node, device: torch.device) -> None:
         else:  # a number, which `maximum` and `minimum` don't take
             node.target, node.args, node.kwargs = torch.clamp, (tensor,), {"min" if largest else "max": limit}
     node.type = None
-    with torch._guards.detect_fake_mode():
+    with detect_fake_mode():
         if node.op == "placeholder":
             node.meta["example_value"] = _tensor(0, device)
         else:
@@ -189,8 +200,7 @@ def _reachable(start: list[fx.Node], neighbours: Callable[[fx.Node], list[fx.Nod
 
 
 def _is_counter(node: fx.Node) -> bool:
-    source = getattr(node, "_dynamo_source", None)
-    return _is_number(node) and source is not None and source.name.endswith(COUNTER)
+    return _is_number(node) and source_of(node).endswith(COUNTER)
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -18,9 +18,9 @@ import operator
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..kernels.reference import most_tokens
+from .compat import FakeTensor
 from .forms import target_name
 from .rewrite import insert_call
 

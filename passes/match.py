@@ -18,9 +18,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..kernels.call import Call
+from . import compat
+from .compat import free_unbacked_symbols, note_cache_layers
+from .compat import source_of as _source
 from .forms import NoMatch, is_method, is_sdpa, is_softmax, query_length, read_call, shape, target_name
 
 CACHE_LAYER = re.compile(r"\.layers\[(\d+)\]\.keys$")
@@ -75,6 +77,7 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
     time with another cache layer (HRM). Later readers of a cache layer have their module's number: modules may share a
     cache layer, too (Gemma 4).
     """
+    note_cache_layers(gm)
     found: list[AttentionSite | Unmatched] = []
     sharded = _is_sharded(gm)
     read: set[str] = set()
@@ -255,34 +258,32 @@ def _checked_mask(mask: fx.Node | None, cache_shape: tuple) -> fx.Node | None:
 
 
 def _slides(node: fx.Node) -> bool:
-    """Whether an attention call reads a sliding-window layer of the cache. The graph shows it by how a token is added:
-
-    full attention             counter.add_(1);  keys.index_copy_(new key)      the counter first
-    window, not yet full       keys.index_copy_(new key);  counter.add_(1)      the key first
-    window, full               keys.copy_(keys rolled by one)
-    """
-    source = _cached_keys(node)
-    counter = source.removesuffix(".keys") + ".cumulative_length"
-    writes = [
-        use.target
-        for use in node.graph.nodes
-        if use.op == "call_method"
-        and (use.target, _source(use.args[0])) in (("copy_", source), ("index_copy_", source), ("add_", counter))
-    ]
-    return source != "" and ("copy_" in writes or writes == ["index_copy_", "add_"])
+    """Whether an attention call reads a sliding-window layer of the cache, by the class of that layer."""
+    keys = _cache_of(node)
+    if keys is None:
+        return False
+    if compat.CACHE_LAYER not in keys.meta:
+        raise NoMatch("the class of its cache layer is known only while Dynamo traces the step")
+    return getattr(keys.meta[compat.CACHE_LAYER], "is_sliding", False)
 
 
 def _cached_keys(node: fx.Node) -> str:
-    """The source of the cache's keys that an attention call reads, through views and copies; "" if it can't be told."""
+    """The source of the cache's keys that an attention call reads; "" if it can't be told."""
+    keys = _cache_of(node)
+    return "" if keys is None else _source(keys)
+
+
+def _cache_of(node: fx.Node) -> fx.Node | None:
+    """The cache's keys that an attention call reads, through views and copies; None if it can't be told."""
     try:
         keys = read_call(node)[1].key
     except NoMatch:
-        return ""
+        return None
     for _ in range(8):  # repeat_kv, casts and copies are fewer
         if keys.op == "placeholder" or not keys.all_input_nodes:
             break
         keys = keys.all_input_nodes[0]
-    return _source(keys) if keys.op == "placeholder" and _source(keys).endswith(".keys") else ""
+    return keys if keys.op == "placeholder" and _source(keys).endswith(".keys") else None
 
 
 def _is_attention(node: fx.Node) -> bool:
@@ -300,9 +301,3 @@ def _layer_of(node: fx.Node) -> int | None:
         if match := ATTENTION_MODULE.search(path):
             return int(match[1])
     return None
-
-
-def _source(node: fx.Node) -> str:
-    """Where a graph input comes from, such as `L['kwargs']['past_key_values'].layers[3].keys`."""
-    source = getattr(node, "_dynamo_source", None)
-    return source.name if source is not None else ""

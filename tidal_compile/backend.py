@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch._inductor
 from torch import fx
-from torch._dynamo.exc import ShortenTraceback
-from transformers.integrations import sdpa_attention
 
 from .errors import TidalError, UnsupportedModelError
 from .kernels import ops as _ops  # noqa: F401  registers the ops that `rewrite` inserts
 from .kernels.methods import METHODS
-from .passes.counters import COUNTER, take_out_counters
+from .passes import compat
+from .passes.compat import ShortenTraceback
+from .passes.counters import COUNTER, take_out_counters, unknown_arithmetic
 from .passes.linears import join_linears
 from .passes.match import AttentionSite, Unmatched, count_layers, find_attention, policy_layers
 from .passes.plan import Plan, make_plan
@@ -38,7 +37,7 @@ _sources = (torch.compiler.config.dynamic_sources, rf".*\{COUNTER}$")
 torch.compiler.config.dynamic_sources = ",".join(filter(None, _sources))
 
 # With output_attentions=True it warns, which Dynamo would refuse in its own words before `refuse_output_attentions` can
-getattr(torch._dynamo.config, "ignore_logger_methods", set()).add(sdpa_attention.logger.warning_once)
+compat.ignore_warning_of_attention_weights()
 
 OWN_OPTIONS = ("policy", "strict", "cuda_graphs", "linears", "inductor")
 
@@ -75,7 +74,7 @@ class Options:
         ):
             if name in own and not isinstance(own[name], kind):
                 raise TidalError(f"option {name!r} must be {valid}, found {own[name]!r}")
-        unknown = sorted(set(own.get("inductor", {})) - set(torch._inductor.list_options()))
+        unknown = sorted(set(own.get("inductor", {})) - set(compat.list_options()))
         if unknown:
             raise TidalError(
                 f"option 'inductor': no Inductor setting {unknown[0]!r}; see torch._inductor.list_options()"
@@ -141,8 +140,15 @@ def tidal(
     settings = {"triton.cudagraphs": decodes_on_cuda if parsed.cuda_graphs is None else parsed.cuda_graphs}
     if decodes_on_cuda:
         settings["combo_kernels"] = True  # a decode step is full of small kernels that can share a launch
-    settings |= torch._inductor.list_mode_options(mode or "default") | parsed.inductor
+    settings |= compat.list_mode_options(mode or "default") | parsed.inductor
     counters = take_out_counters(gm) if plan is not None else None
+    if plan is not None and counters is None and (odd := unknown_arithmetic(gm)):
+        settings["triton.cudagraphs"] = False
+        warnings.warn(
+            f"tidal: the model counts tokens of a sliding window in a way that is not known ({', '.join(odd)}); its "
+            "steps run without CUDA graphs, which would be recorded anew for every token",
+            stacklevel=2,
+        )
     if counters is None:
         return compile_fx(gm, example_inputs, config_patches=settings)
     return counters.around(compile_fx(gm, counters.as_tensors(example_inputs), config_patches=settings))
@@ -159,7 +165,7 @@ def make_room(options: dict[str, Any]) -> None:
     it, the function runs uncompiled, that is densely, or with fullgraph=True fails without naming a reason. So the
     limit is kept one ahead of what this backend has compiled. Raises `TidalError` where one policy exceeds it.
     """
-    config, here = torch._dynamo.config, torch._guards.CompileContext.current_compile_id()
+    config, here = torch._dynamo.config, compat.CompileContext.current_compile_id()
     if here is None or here.frame_id is None or here.frame_compile_id is None:  # the backend was called by hand
         return
     if config.recompile_limit != _limit["set"]:  # by somebody else
@@ -182,12 +188,7 @@ def make_room(options: dict[str, Any]) -> None:
 
 def refuse_output_attentions() -> None:
     """Raises `UnsupportedModelError` if the call that Dynamo traces asks for attention weights, which no op returns."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        given = InstructionTranslator.current_tx().output.root_tx.f_locals
-    except AttributeError:  # the backend was called by hand
-        return
+    given = compat.traced_arguments() or {}
     if given.get("output_attentions") or (given.get("kwargs") or {}).get("output_attentions"):
         raise UnsupportedModelError(
             "output_attentions=True: a rewritten step returns no attention weights, and neither does "
@@ -258,6 +259,4 @@ def compile_config(policy: Policy | dict | str | Path = "full", **options: Any) 
     plain = policy if is_preset(policy) else load_any(policy).to_dict()  # generate prints its configuration as JSON
     options = {"policy": plain, **options}
     # mode=None: torch.compile takes a mode or options, and CompileConfig's default is a mode
-    config = CompileConfig(backend="tidal", mode=None, fullgraph=True, options=options)
-    config._compile_all_devices = True
-    return config
+    return compat.compile_on_every_device(CompileConfig(backend="tidal", mode=None, fullgraph=True, options=options))

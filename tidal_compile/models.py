@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from .errors import TidalError, UnsupportedModelError
+from .passes.compat import FakeTensor, FakeTensorMode
 from .shapes import FORMS, SHAPES, is_random
 
 

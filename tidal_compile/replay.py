@@ -26,6 +26,7 @@ from .kernels import reference
 from .kernels.call import Call
 from .kernels.ops import DEFINITIONS
 from .models import continues, with_cache
+from .passes.compat import attention_implementation
 from .passes.match import AttentionSite, Unmatched
 from .passes.roles import LayerRole, Sets, follow
 from .run import rewind, windows
@@ -58,14 +59,12 @@ def attention_function(model: PreTrainedModel, function: Callable) -> Iterator[N
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
     hook = model.register_forward_hook(check)
     try:
-        yield
+        with attention_implementation(model, NAME):
+            yield
     finally:
         hook.remove()
-        model.config._attn_implementation = before
         AttentionInterface.register(NAME, _gone)  # the function holds a cache
 
 

@@ -146,7 +146,6 @@ def decode(model: PreTrainedModel, step: Callable, prompt: Prompt, steps: int) -
 @torch.no_grad()
 def decode_given(model: PreTrainedModel, variant: Variant, cache: Any, tokens: Tensor) -> Iterator[Tensor]:
     """The logits `[1, vocab]` after each of tokens `[1, n]`, fed one by one after what the cache holds."""
-    torch._dynamo.reset()
     step = make_step(model, variant)
     for token in tokens.split(1, dim=1):
         torch.compiler.cudagraph_mark_step_begin()
@@ -159,7 +158,6 @@ def measure(
     on_step: Callable[[], None] = lambda: None,
 ) -> Result:  # fmt: skip
     """Decode `steps` tokens after the first prompt, all but the first few timed, and the answers to the other ones."""
-    torch._dynamo.reset()  # guards of other variants on the same forward would only slow this one down
     step = make_step(model, variant)
     tokens, milliseconds = [], []
     for token, ms in decode(model, step, prompts[0], steps):

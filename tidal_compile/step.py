@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
 from .kernels import ops as _ops  # noqa: F401  registers the ops that `apply_plan` inserts
+from .passes.compat import note_cache_layers
 from .passes.match import find_attention
 from .passes.plan import make_plan
 from .passes.rewrite import apply_plan
@@ -35,6 +36,7 @@ class PolicyStep:
 
     def _follow(self, gm: fx.GraphModule, _: Sequence[Any]) -> Callable:
         """The function for a graph that Dynamo traced: it looks up, or makes, the graph for the roles of now."""
+        note_cache_layers(gm)
         traced = _copied(gm)  # Dynamo empties its own
         rewritten: dict[tuple[LayerRole, ...], fx.GraphModule] = {}
 

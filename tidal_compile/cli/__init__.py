@@ -121,6 +121,7 @@ def run(
         measured = []
         for variant in variants:
             advance = stage(f"{variant.name} (compile, decode)", new_tokens + len(made) - 1)
+            torch._dynamo.reset()  # guards of other variants on the same forward would only slow this one down
             measured.append(measure(net, variant, made, new_tokens, tokenizer, advance))
 
     record = report.run_record(

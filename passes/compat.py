@@ -1,0 +1,87 @@
+"""The private parts of torch and transformers on which this package stands: here, and nowhere else.
+
+Each function says what it needs of them, so that a new version can be checked in one place.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import ShortenTraceback
+from torch._guards import CompileContext, detect_fake_mode
+from torch._inductor import list_mode_options, list_options
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+__all__ = [
+    "CompileContext",
+    "FakeTensor",
+    "FakeTensorMode",
+    "ShortenTraceback",
+    "attention_implementation",
+    "detect_fake_mode",
+    "free_unbacked_symbols",
+    "list_mode_options",
+    "list_options",
+    "note_cache_layers",
+    "source_of",
+    "traced_arguments",
+]
+
+CACHE_LAYER = "cache_layer"  # in the metadata of a graph input that is a tensor of a cache layer: the layer's class
+
+
+def source_of(node: fx.Node) -> str:
+    """Where Dynamo says that a graph input comes from, such as `L['past_key_values'].layers[3].keys`; else ""."""
+    source = getattr(node, "_dynamo_source", None)
+    return source.name if source is not None else ""
+
+
+def traced_arguments() -> dict[str, Any] | None:
+    """The local variables of the function that Dynamo is compiling, its arguments among them; None outside of it."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output.root_tx.f_locals
+    except AttributeError:  # a backend that was called by hand
+        return None
+
+
+def note_cache_layers(gm: fx.GraphModule) -> None:
+    """Note, beside the graph inputs that belong to layers of a cache, which class these layers have.
+
+    Sources are Python expressions over the local variables `L` of the function that is compiled. They can be looked up
+    while Dynamo runs; what was noted stays with the nodes, and with copies of them.
+    """
+    local = traced_arguments()
+    for node in gm.graph.nodes if local is not None else ():
+        owner, _, _ = source_of(node).rpartition(".")
+        if node.op == "placeholder" and ".layers[" in owner and owner.endswith("]") and owner.startswith("L["):
+            with suppress(LookupError, AttributeError):  # `match` refuses a layer of which nothing is noted
+                node.meta[CACHE_LAYER] = type(eval(owner, {"__builtins__": {}}, {"L": local}))
+
+
+@contextmanager
+def attention_implementation(model: Any, name: str) -> Iterator[None]:
+    """Let a transformers model take its attention from the interface's function of this name, whatever it supports."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def ignore_warning_of_attention_weights() -> None:
+    """Let Dynamo trace past a warning of transformers' SDPA function, which it would refuse in words of its own."""
+    from transformers.integrations import sdpa_attention
+
+    getattr(torch._dynamo.config, "ignore_logger_methods", set()).add(sdpa_attention.logger.warning_once)
+
+
+def compile_on_every_device(config: Any) -> Any:
+    """Let `generate` compile on a CPU as well under this `CompileConfig`."""
+    config._compile_all_devices = True
+    return config
