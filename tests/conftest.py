@@ -29,9 +29,23 @@ def _own_inductor_cache(tmp_path_factory):
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(autouse=True)
+def _inductor(request, monkeypatch):
+    """What is marked `uncompiled` runs the rewritten graph as it is: numbers need no Inductor.
+
+    A test or a case of such a module that is marked `compiled` goes through Inductor nevertheless.
+    """
+    marked = request.node.get_closest_marker
+    if marked("uncompiled") and not marked("compiled"):
+        monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, *_, **__: gm.forward)
+
+
+COMPILED = pytest.mark.compiled
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[COMPILED] if name == "gqa3" else []) for name in MODELS])
 def tiny(request):
-    """A tiny random model of each head layout."""
+    """A tiny random model of each head layout; one of them through Inductor."""
     return MODELS[request.param]()
 
 

@@ -121,6 +121,7 @@ def test_the_generated_code_hands_the_cache_over_as_it_is():
         assert all(name.strip().startswith(("arg", "reinterpret_tensor(arg")) for name in inputs[1:3]), line
 
 
+@pytest.mark.uncompiled
 def test_generate_equals_eager_generate(tiny):
     ids = random_tokens(2, 40)
     options = {"max_new_tokens": 20, "do_sample": False, "cache_implementation": "static"}

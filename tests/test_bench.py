@@ -17,6 +17,8 @@ from tidal_compile.kernels.call import fitting
 from tidal_compile.models import load_model
 from tidal_compile.variant import Variant
 
+pytestmark = pytest.mark.uncompiled
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = kernels.Size(batch=2, heads=10, kv_heads=2, head_dim=32, context=300, budget=64, share="kv_head")
 
@@ -43,6 +45,7 @@ def test_decode_beside_its_baselines(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.compiled
 def test_policies_share_a_cache_and_a_compilation(tmp_path):
     quick(
         "bench", "decode", "--model", "random:llama", "--layers", 3, "--context", 100, "--context", 200, "--steps", 4,

@@ -21,6 +21,8 @@ from tidal_compile.replay import Block, make_context, replay, replay_text
 from tidal_compile.step import PolicyStep
 from tidal_compile.text import hide, split_sentences
 
+pytestmark = pytest.mark.uncompiled
+
 
 def sparse_policy(name="tidal-kv_head"):
     return tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES[name]})

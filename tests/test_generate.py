@@ -15,6 +15,9 @@ STATIC = {"cache_implementation": "static", "max_new_tokens": 12}
 GREEDY = {**STATIC, "do_sample": False}
 
 
+pytestmark = pytest.mark.uncompiled
+
+
 @pytest.fixture(scope="module")
 def model():
     return small_model()
@@ -51,6 +54,7 @@ def test_generate_is_what_it_was(model, options):
     assert torch.equal(got, generate(model, ids, **STATIC, **options))
 
 
+@pytest.mark.compiled
 def test_rows_that_end_at_different_steps(model):
     ids = random_tokens(4, 20)
     free = generate(small_model(eos_token_id=None), ids, **GREEDY)[:, 20:]
@@ -271,6 +275,7 @@ def test_lora_adapters():
         torch._dynamo.reset()
 
 
+@pytest.mark.compiled
 def test_int8_weights():
     quantization = pytest.importorskip("torchao.quantization")
     model, ids = small_model(), random_tokens(2, 20)

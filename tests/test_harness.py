@@ -17,6 +17,8 @@ from lm_eval.api.registry import get_model
 
 from tidal_compile.evaluate.harness import TidalLM
 
+pytestmark = pytest.mark.uncompiled
+
 WORDS = [
     "the",
     "pass",

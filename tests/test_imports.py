@@ -14,6 +14,8 @@ import tidal_compile as tc
 from tidal_compile import imports
 from tidal_compile.kernels.call import Selection
 
+pytestmark = pytest.mark.uncompiled
+
 
 def letters_of(policy):
     return "".join({"full": "f", "select": "S", "reuse": "r"}[role.role] for role in policy.roles)

@@ -11,6 +11,8 @@ from recorder import Recorder
 import tidal_compile as tc
 from tidal_compile import backend
 
+pytestmark = pytest.mark.uncompiled
+
 PROMPT, TOKENS = 30, 4
 
 
@@ -49,11 +51,13 @@ def test_layers_of_one_input_share_a_launch(joined):
     assert joined == [[3, 1, 2, 1] * 6 + [1]]  # qkv, out; gate and up, down; and the head
 
 
+@pytest.mark.compiled
 def test_biases(joined):
     compiled(tiny_model(model_type="qwen2"))
     assert joined == [[3, 1, 2, 1] * 6 + [1]]
 
 
+@pytest.mark.compiled
 def test_several_sequences(joined):
     compiled(tiny_model().half(), batch=2)
     assert joined == [[3, 1, 2, 1] * 6 + [1]]

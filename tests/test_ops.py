@@ -127,13 +127,13 @@ def test_signed_zeros_tie_and_negative_scores_rank(name):
 def test_a_selection_is_exact_wherever_its_threshold_lies(share, spread, padding):
     """All scores equal, within a thousandth, over a few and over many octaves: few candidates or all, ties or none."""
     (q, k, v, length, mask, scale), _ = make_case(
-        batch=2, heads=(4, 2), slots=3000, length=2900, padding=padding, seed=round(spread)
+        batch=2 if padding else 1, heads=(4, 2), slots=2600, length=2500, padding=padding, seed=round(spread)
     )
     q = q * spread
     scores, valid = oracle.scores_of(q, k, int(length), mask, scale)
     importance = oracle.importance_of(scores, 2, share)
     args = on_device((q, k, v, length, mask, scale))
-    for budget, sinks, recent in ((1, 0, 0), (90, 4, 8), (700, 4, 64), (2400, 4, 1048)):
+    for budget, sinks, recent in ((1, 0, 0), (90, 4, 8), (2200, 4, 1048)):
         index = IMPLEMENTATIONS["triton"].select_attention(*args, budget, 0.0, sinks, recent, share)[1]
         check_index(index, importance, valid, budget, 0.0, sinks, recent, slack=1e-5)
         if spread == 0.0:
