@@ -10,6 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.masking_utils import sdpa_mask
 
 import tidal_compile as tc
+from tidal_compile.backend import Options, lay_over
+from tidal_compile.explain import decode_calls
 from tidal_compile.passes.match import AttentionSite, find_attention
 from tidal_compile.passes.plan import kv_share, make_plan
 from tidal_compile.passes.rewrite import apply_plan
@@ -453,17 +455,17 @@ def test_lookalikes(form, reason):
 
 def test_kv_share_counts_tokens():
     model = tiny_model(num_attention_heads=4, num_key_value_heads=2)  # 3 layers reuse, 2 query heads a kv head
+    calls, num_layers = decode_calls(model)
     for options, expected in (
         ({"budget": 100, "sinks": 4, "recent": 4}, (3 + 3 * 0.1) / 6),
         ({"budget": 100, "sinks": 4, "recent": 4, "share": "query_head"}, (3 + 3 * 0.2) / 6),
         ({"budget": {"ratio": 0.25, "min": 100}}, (3 + 3 * 0.25) / 6),
         ({"budget": 5000}, 1.0),
     ):
-        recorder, _ = record(model, policy="tidal", **options)
-        assert kv_share(recorder.plans[0], 1000) == pytest.approx(expected)
-        torch._dynamo.reset()
-    recorder, _ = record(sliding_model(), policy="full")
-    assert kv_share(recorder.plans[0], 1000) == 1.0
+        _, plan = lay_over(calls, num_layers, Options.parse({"policy": "tidal", **options}))
+        assert kv_share(plan, 1000) == pytest.approx(expected)
+    _, plan = lay_over(*decode_calls(sliding_model()), Options.parse({"policy": "full"}))
+    assert kv_share(plan, 1000) == 1.0
 
 
 def test_a_model_that_only_slides():

@@ -68,8 +68,8 @@ class Inputs:
 
 def need_memory(size: Size, device: torch.device, free: int) -> None:
     """Raise `TidalError` with the bytes where the inputs and a float32 reference can't fit into `free` bytes."""
-    rotated = ROTATE_BYTES if device.type == "cuda" else 0
-    needed = max(size.kv_bytes, rotated) + 6 * size.kv_bytes + 16 * size.batch * size.heads * size.context
+    rotated = max(3 * size.kv_bytes, ROTATE_BYTES) if device.type == "cuda" else size.kv_bytes
+    needed = rotated + 6 * size.kv_bytes + 16 * size.batch * size.heads * size.context
     if needed > free:
         raise TidalError(f"bench: {size} needs {needed:,} bytes, and {free:,} are free; take a smaller --context")
 
@@ -94,7 +94,8 @@ def make_inputs(size: Size, device: torch.device, dtype: torch.dtype, seed: int)
 
 def run_size(size: Size, device: torch.device, dtype: torch.dtype, rate: float) -> list[dict[str, Any]]:
     """Check and time every op at one size: records for the results. Raises `TidalError` if an op is wrong."""
-    copies = max(1, min(12, -(-ROTATE_BYTES // size.kv_bytes))) if device.type == "cuda" else 1
+    # Three at least: the chosen tokens of two might fit into a cache together
+    copies = max(3, min(12, -(-ROTATE_BYTES // size.kv_bytes))) if device.type == "cuda" else 1
     data = [make_inputs(size, device, dtype, seed) for seed in range(copies)]
     _check(size, data[0], dtype)
     keep = data[0].index.shape[2]
