@@ -7,7 +7,11 @@ TORCH ?= torch==2.13.0
 OUT ?= out
 JOBS ?= 2
 
-.PHONY: test lint demo docs clean
+# What `make check` runs: policies, passes and whole models, and the ops without the interpreter's many cases
+CHECK ?= tests/test_policy.py tests/test_passes.py tests/test_exactness.py tests/test_docs.py tests/test_ops.py
+PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal --durations=10
+
+.PHONY: check test test-full lint demo docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/torch: Makefile
@@ -32,8 +36,16 @@ lint: $(VENV)/test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
 
-test: lint
-	$(VENV)/bin/python -m pytest -n $(JOBS) --durations=10
+check: $(VENV)/test  # for every edit
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PYTEST) -m "not slow and not compiled" -k "not triton and not threshold and not many_sets or triton-all-three" $(CHECK)
+
+test: lint  # what CI runs
+	$(PYTEST) -m "not slow"
+
+test-full: lint
+	$(PYTEST)
 
 docs: $(VENV)/demo
 	$(VENV)/bin/pip install --quiet -e '.[docs]'

@@ -74,11 +74,25 @@ def attention_implementation(model: Any, name: str) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
+class _Named(str):
+    """The name of a function, equal to the function: torch 2.11 writes its configuration as JSON, functions and all."""
+
+    function: Any = None
+
+    def __eq__(self, other: object) -> bool:
+        return other == self.function if callable(other) else str.__eq__(self, other)
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+
 def ignore_warning_of_attention_weights() -> None:
     """Let Dynamo trace past a warning of transformers' SDPA function, which it would refuse in words of its own."""
     from transformers.integrations import sdpa_attention
 
-    getattr(torch._dynamo.config, "ignore_logger_methods", set()).add(sdpa_attention.logger.warning_once)
+    named = _Named("sdpa_attention.logger.warning_once")
+    named.function = sdpa_attention.logger.warning_once
+    getattr(torch._dynamo.config, "ignore_logger_methods", set()).add(named)
 
 
 def compile_on_every_device(config: Any) -> Any:

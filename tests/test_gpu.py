@@ -68,6 +68,27 @@ def test_float32_sparse_equals_the_reference_ops(heads, cudagraph_or_error):
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
+SPARSE = {
+    "topk": {"budget": 24}, "window": {"budget": 24, "sinks": 2}, "lessismore": {"budget": 24},
+    "kascade": {"budget": {"ratio": 0.2, "min": 8}}, "omnikv": {"budget": {"ratio": 0.2, "min": 8}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_every_method_is_captured_and_equals_the_reference_ops(name, cudagraph_or_error):
+    """Presets with sparse output, windows, pools by maximum and in turn; a method in plain torch (window) as well."""
+    model = tiny_model(device="cuda", num_hidden_layers=8)
+    policy = tc.Policy.preset(name, 8, **SPARSE[name])
+    prompt, tokens = on_gpu(random_tokens(2, 90)), on_gpu(random_tokens(2, 12, seed=2))
+    with torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True):
+        step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
+        got = decode_logits(step, prefilled(model, prompt, 128), tokens)
+        torch._dynamo.reset()
+        reference = torch.compile(model, backend=reference_backend(policy), fullgraph=True)
+        expected = decode_logits(reference, prefilled(model, prompt, 128), tokens)
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_one_graph_launch_a_step(cudagraph_or_error):
     model, tokens = half_model(), on_gpu(random_tokens(1, 8))
     step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "tidal", "budget": 80})

@@ -25,9 +25,9 @@ def rewritten(model, policy):
     return torch.compile(model, backend=Recorder(policy=policy), fullgraph=True)
 
 
-def deployed(model, policy, prompt, tokens, step=None):
-    """The logits `[1, T, vocab]` of the rewritten decode graph, after a prefill in one piece."""
-    return decode_logits(step or rewritten(model, policy), prefilled(model, prompt, 128), tokens)
+def deployed(model, step, prompt, tokens):
+    """The logits `[1, T, vocab]` of such a step, after a prefill in one piece."""
+    return decode_logits(step, prefilled(model, prompt, 128), tokens)
 
 
 @pytest.mark.parametrize("name", ["falcon_h1", "gemma3n_text", "jamba", "zamba2", "hrm_text"])
@@ -37,7 +37,7 @@ def test_the_evaluated_step_is_the_deployed_one(name):
     assert len(layers) >= 2
     prompt, tokens = random_tokens(1, 40), random_tokens(1, 5, seed=2)
     step = rewritten(model, policy)
-    expected = deployed(model, policy, prompt, tokens, step)
+    expected = deployed(model, step, prompt, tokens)
     dense = decode_logits(model, prefilled(model, prompt, 128), tokens)
     assert (expected - dense).abs().max() > 1e-3  # the budget is felt
 
@@ -50,7 +50,7 @@ def test_the_evaluated_step_is_the_deployed_one(name):
 
     prompts = prepare(model, prompt.tolist(), [tokens[0, :1].tolist()], 4)
     (found,) = answer(model, decoder.step, prompts, policy.roles, True, [])
-    likely = deployed(model, policy, prompt, torch.tensor([[tokens[0, 0], *found[:-1]]]), step).argmax(-1)
+    likely = deployed(model, step, prompt, torch.tensor([[tokens[0, 0], *found[:-1]]])).argmax(-1)
     assert found == likely[0].tolist()
 
 
@@ -98,7 +98,7 @@ def test_layers_of_modules_in_cycles_have_roles_of_their_own():
     assert [row.layer for row in explanation.rows] == list(range(8))
     assert [row.role for row in explanation.rows] == [*["full"] * 2, "select", "select", *["reuse"] * 4]
     prompt, tokens = random_tokens(1, 40), random_tokens(1, 4, seed=2)
-    full = deployed(model, tc.Policy.preset("full", 8), prompt, tokens)
+    full = deployed(model, rewritten(model, tc.Policy.preset("full", 8)), prompt, tokens)
     torch.testing.assert_close(full, decode_logits(model, prefilled(model, prompt, 128), tokens), atol=1e-3, rtol=1e-3)
     layers = {"0": "select", "1-6": "full", "7": "reuse"}
     data = {"num_layers": 8, "layers": layers, "defaults": {"budget": 12, "sinks": 2, "recent": 3}}
@@ -122,7 +122,9 @@ def test_one_trace_serves_many_policies_and_a_reset():
         logits.append(step(policy.roles, input_ids=token, **with_cache(model, filled(model, prompt, 64))).logits)
     assert len(traces) == 1 and len({row.sum().item() for row in logits}) == 12
     torch._dynamo.reset()
-    torch.testing.assert_close(logits[-1], deployed(model, policy, prompt, token), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits[-1], deployed(model, rewritten(model, policy), prompt, token), atol=1e-4, rtol=1e-4
+    )
     torch._dynamo.reset()
     again = step(policy.roles, input_ids=token, **with_cache(model, filled(model, prompt, 64))).logits
     assert torch.equal(again, logits[-1]) and len(traces) == 2
