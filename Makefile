@@ -8,7 +8,8 @@ OUT ?= out
 JOBS ?= 2
 
 # What `make check` runs: policies, passes and whole models, and the ops without the interpreter's many cases
-CHECK ?= tests/test_policy.py tests/test_passes.py tests/test_exactness.py tests/test_docs.py tests/test_ops.py
+CHECK ?= tests/test_policy.py tests/test_passes.py tests/test_docs.py tests/test_ops.py \
+	tests/test_exactness.py::test_sparse_policies_equal_the_oracle
 PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal --durations=10
 
 .PHONY: check test test-full lint demo docs clean

@@ -141,6 +141,17 @@ def test_a_selection_is_exact_wherever_its_threshold_lies(share, spread, padding
             assert torch.equal(index, expected)
 
 
+def test_a_tile_counts_all_that_is_chosen_before_it():
+    """More candidates than are read at once (2048), from tiles before the last one, which begins at 4096.
+
+    One of 4150 tokens that tie is left out: the last. The row is wider, where one too many would show.
+    """
+    q, k, v = torch.ones(1, 1, 1, 16), torch.ones(1, 1, 4200, 16), torch.ones(1, 1, 4200, 16)
+    args = on_device((q, k, v, torch.tensor(4150), None, 0.25))
+    _, index = IMPLEMENTATIONS["triton"].select_attention(*args, 1, 0.9997, 0, 0, "layer")
+    assert index[0, 0].tolist() == [*range(4149), *[-1] * 50]
+
+
 # Two tiles a program that writes positions, and four: the interpreter would take minutes
 @pytest.mark.parametrize("batch", [8] if DEVICE == "cpu" else [8, 28])
 def test_a_selection_of_many_sets(batch):

@@ -71,7 +71,7 @@ def test_reference_ops(call):
     check_call("reference", call)
 
 
-@examples(16)
+@examples(25)
 @given(attention_calls())
 def test_triton_ops(call):
     check_call("triton", call)
