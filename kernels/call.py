@@ -31,14 +31,8 @@ class Call(Generic[T]):
     length: T  # 0-d int64 on the device: the number of live slots, with the new tokens
     mask: T | None  # [B or 1, 1, 1 or T, S]: bool (which tokens count), or floating (added to the scores)
     scale: float
-    sink_logit: T | None = (
-        None  # [Hq]: the score of a token without a value (GPT-OSS, https://arxiv.org/abs/2508.10925)
-    )
+    sink_logit: T | None = None  # [Hq]: the score of a token without a value, as in GPT-OSS (arXiv 2508.10925)
     softcap: float = 0.0  # 0: none
-
-    def arguments(self) -> tuple:
-        """The fields in order, as the ops take them."""
-        return arguments(self)
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ class Selection:
 
 
 def arguments(of: Any) -> tuple:
-    """The fields of a dataclass in order."""
+    """The fields of a `Call`, a `Selection` or a method in order, as the ops take them."""
     return tuple(getattr(of, field.name) for field in fields(of))
 
 

@@ -119,12 +119,12 @@ def importance(scores: Tensor, selection: Selection, kept: Tensor, sink_logit: T
     num_sets = selection.num_sets(num_kv_heads * group, num_kv_heads)
     members = num_kv_heads * group // num_sets
     if members == 1:
-        by_head = scores
+        ranked = scores
     elif selection.pool == "union":
-        by_head = scores.masked_fill(kept[:, None, None], -torch.inf)
+        ranked = scores.masked_fill(kept[:, None, None], -torch.inf)
     else:
-        by_head = probabilities(scores, None if sink_logit is None else _by_head(sink_logit, scores))
-    by_set = by_head.reshape(batch, num_sets, members, num_tokens, n)
+        ranked = probabilities(scores, by_head(sink_logit, scores))
+    by_set = ranked.reshape(batch, num_sets, members, num_tokens, n)
     if members == 1:
         return by_set[:, :, 0].transpose(1, 2)
     if selection.pool == "union":
@@ -140,6 +140,11 @@ def always_kept(seen: Tensor, selection: Selection) -> Tensor:
     return seen & ((ordinal <= selection.sinks) | (ordinal > ordinal[..., -1:] - selection.recent))
 
 
+def num_kept(selection: Selection, num_valid: Tensor) -> Tensor:
+    """`Selection.keep` of numbers of valid tokens on the device. On any device."""
+    return selection.by_ratio(num_valid).clamp(min=selection.budget).minimum(num_valid)
+
+
 def pick(importance: Tensor, seen: Tensor, selection: Selection, slots: int) -> Tensor:
     """The chosen positions: importance `[B, T, G, n]`, seen `[B, T, n]` -> index `[B, G, K]`, with T `[B, T, G, K]`.
 
@@ -152,7 +157,7 @@ def pick(importance: Tensor, seen: Tensor, selection: Selection, slots: int) -> 
     if importance.shape[-1] == 0:
         return as_index(seen.new_full((*importance.shape[:3], width), -1, dtype=torch.int32))
     num_valid = seen.sum(-1, keepdim=True)[:, :, None]  # [B, T, 1, 1]
-    keep = selection.by_ratio(num_valid).clamp(min=selection.budget).minimum(num_valid)
+    keep = num_kept(selection, num_valid)
     kept = always_kept(seen, selection)[:, :, None]
     ranked = importance.masked_fill(kept, torch.inf).masked_fill(~seen[:, :, None], -torch.inf)
 
@@ -195,8 +200,7 @@ def _weigh_live_tokens(call: Call[Tensor], scores: Tensor) -> Tensor:
         masked = hidden(call.mask[..., : scores.shape[-1]]).all(2, keepdim=True)  # [B or 1, 1, 1, n]
         if masked.any():  # a weight of 0 is not enough: padding may hold NaN
             values = values.masked_fill(masked.mT, 0.0)
-    sink = None if call.sink_logit is None else _by_head(call.sink_logit, scores)
-    weights = probabilities(scores, sink)
+    weights = probabilities(scores, by_head(call.sink_logit, scores))
     return (weights.flatten(2, 3) @ values).view(call.query.shape).to(call.query.dtype)
 
 
@@ -205,9 +209,9 @@ def as_index(chosen: Tensor) -> Tensor:
     return (chosen[:, 0] if chosen.shape[1] == 1 else chosen).contiguous()
 
 
-def _by_head(sink_logit: Tensor, scores: Tensor) -> Tensor:
-    """A logit a query head `[Hq]`, to go with scores `[B, Hkv, g, T, n]`."""
-    return sink_logit.float().view(*scores.shape[1:3], 1, 1)
+def by_head(sink_logit: Tensor | None, scores: Tensor) -> Tensor | None:
+    """A logit a query head `[Hq]`, if there is one, to go with scores `[B, Hkv, g, T, n]`."""
+    return None if sink_logit is None else sink_logit.float().view(*scores.shape[1:3], 1, 1)
 
 
 def _cap(scores: Tensor, softcap: float) -> Tensor:

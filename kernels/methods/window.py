@@ -28,7 +28,7 @@ class Window(Method):
 
         ordinal = reference.seen(call).long().cumsum(-1)  # [B, T, S]: 1 for the first valid token, 2 for the second
         num_valid = ordinal[..., -1:]
-        keep = selection.by_ratio(num_valid).clamp(min=selection.budget).minimum(num_valid)  # [B, T, 1]
+        keep = reference.num_kept(selection, num_valid)  # [B, T, 1]
         kept = torch.arange(1, selection.width(ordinal.shape[-1]) + 1, device=ordinal.device)  # the first, the second
         wanted = torch.where(kept <= selection.sinks, kept, num_valid - keep + kept)  # [B, T, K]: its ordinal
         index = torch.where(kept <= keep, torch.searchsorted(ordinal, wanted), -1).int()

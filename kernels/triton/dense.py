@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, arguments
 from .split import (
     Splits,
     after_previous,
@@ -123,7 +123,7 @@ def _scan(
 
 def scan(call: Call[Tensor], write_scores: bool = False, values: bool = True) -> Splits:
     """Attend to the whole live cache, in splits; without `values`, only score its keys."""
-    q, k, v, length, mask, scale, _, softcap = call.arguments()
+    q, k, v, length, mask, scale, _, softcap = arguments(call)
     check_rows(k, v)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, arguments
 from .split import (
     Splits,
     after_previous,
@@ -71,7 +71,7 @@ def _gather(
 
 def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
     """See `reference.sparse_attention`."""
-    q, k, v, length, mask, scale, sink_logit, softcap = call.arguments()
+    q, k, v, length, mask, scale, sink_logit, softcap = arguments(call)
     check_rows(k, v)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]

@@ -94,7 +94,7 @@ def _choose(call: Call, role: LayerRole) -> Tensor:
 def _attention_mass(call: Call) -> Tensor:
     """The attention that the query heads of each kv head give to each token, added up: `[m, Hkv, n]`."""
     scores = reference.score_live_tokens(call)  # [1, Hkv, g, m, n]
-    sink = None if call.sink_logit is None else call.sink_logit.float().view(*scores.shape[1:3], 1, 1)
+    sink = reference.by_head(call.sink_logit, scores)
     return reference.probabilities(scores, sink).sum(2)[0].transpose(0, 1)
 
 
