@@ -123,7 +123,7 @@ def importance(scores: Tensor, selection: Selection, kept: Tensor, sink_logit: T
     elif selection.pool == "union":
         ranked = scores.masked_fill(kept[:, None, None], -torch.inf)
     else:
-        ranked = probabilities(scores, by_head(sink_logit, scores))
+        ranked = probabilities(scores, _by_head(sink_logit, scores))
     by_set = ranked.reshape(batch, num_sets, members, num_tokens, n)
     if members == 1:
         return by_set[:, :, 0].transpose(1, 2)
@@ -172,6 +172,12 @@ def pick(importance: Tensor, seen: Tensor, selection: Selection, slots: int) -> 
     return as_index(index.scatter_(-1, column, position)[..., :width])
 
 
+def attention_weights(call: Call[Tensor]) -> Tensor:
+    """The attention probabilities of the n live tokens `[B, Hkv, g, T, n]`."""
+    scores = score_live_tokens(call)
+    return probabilities(scores, _by_head(call.sink_logit, scores))
+
+
 def probabilities(scores: Tensor, sink: Tensor | None = None) -> Tensor:
     """Softmax over the tokens of `[..., n]`, less the share of a sink that broadcasts to `[..., 1]`.
 
@@ -200,7 +206,7 @@ def _weigh_live_tokens(call: Call[Tensor], scores: Tensor) -> Tensor:
         masked = hidden(call.mask[..., : scores.shape[-1]]).all(2, keepdim=True)  # [B or 1, 1, 1, n]
         if masked.any():  # a weight of 0 is not enough: padding may hold NaN
             values = values.masked_fill(masked.mT, 0.0)
-    weights = probabilities(scores, by_head(call.sink_logit, scores))
+    weights = probabilities(scores, _by_head(call.sink_logit, scores))
     return (weights.flatten(2, 3) @ values).view(call.query.shape).to(call.query.dtype)
 
 
@@ -209,7 +215,7 @@ def as_index(chosen: Tensor) -> Tensor:
     return (chosen[:, 0] if chosen.shape[1] == 1 else chosen).contiguous()
 
 
-def by_head(sink_logit: Tensor | None, scores: Tensor) -> Tensor | None:
+def _by_head(sink_logit: Tensor | None, scores: Tensor) -> Tensor | None:
     """A logit a query head `[Hq]`, if there is one, to go with scores `[B, Hkv, g, T, n]`."""
     return None if sink_logit is None else sink_logit.float().view(*scores.shape[1:3], 1, 1)
 

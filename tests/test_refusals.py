@@ -12,6 +12,7 @@ from recorder import Recorder
 from texts import TEXT, Words
 
 import tidal_compile as tc
+from tidal_compile.kernels.call import Call, Selection, arguments
 from tidal_compile.models import load_model, with_cache
 
 pytestmark = pytest.mark.uncompiled
@@ -97,9 +98,9 @@ def test_whatever_value_a_mask_hides_with(hides, dtype):
     seen[..., :10], seen[..., 50:] = False, False
     hides = torch.finfo(dtype).min if hides == "lowest" else hides
     added = torch.zeros(1, 1, 1, 64, dtype=dtype).masked_fill(~seen, hides)
-    length, rest = torch.tensor(64), (0.25, 8, 0.25, 3, 4, "kv_head")
-    out, index = torch.ops.tidal.select_attention(q, k, v, length, seen, *rest)
-    other, same = torch.ops.tidal.select_attention(q, k, v, length, added, *rest)
+    selection = arguments(Selection(8, 0.25, 3, 4, "kv_head"))
+    calls = [arguments(Call(q, k, v, torch.tensor(64), mask, 0.25)) for mask in (seen, added)]
+    (out, index), (other, same) = (torch.ops.tidal.select_attention(*call, *selection) for call in calls)
     assert torch.equal(index, same) and (index >= 0).sum() == 2 * 10 and index[0, 0, :3].tolist() == [10, 11, 12]
     torch.testing.assert_close(out, other, atol=1e-2, rtol=1e-2)
 

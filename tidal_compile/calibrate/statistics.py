@@ -93,9 +93,7 @@ def _choose(call: Call, role: LayerRole) -> Tensor:
 
 def _attention_mass(call: Call) -> Tensor:
     """The attention that the query heads of each kv head give to each token, added up: `[m, Hkv, n]`."""
-    scores = reference.score_live_tokens(call)  # [1, Hkv, g, m, n]
-    sink = reference.by_head(call.sink_logit, scores)
-    return reference.probabilities(scores, sink).sum(2)[0].transpose(0, 1)
+    return reference.attention_weights(call).sum(2)[0].transpose(0, 1)  # of [1, Hkv, g, m, n]
 
 
 def _observe(
