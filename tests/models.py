@@ -17,16 +17,18 @@ def tiny_model(model_type="llama", seed=0, device="cpu", dtype=torch.float32, **
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def family_model(name, **settings):
-    """The tiny model of a family in `FAMILIES`."""
+def family_model(name, depth=6, **settings):
+    """The tiny model of a family in `FAMILIES`, or its first layers."""
+    if depth < 6:
+        kinds = tiny_model(**FAMILIES[name], device="meta").config.to_dict().get("layer_types") or []
+        types = {"layer_types": kinds[:depth]} if len(set(kinds)) > 1 else {}
+        settings = {"num_hidden_layers": depth, **types, **settings}
     return tiny_model(**{**FAMILIES[name], **settings})
 
 
 def family_pair(name, **settings):
     """Two layers of it, as transformers' own tests have; in a model that mixes, the first slides and the second does not."""
-    kinds = family_model(name, device="meta").config.to_dict().get("layer_types") or []
-    types = {"layer_types": kinds[:2]} if len(set(kinds)) > 1 else {}
-    return family_model(name, **{"num_hidden_layers": 2, **types, **settings})
+    return family_model(name, 2, **settings)
 
 
 MODELS = {

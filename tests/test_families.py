@@ -15,11 +15,13 @@ from recorder import Recorder
 import tidal_compile as tc
 from tidal_compile import shapes
 from tidal_compile.models import load_model
+from tidal_compile.passes.linears import join_linears
 from tidal_compile.passes.match import count_layers, find_attention
 from tidal_compile.passes.plan import make_plan
+from tidal_compile.passes.rewrite import apply_plan
 from tidal_compile.step import PolicyStep
 
-PROMPT, STEPS, SLOTS = 40, 4, 48
+PROMPT, STEPS, SLOTS, DEPTH = 40, 4, 48, 4
 SITES = [(name, form) for name, family in FAMILIES.items() if family.sites for form in family.implementations]
 
 
@@ -41,27 +43,45 @@ def decode(model, step, prompt, tokens, policy=None):
     return decode_logits(run, prefilled(model, prompt, SLOTS), tokens)
 
 
+@pytest.fixture
+def joined(monkeypatch):
+    """The step with its linear layers joined: how many, for every policy."""
+    counts = []
+
+    def apply(gm, plan):
+        apply_plan(gm, plan)
+        counts.append(join_linears(gm))
+
+    monkeypatch.setattr("tidal_compile.step.apply_plan", apply)
+    return counts
+
+
 @pytest.mark.parametrize(("name", "form"), SITES)
-def test_full_equals_eager_and_sparse_the_oracle(name, form):
-    family, model = FAMILIES[name], family_model(name, attn_implementation=form)
-    step, prompt, tokens = Traced(model), random_tokens(2, PROMPT), random_tokens(2, STEPS, seed=2)
+def test_full_equals_eager_and_sparse_the_oracle(name, form, joined):
+    """A single sequence also has its linear layers joined, as on a GPU; in float32, several haven't."""
+    family, batch = FAMILIES[name], 1 if form == FAMILIES[name].implementations[0] else 2
+    model = family_model(name, DEPTH, attn_implementation=form)
+    layers = [layer for layer in family.layers if layer < DEPTH]
+    step, prompt, tokens = Traced(model), random_tokens(batch, PROMPT), random_tokens(batch, STEPS, seed=2)
     eager = decode(model, step, prompt, tokens)
-    full = decode(model, step, prompt, tokens, tc.Policy.preset("full", 6))
+    full = decode(model, step, prompt, tokens, tc.Policy.preset("full", DEPTH))
     torch.testing.assert_close(full, eager, atol=2e-4, rtol=2e-4)
 
-    roles = dict.fromkeys(range(6), "full") | dict.fromkeys(family.layers, "reuse") | {family.layers[0]: "select"}
+    roles = dict.fromkeys(range(DEPTH), "full") | dict.fromkeys(layers, "reuse") | {layers[0]: "select"}
     defaults = {"budget": 12, "sinks": 2, "recent": 3}
-    policy = tc.Policy.from_dict({"num_layers": 6, "defaults": defaults, "layers": roles})
+    policy = tc.Policy.from_dict({"num_layers": DEPTH, "defaults": defaults, "layers": roles})
     sparse = decode(model, step, prompt, tokens, policy)
     expected = OracleModel(model, roles_of(policy)).logits(prompt, tokens)
     torch.testing.assert_close(sparse, expected, atol=2e-4, rtol=2e-4)
     assert (sparse - eager).abs().max() > 1e-3  # the budget is felt
 
-    ((calls, layers),) = step.graphs  # for all steps and both policies
+    ((calls, depth),) = step.graphs  # for all steps and both policies
     plan = make_plan(calls, policy.roles)
-    assert layers == 6 and plan.problems == ()
-    assert [decision.layer for decision in plan.decisions if decision.role] == family.layers
-    assert [decision.reason for decision in plan.decisions if not decision.role] == [family.reason] * family.left
+    assert depth == DEPTH and plan.problems == ()
+    assert [decision.layer for decision in plan.decisions if decision.role] == layers
+    left = DEPTH - len(layers) if family.left else 0
+    assert [decision.reason for decision in plan.decisions if not decision.role] == [family.reason] * left
+    assert len(joined) == 2 and all(count > 0 if batch == 1 else count == 0 for count in joined)
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.sites])

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES
 from models import decode_logits, family_pair, prefilled, random_tokens, tiny_model
 from recorder import Recorder
 
@@ -53,19 +52,19 @@ def test_layers_of_one_input_share_a_launch(joined):
 
 @pytest.mark.compiled
 def test_biases(joined):
-    compiled(tiny_model(model_type="qwen2"))
-    assert joined == [[3, 1, 2, 1] * 6 + [1]]
+    compiled(tiny_model(model_type="qwen2", num_hidden_layers=2))
+    assert joined == [[3, 1, 2, 1] * 2 + [1]]
 
 
 @pytest.mark.compiled
 def test_several_sequences(joined):
-    compiled(tiny_model().half(), batch=2)
-    assert joined == [[3, 1, 2, 1] * 6 + [1]]
+    compiled(tiny_model(num_hidden_layers=2).half(), batch=2)
+    assert joined == [[3, 1, 2, 1] * 2 + [1]]
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [(torch.float16, 17), (torch.float32, 2)])
 def test_more_sequences_are_left_alone(joined, dtype, batch):
-    compiled(tiny_model().to(dtype), batch=batch)
+    compiled(tiny_model(num_hidden_layers=2).to(dtype), batch=batch)
     assert joined == [[]]
 
 
@@ -84,10 +83,9 @@ def test_quantized_weights_are_left_alone(joined):
     assert joined == [[1]]  # the head
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_families(name):
-    """One sequence of every family: experts, latent attention and linear attention have linear layers of other kinds."""
-    model, recorder = family_pair(name), Recorder(policy="full", strict=False, linears=True)
+def test_a_model_without_calls_to_rewrite():
+    """Latent attention has linear layers of other kinds. See test_families for models with calls."""
+    model, recorder = family_pair("deepseek_v3"), Recorder(policy="full", strict=False, linears=True)
     prompt, tokens = random_tokens(1, 20), random_tokens(1, 2, seed=2)
     step = torch.compile(model, backend=recorder, fullgraph=True)
     got = decode_logits(step, prefilled(model, prompt, 64), tokens)

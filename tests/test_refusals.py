@@ -52,7 +52,6 @@ def test_nine_policies_on_one_model(fullgraph):
     assert torch._dynamo.config.recompile_limit <= max(limit, 10)  # one ahead of what was compiled
 
 
-@pytest.mark.compiled
 def test_one_policy_that_recompiles_for_ever_is_an_error():
     model, step = tiny_model(num_hidden_layers=1), None
     step = torch.compile(model, backend="tidal", dynamic=False, options={"policy": "full", "cuda_graphs": False})

@@ -9,6 +9,7 @@ the command of the harness with this class registered:
 """
 
 import difflib
+import functools
 import hashlib
 import json
 import tempfile
@@ -142,11 +143,17 @@ def _passes(blocks: Sequence[Block]) -> list[list[Block]]:
     return passes
 
 
-def check_tasks(names: Iterable[str], include: Path | None) -> None:
-    """Raise `TidalError` for a name that is no task, group or tag of the harness or of the folder `include`."""
+@functools.cache
+def _task_manager(include: Path | None) -> Any:
+    """All tasks of the harness and of the folder `include`: it reads thousands of files, so once a process."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if include is None else str(include))
+    return TaskManager(include_path=None if include is None else str(include))
+
+
+def check_tasks(names: Iterable[str], include: Path | None) -> None:
+    """Raise `TidalError` for a name that is no task, group or tag of the harness or of the folder `include`."""
+    manager = _task_manager(include)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=5)
         raise TidalError(
@@ -166,13 +173,11 @@ def run_tasks(
     policy and task as soon as they are measured, so that a second run measures only what is missing there.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     about = about_model(model, model_name) | {"limit": limit}
     measured: dict[tuple[str, str, str], list[dict[str, Any]]] = {}  # by task, digest of its files, digest of a policy
     for row in records.read(folder, about):
         measured.setdefault((row["asked"], row["files"], row["policy"]), []).append(row)
-    manager = TaskManager(include_path=None if include is None else str(include))
     for subject in subjects:
         missing = {task: files for task, files in tasks.items() if (task, files, subject.digest) not in measured}
         if not missing:
@@ -180,7 +185,7 @@ def run_tasks(
         lm = TidalLM(model, subject.policy, tokenizer=tokenizer, batch_size=batch)  # one, to compile once for all tasks
         for task, files in missing.items():
             results = simple_evaluate(
-                lm, tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
+                lm, tasks=[task], limit=limit, task_manager=_task_manager(include), bootstrap_iters=0, log_samples=True
             )
             key = {"asked": task, "files": files, "policy": subject.digest}
             rows = [key | row for row in _metric_rows(tokenizer, results)]
