@@ -3,7 +3,7 @@
     full_attention    (call)                          -> out
     select_attention  (call, selection)               -> out, index       full attention, and the best tokens by scores
     sparse_attention  (call, index)                   -> out
-    choose_by_<name>  (call, selection, method keys)  -> index            one for each of `methods`
+    choose_by_<name>  (call, selection, method keys, what it keeps)  -> index      one for each of `methods`
     linear            (x, weights, biases)            -> out
 
 `call` are the fields of a `Call`, `selection` those of a `Selection`, in their order: see `call` for shapes and dtypes.
@@ -14,6 +14,7 @@ a CPU. A CPU runs `reference`. A GPU runs the Triton kernels, which are imported
 without a GPU may have no Triton.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -37,11 +38,12 @@ DEFINITIONS: dict[str, Callable] = {}  # what the ops do, by name, for any numbe
 
 
 def _define(
-    name: str, groups: tuple[type, ...], tensors: str, returns: str, gpu: Callable, cpu: Callable, fake: Callable
-) -> Any:
+    name: str, groups: tuple[type, ...], tensors: str, returns: str, gpu: Callable, cpu: Callable, fake: Callable,
+    check: Callable | None = None,
+) -> Any:  # fmt: skip
     """Register `tidal::<name>`: its arguments are the fields of the dataclasses `groups`, and after them `tensors`.
 
-    The functions take an object of each group, and the tensors.
+    The functions take an object of each group, and the tensors. `check` raises for tensors that are wrong.
     """
 
     def unpacked(arguments: tuple) -> list:
@@ -54,14 +56,19 @@ def _define(
     def checked(function: Callable) -> Callable:
         def run(*arguments: Any) -> Any:
             given = unpacked(arguments)
-            for one in given:
-                _check(one, given[0])
+            for one in given[: len(groups)]:
+                _check(one)
+            if check is not None:
+                check(*given)
             return function(*given)
 
         return run
 
     schema = f"({', '.join(filter(None, [*map(_schema, groups), tensors]))}) -> {returns}"
-    op = torch.library.custom_op(f"tidal::{name}", checked(gpu), mutates_args=(), device_types="cuda", schema=schema)
+    mutated = re.findall(r"!\) (\w+)", tensors)
+    op = torch.library.custom_op(
+        f"tidal::{name}", checked(gpu), mutates_args=mutated, device_types="cuda", schema=schema
+    )
     op.register_kernel("cpu")(checked(cpu))
     op.register_fake(checked(fake))
 
@@ -91,6 +98,17 @@ def _sparse_on_gpu(call: Call, index: Tensor) -> Tensor:
     return sparse.sparse_attention(call, index)
 
 
+def _choose_on_gpu(call: Call, selection: Selection, method: Method, *kept: Tensor) -> Tensor:
+    return method.choose_on_gpu(call, selection, *kept)
+
+
+def _choose(call: Call, selection: Selection, method: Method, *kept: Tensor) -> Tensor:
+    """Without what the method keeps, by its definition: so are many query tokens replayed."""
+    if kept:
+        method.update(call, *kept)
+    return method.choose(call, selection, *kept)
+
+
 def _empty_out(call: Call, *_: Any) -> Tensor:
     return call.query.new_empty(call.query.shape)
 
@@ -102,6 +120,20 @@ def _empty_index(call: Call, selection: Selection, *_: Any) -> Tensor:
     return call.query.new_empty(shape, dtype=torch.int32)
 
 
+def _check_index(call: Call, index: Tensor) -> None:
+    num_heads, num_kv_heads = call.query.shape[1], call.key.shape[1]
+    if (
+        index.dtype != torch.int32
+        or index.dim() != 3
+        or index.shape[0] != call.query.shape[0]
+        or index.shape[1] not in (1, num_kv_heads, num_heads)
+    ):
+        raise ValueError(
+            f"tidal: index must be int32 [B, G, K] with G one of 1, {num_kv_heads} and {num_heads}, and B as in query "
+            f"{tuple(call.query.shape)}; found {index.dtype} {tuple(index.shape)}"
+        )
+
+
 full_attention = _define(
     "full_attention", (Call,), "", "Tensor", _full_on_gpu, reference.full_attention, _empty_out
 )  # fmt: skip
@@ -110,13 +142,14 @@ select_attention = _define(
     lambda call, selection: (_empty_out(call), _empty_index(call, selection)),
 )  # fmt: skip
 sparse_attention = _define(
-    "sparse_attention", (Call,), "Tensor index", "Tensor", _sparse_on_gpu, reference.sparse_attention, _empty_out
+    "sparse_attention", (Call,), "Tensor index", "Tensor", _sparse_on_gpu, reference.sparse_attention, _empty_out,
+    check=_check_index,
 )  # fmt: skip
 choose_by = {
     name: _define(
-        f"choose_by_{name}", (Call, Selection, kind), "", "Tensor",
-        lambda call, selection, method: method.choose_on_gpu(call, selection),
-        lambda call, selection, method: method.choose(call, selection), _empty_index,
+        f"choose_by_{name}", (Call, Selection, kind),
+        ", ".join(f"Tensor(a{number}!) {kept}" for number, kept in enumerate(kind.keeps)), "Tensor",
+        _choose_on_gpu, _choose, _empty_index,
     )
     for name, kind in METHODS.items()
 }  # fmt: skip
@@ -163,14 +196,12 @@ def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Non
             raise ValueError(f"tidal: a bias must be contiguous [{weight.shape[0]}]; found {tuple(bias.shape)}")
 
 
-def _check(given: Call | Selection | Method | Tensor, call: Call) -> None:
+def _check(given: Call | Selection | Method) -> None:
     """Raise ValueError for what an op can't take."""
     if isinstance(given, Call):
         _check_call(given)
     elif isinstance(given, Selection):
         _check_selection(given)
-    elif isinstance(given, Tensor):
-        _check_index(call, given)
 
 
 def _check_call(call: Call) -> None:
@@ -223,17 +254,3 @@ def _check_selection(selection: Selection) -> None:
         )
     if not 0.0 <= selection.ratio <= 1.0:
         raise ValueError(f"tidal: ratio must be from 0 to 1; found {selection.ratio}")
-
-
-def _check_index(call: Call, index: Tensor) -> None:
-    num_heads, num_kv_heads = call.query.shape[1], call.key.shape[1]
-    if (
-        index.dtype != torch.int32
-        or index.dim() != 3
-        or index.shape[0] != call.query.shape[0]
-        or index.shape[1] not in (1, num_kv_heads, num_heads)
-    ):
-        raise ValueError(
-            f"tidal: index must be int32 [B, G, K] with G one of 1, {num_kv_heads} and {num_heads}, and B as in query "
-            f"{tuple(call.query.shape)}; found {index.dtype} {tuple(index.shape)}"
-        )

@@ -97,10 +97,15 @@ def score_live_tokens(call: Call[Tensor]) -> Tensor:
     num_kv_heads, slots = call.key.shape[1:3]
     n = min(int(call.length), slots)
     rows = call.query.float().reshape(batch, num_kv_heads, -1, head_dim)  # [B, Hkv, g T, D]
-    scores = _cap(rows @ call.key[:, :, :n].float().mT * call.scale, call.softcap)
-    scores = scores.view(batch, num_kv_heads, num_heads // num_kv_heads, num_tokens, n)
+    products = rows @ call.key[:, :, :n].float().mT
+    return as_scores(call, products.view(batch, num_kv_heads, num_heads // num_kv_heads, num_tokens, n))
+
+
+def as_scores(call: Call[Tensor], products: Tensor) -> Tensor:
+    """Scores of products `[B, Hkv, g, T, n]` of queries and the first n keys: scaled, capped, masked. On any device."""
+    scores = _cap(products * call.scale, call.softcap)
     if call.mask is not None:
-        live_mask = call.mask[..., :n].unsqueeze(1)  # [B or 1, 1, 1, 1 or T, n]
+        live_mask = call.mask[..., : products.shape[-1]].unsqueeze(1)  # [B or 1, 1, 1, 1 or T, n]
         if call.mask.is_floating_point():
             scores = scores + live_mask
         scores = scores.masked_fill(hidden(live_mask), -torch.inf)
@@ -145,18 +150,21 @@ def num_kept(selection: Selection, num_valid: Tensor) -> Tensor:
     return selection.by_ratio(num_valid).clamp(min=selection.budget).minimum(num_valid)
 
 
-def pick(importance: Tensor, seen: Tensor, selection: Selection, slots: int) -> Tensor:
+def pick(
+    importance: Tensor, seen: Tensor, selection: Selection, slots: int, num_valid: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """The chosen positions: importance `[B, T, G, n]`, seen `[B, T, n]` -> index `[B, G, K]`, with T `[B, T, G, K]`.
 
     On any device.
 
     Chosen are the tokens that are always kept, then the most important ones, as many as `Selection` says. Equal ones
-    are chosen from the lowest position up. Importance that is not seen may be anything, NaN as well.
+    are chosen from the lowest position up. Importance that is not seen may be anything, NaN as well. `num_valid
+    [B, T]`: how many tokens are valid, if some of them aren't among the n.
     """
     width = selection.width(slots)
     if importance.shape[-1] == 0:
         return as_index(seen.new_full((*importance.shape[:3], width), -1, dtype=torch.int32))
-    num_valid = seen.sum(-1, keepdim=True)[:, :, None]  # [B, T, 1, 1]
+    num_valid = (seen.sum(-1) if num_valid is None else num_valid)[:, :, None, None]  # [B, T, 1, 1]
     keep = num_kept(selection, num_valid)
     kept = always_kept(seen, selection)[:, :, None]
     ranked = importance.masked_fill(kept, torch.inf).masked_fill(~seen[:, :, None], -torch.inf)

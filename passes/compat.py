@@ -25,6 +25,7 @@ __all__ = [
     "free_unbacked_symbols",
     "list_mode_options",
     "list_options",
+    "mark_static_input",
     "note_cache_layers",
     "source_of",
     "traced_arguments",
@@ -37,6 +38,14 @@ def source_of(node: fx.Node) -> str:
     """Where Dynamo says that a graph input comes from, such as `L['past_key_values'].layers[3].keys`; else ""."""
     source = getattr(node, "_dynamo_source", None)
     return source.name if source is not None else ""
+
+
+def mark_static_input(node: fx.Node) -> None:
+    """Mark an input that was added to Dynamo's graph as a tensor that keeps its address, as those of a static cache."""
+    from torch._dynamo.source import LocalSource
+
+    node._dynamo_source = LocalSource(node.name)
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 def traced_arguments() -> dict[str, Any] | None:

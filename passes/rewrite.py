@@ -19,15 +19,17 @@ from torch import fx
 from .forms import CASTS, target_name
 from .plan import Plan
 from .roles import Sets, follow
+from .state import KeptInput, add_inputs
 
 VIEWS = ("expand", "reshape", "view", "transpose", "contiguous", "size", "getitem")
 EAGER = ("matmul", "mul", "truediv", "itruediv", "tanh", "add", "cat", "max", "sub", "softmax", "dropout")
 PURE = (*VIEWS, *EAGER, *CASTS)
 
 
-def apply_plan(gm: fx.GraphModule, plan: Plan) -> int:
-    """Rewrite every call that has a role; returns how many."""
+def apply_plan(gm: fx.GraphModule, plan: Plan) -> list[KeptInput]:
+    """Rewrite every call that has a role; returns the inputs that were added for what methods keep."""
     sets: Sets = {}
+    added: list[KeptInput] = []
     for decision in plan.decisions:
         if decision.role is None:
             continue
@@ -37,13 +39,17 @@ def apply_plan(gm: fx.GraphModule, plan: Plan) -> int:
             target = getattr(torch.ops.tidal, op).default if isinstance(op, str) else op
             return insert_call(gm, replaced, target, args)
 
+        kept: tuple[fx.Node, ...] = ()
+        if decision.role.keeps:
+            added.append(add_inputs(gm, decision.call.call.key, decision.role.method))
+            kept = added[-1].nodes
         with gm.graph.inserting_before(replaced):
-            out = follow(decision.role, decision.call.call, sets, insert)
+            out = follow(decision.role, decision.call.call, sets, insert, kept)
         replaced.replace_all_uses_with(out)
         _erase_unused(gm, replaced)
     gm.graph.lint()
     gm.recompile()
-    return plan.rewritten
+    return added
 
 
 def insert_call(gm: fx.GraphModule, replaced: fx.Node, target, args: tuple) -> fx.Node:

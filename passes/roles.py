@@ -11,7 +11,7 @@ then, since policy files are read without it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -41,6 +41,11 @@ class LayerRole:
     method: Method = field(default_factory=METHODS["scores"])
     output: str = "full"
     heads: tuple[int, ...] | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether its method keeps tensors beside the cache."""
+        return self.role == "select" and bool(self.method.keeps)
 
     @property
     def is_sparse(self) -> bool:
@@ -77,8 +82,11 @@ Sets = dict[tuple[int, tuple[int, ...] | None], TokenSet]  # by selection, and t
 Run = Callable[..., Any]  # run(op or function, *arguments): an op is given by name
 
 
-def follow(role: LayerRole, call: Call[T], sets: Sets, run: Run) -> T:
-    """The attention of a layer by its role; a selection leaves what it chose in `sets`, for the layers after it."""
+def follow(role: LayerRole, call: Call[T], sets: Sets, run: Run, kept: Sequence[T] = ()) -> T:
+    """The attention of a layer by its role; a selection leaves what it chose in `sets`, for the layers after it.
+
+    `kept`: the tensors that its method keeps beside the cache; without them it chooses by the keys themselves.
+    """
     if role.role == "full":
         return run("full_attention", *arguments(call))
     if role.role == "select" and role.output == "full":
@@ -86,7 +94,7 @@ def follow(role: LayerRole, call: Call[T], sets: Sets, run: Run) -> T:
         sets[role.layer, None] = TokenSet(run(operator.getitem, both, 1), call.mask)
         return run(operator.getitem, both, 0)
     if role.role == "select":
-        settings = (*arguments(role.selection), *arguments(role.method))
+        settings = (*arguments(role.selection), *arguments(role.method), *kept)
         index = run(f"choose_by_{role.by}", *arguments(call), *settings)
         chosen = sets[role.layer, None] = TokenSet(index, call.mask)
     else:

@@ -130,6 +130,57 @@ def sets_as_mask(chosen, num_heads, n):
     return allowed
 
 
+def page_scores(q, k, scores, scale, softcap, page):
+    """What stands in for the scores `[B, Hq, n]`: the most that the visible keys of a token's page allow, by their bounds."""
+    batch, num_heads, n = scores.shape
+    group, bounds = num_heads // k.shape[1], torch.full_like(scores, -math.inf)
+    for b in range(batch):
+        for h in range(num_heads):
+            query, keys = q[b, h, 0].double(), k[b, h // group, :n].double()
+            products = keys @ query * scale
+            capped = softcap * torch.tanh(products / softcap) if softcap else products
+            for first in range(0, n, page):
+                there = [p for p in range(first, min(first + page, n)) if scores[b, h, p] > -math.inf]
+                if there:
+                    low, high = keys[there].min(0).values, keys[there].max(0).values
+                    bound = torch.maximum(query * low, query * high).sum() * scale
+                    bound = softcap * torch.tanh(bound / softcap) if softcap else bound
+                    for p in there:
+                        added = round((scores[b, h, p] - capped[p]).item(), 6)  # by the mask to this token
+                        bounds[b, h, p] = bound + added
+    return bounds
+
+
+def choose_by_pages(q, k, scores, valid, scale, softcap, sink, settings):
+    """Sets `[B][G]` of positions: the tokens of the best pages, the newest page first; with `keep`, the best of these."""
+    num_heads, num_kv_heads, page = scores.shape[1], k.shape[1], settings.get("page", 16)
+    budget, ratio, sinks, recent = (settings[name] for name in ("budget", "ratio", "sinks", "recent"))
+    share, pool, keep = settings["share"], settings.get("pool", "sum"), settings.get("keep", 0)
+    bounds = page_scores(q, k, scores, scale, softcap, page)
+    worth = importance_of(bounds, num_kv_heads, share, sink, pool, sinks, recent).clone()
+    for b in range(len(valid)):
+        newest = max(valid[b].nonzero()[:, 0].tolist(), default=-1) // page
+        worth[b, :, max(0, newest * page) : (newest + 1) * page] = 1e300
+    if not keep:
+        return choose(worth, valid, budget, ratio, sinks, recent)
+    wide = Fraction(str(keep)) * Fraction(str(ratio))
+    candidates = choose(worth, valid, math.ceil(Fraction(str(keep)) * budget), min(Fraction(1), wide), sinks, recent)
+    members = num_heads // worth.shape[1]
+    exact = scores.masked_fill(~sets_as_mask(candidates, num_heads, scores.shape[2]), -math.inf)
+    ranked = []
+    for g in range(worth.shape[1]):
+        heads = slice(g * members, (g + 1) * members)
+        own_sink = None if sink is None else sink[heads]
+        one = "layer" if members > 1 else "query_head"
+        ranked.append(importance_of(exact[:, heads], 1, one, own_sink, pool, sinks, recent)[:, 0])
+    ranked = torch.stack(ranked, 1)
+    for b, sets in enumerate(candidates):
+        for g, some in enumerate(sets):
+            outside = [p for p in range(scores.shape[2]) if p not in set(some)]
+            ranked[b, g, outside] = -math.inf
+    return choose(ranked, valid, budget, ratio, sinks, recent)
+
+
 class OracleModel:
     """A Hugging Face model, run eagerly, whose decode steps attend by the roles `{layer: (role, source, settings)}`."""
 
@@ -167,7 +218,10 @@ class OracleModel:
         role, source, settings = self.roles[module.layer_idx]
         allowed = None
         if role == "select":
-            chosen = self._choose(scores, valid, key.shape[1], settings, s_aux)
+            if settings.get("by") == "pages":
+                chosen = choose_by_pages(query, key, scores, valid, scale, softcap or 0.0, s_aux, settings)
+            else:
+                chosen = self._choose(scores, valid, key.shape[1], settings, s_aux)
             self.sets[module.layer_idx] = sets_as_mask(chosen, query.shape[1], n)
             if settings.get("output", "full" if settings.get("by", "scores") == "scores" else "sparse") == "sparse":
                 allowed = self.sets[module.layer_idx]

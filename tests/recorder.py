@@ -4,6 +4,7 @@ from tidal_compile.backend import Options, past_dynamo, plan_graph
 from tidal_compile.passes.counters import take_out_counters
 from tidal_compile.passes.linears import join_linears
 from tidal_compile.passes.rewrite import apply_plan
+from tidal_compile.passes.state import around, take_out_inputs
 
 
 class Recorder:
@@ -18,15 +19,17 @@ class Recorder:
     def _rewrite(self, gm, example_inputs):
         self.before.append(op_counts(gm))
         plan = plan_graph(gm, self.options)
+        kept = []
         if plan is not None:
-            apply_plan(gm, plan)
+            kept = apply_plan(gm, plan)
             if self.options.linears:
                 join_linears(gm)
         self.plans.append(plan)
         self.after.append(op_counts(gm))
         self.graphs.append(gm)
         counters = take_out_counters(gm) if plan is not None else None
-        return gm.forward if counters is None else counters.around(gm.forward)
+        take_out_inputs(gm, kept)
+        return around(kept, gm.forward if counters is None else counters.around(gm.forward))
 
 
 def op_counts(gm):

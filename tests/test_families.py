@@ -49,8 +49,9 @@ def joined(monkeypatch):
     counts = []
 
     def apply(gm, plan):
-        apply_plan(gm, plan)
+        kept = apply_plan(gm, plan)
         counts.append(join_linears(gm))
+        return kept
 
     monkeypatch.setattr("tidal_compile.step.apply_plan", apply)
     return counts

@@ -69,7 +69,7 @@ def test_float32_sparse_equals_the_reference_ops(heads, cudagraph_or_error):
 
 
 SPARSE = {
-    "topk": {"budget": 24}, "window": {"budget": 24, "sinks": 2}, "lessismore": {"budget": 24},
+    "topk": {"budget": 24}, "window": {"budget": 24, "sinks": 2}, "lessismore": {"budget": 24}, "quest": {"budget": 40},
     "kascade": {"budget": {"ratio": 0.2, "min": 8}}, "omnikv": {"budget": {"ratio": 0.2, "min": 8}},
 }  # fmt: skip
 
@@ -86,6 +86,36 @@ def test_every_method_is_captured_and_equals_the_reference_ops(name, cudagraph_o
         torch._dynamo.reset()
         reference = torch.compile(model, backend=reference_backend(policy), fullgraph=True)
         expected = decode_logits(reference, prefilled(model, prompt, 128), tokens)
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_what_is_kept_follows_the_cache(cudagraph_or_error):
+    """Pages in one and two levels: two caches in turn, filled again, set back, and reordered, against the definitions."""
+    model = tiny_model(device="cuda", num_hidden_layers=3)
+    layers = {"0": {"role": "select", "page": 8}, "1": "reuse", "2": {"role": "select", "keep": 2.0, "share": "layer"}}
+    defaults = {"by": "pages", "budget": 24, "sinks": 2, "recent": 3}
+    policy = tc.Policy.from_dict({"num_layers": 3, "layers": layers, "defaults": defaults})
+
+    def logits(step):
+        found = []
+        with torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True):
+            caches = [prefilled(model, on_gpu(random_tokens(2, 60, seed=seed)), 128) for seed in (1, 2)]
+            for turn in range(6):
+                found.append(decode_logits(step, caches[turn % 2], on_gpu(random_tokens(2, 5, seed=turn))))
+            with torch.no_grad():
+                caches[0].reset()
+                model(input_ids=on_gpu(random_tokens(2, 75, seed=3)), past_key_values=caches[0], use_cache=True)
+            found.append(decode_logits(step, caches[0], on_gpu(random_tokens(2, 9, seed=7))))
+            for layer in caches[0].layers:
+                layer.cumulative_length.fill_(75)
+            found.append(decode_logits(step, caches[0], on_gpu(random_tokens(2, 9, seed=8))))
+            caches[0].reorder_cache(on_gpu(torch.tensor([1, 0])))
+            found.append(decode_logits(step, caches[0], on_gpu(random_tokens(2, 9, seed=9))))
+        torch._dynamo.reset()
+        return torch.cat(found, 1)
+
+    got = logits(torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy}))
+    expected = logits(torch.compile(model, backend=reference_backend(policy), fullgraph=True))
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention import DEVICE, make_case, on_device
 from commands import quick
 from models import decode_logits, prefilled, random_tokens, tiny_model
 from oracle import OracleModel, roles_of
@@ -19,7 +20,7 @@ import tidal_compile as tc
 from tidal_compile.calibrate.search import Score, explore, is_better
 from tidal_compile.calibrate.statistics import Statistics
 from tidal_compile.kernels import reference
-from tidal_compile.kernels.call import Call, Selection
+from tidal_compile.kernels.call import Call, Selection, arguments
 from tidal_compile.kernels.methods import METHODS
 from tidal_compile.presets import PRESETS
 from tidal_compile.replay import Block, make_context, replay
@@ -32,6 +33,7 @@ SMALL = {
     "tidal": {"sinks": 2, "recent": 4, "budget": 20},
     "topk": {"budget": 20},
     "window": {"budget": 20, "sinks": 2},
+    "quest": {"budget": 40},
     "lessismore": {"budget": 24},
     "kascade": {"budget": {"ratio": 0.2, "min": 8}},
     "omnikv": {"budget": {"ratio": 0.2, "min": 8}},
@@ -111,6 +113,57 @@ def test_a_window_is_the_first_and_the_last_tokens():
     assert index[0, :, 0].tolist() == [[0, 6, 7, 8], [0, 18, 19, 20]]
 
 
+PAGED = {
+    "no-mask": {"slots": 96, "length": 71},
+    "whole-pages": {"slots": 96, "length": 64},
+    "last-slot": {"slots": 75, "length": 75},
+    "padding": {"slots": 150, "length": 97, "padding": 30},
+    "tiles": {"slots": 1300, "length": 1250, "padding": 13, "heads": (4, 2)},
+    "all-three": {"slots": 100, "length": 90, "bias": True, "sink": True, "softcap": 2.0, "padding": 20},
+    "nothing-live": {"slots": 64, "length": 0},
+    "bf16-group5": {"dtype": torch.bfloat16, "heads": (10, 2), "head_dim": 80},
+}
+
+
+@pytest.mark.parametrize("case", PAGED)
+@pytest.mark.parametrize("keep", [0.0, 2.5])
+def test_pages_by_their_kernels_and_by_what_is_kept(case, keep):
+    """Both give the tokens of the definition, which reads all keys; the bounds of the newest page are brought up to date."""
+    (q, k, v, length, mask, scale), extra = make_case(**{"heads": (6, 2), **PAGED[case]})
+    call = Call(q, k, v, length, mask, scale, extra["sink"], extra["softcap"])
+    there = Call(*(on_device([one])[0] for one in arguments(call)))
+    for number, (share, pool) in enumerate(SETS):
+        method = METHODS["pages"]((16, 8, 4, 32)[number], keep)
+        selection = Selection(24, 0.4 if number % 2 else 0.0, 2, 4, share, pool)
+        expected = method.choose(call, selection)
+        (bounds,) = method.summarize(k)
+        newest, known = (int(length) - 1) // method.page, int(length) // method.page
+        if 0 <= newest < bounds.shape[2]:
+            bounds[:, :, newest] = 7.0
+        by_kernel = bounds.to(DEVICE, copy=True)
+        assert torch.equal(method.choose_on_gpu(there, selection, by_kernel).cpu(), expected)
+        method.update(call, bounds)
+        assert torch.equal(method.choose(call, selection, bounds), expected)
+        for ours in (bounds, by_kernel.cpu()):
+            made = method.summarize(k.nan_to_num())[0]
+            assert torch.equal(ours.nan_to_num()[:, :, :known], made[:, :, :known]) or mask is not None
+
+
+SETS = [("query_head", "sum"), ("kv_head", "sum"), ("layer", "max"), ("kv_head", "union")]
+
+
+def test_a_budget_that_is_no_multiple_of_the_page_loses_nothing():
+    """50 tokens and a budget of 64: all. 21 tokens in pages of 16: the newest page's 2 tokens, a whole page, 3 of another."""
+    call = Call(torch.randn(1, 4, 1, 8), *torch.randn(2, 1, 2, 96, 8), torch.tensor(50), None, 1.0)
+    index = METHODS["pages"]().choose(call, Selection(64, share="query_head"))
+    assert index.tolist() == [[[*range(50), *[-1] * 14]] * 4]
+    index = METHODS["pages"]().choose(call, Selection(21, share="query_head"))
+    for row in index[0].tolist():
+        pages = [token // 16 for token in row]
+        assert row[-2:] == [48, 49] and sorted(pages.count(page) for page in set(pages)) == [2, 3, 16]
+        assert all(token % 16 < 3 for token in row if pages.count(token // 16) == 3)
+
+
 def test_what_a_step_reads():
     """In tokens' keys and values: a selection with sparse output scans keys, a window nothing."""
     for by, output, expected in (("scores", "full", 1000), ("scores", "sparse", 500 + 100), ("window", "sparse", 100)):
@@ -122,7 +175,7 @@ def test_what_a_step_reads():
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"by": "quest"}, r"layers.0.by: found \"quest\"; valid values are 'scores' or 'window'"),
+        ({"by": "quest"}, r"layers.0.by: found \"quest\"; valid values are 'pages', 'scores' or 'window'"),
         ({"by": "window", "output": "full"}, "layers.0.output: by: window returns sparse, found full"),
         (
             {"by": "window", "page": 16},

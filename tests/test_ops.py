@@ -282,7 +282,9 @@ def test_opcheck():
             chosen = arguments(Selection(24, 0.3, 3, 5, share, pool))
             torch.library.opcheck(ops.select_attention, (*arguments(call), *chosen))
             for name, kind in METHODS.items():
-                torch.library.opcheck(ops.choose_by[name], (*arguments(call), *chosen, *arguments(kind())))
+                torch.library.opcheck(
+                    ops.choose_by[name], (*arguments(call), *chosen, *arguments(kind()), *kind().summarize(call.key))
+                )
         index = ops.select_attention(*arguments(call), *arguments(Selection(24)))[1]
         torch.library.opcheck(ops.sparse_attention, (*arguments(call), index))
     x, weights, biases = torch.ones(1, 8), [torch.ones(4, 8), torch.ones(6, 8)], [torch.ones(4), torch.ones(6)]

@@ -25,6 +25,7 @@ from .passes.linears import join_linears
 from .passes.match import AttentionSite, Unmatched, count_layers, find_attention, policy_layers
 from .passes.plan import Plan, make_plan
 from .passes.rewrite import apply_plan
+from .passes.state import around, examples, take_out_inputs
 from .policy import Defaults, Policy, is_preset, load_any, resolve
 
 if TYPE_CHECKING:
@@ -129,8 +130,10 @@ def tidal(
     if parsed.strict:
         refuse_output_attentions()
     plan = plan_graph(gm, parsed)
+    kept = []
     if plan is not None:
-        log.info("tidal: %d attention calls, %d rewritten", len(plan.decisions), apply_plan(gm, plan))
+        log.info("tidal: %d attention calls, %d rewritten", len(plan.decisions), plan.rewritten)
+        kept = apply_plan(gm, plan)
 
     decodes_on_cuda = plan is not None and any(getattr(value, "is_cuda", False) for value in example_inputs)
     if plan is not None and (decodes_on_cuda if parsed.linears is None else parsed.linears):
@@ -149,9 +152,10 @@ def tidal(
             "steps run without CUDA graphs, which would be recorded anew for every token",
             stacklevel=2,
         )
-    if counters is None:
-        return compile_fx(gm, example_inputs, config_patches=settings)
-    return counters.around(compile_fx(gm, counters.as_tensors(example_inputs), config_patches=settings))
+    inputs = [*example_inputs, *examples(kept)]
+    compiled = compile_fx(gm, inputs if counters is None else counters.as_tensors(inputs), config_patches=settings)
+    take_out_inputs(gm, kept)
+    return around(kept, compiled if counters is None else counters.around(compiled))
 
 
 _compiled: dict[tuple[int, str], int] = {}  # how often, by function as Dynamo numbers them, and options

@@ -22,7 +22,7 @@ class Row:
     """One attention call. `role` is None where the call is left alone, and `reason` says why; `heads`: its head map.
 
     `by`: the method by which its tokens are chosen, with its keys; `output`: what it returns, `full` or `sparse`
-    attention.
+    attention. `kept_bytes`: what the method keeps beside the cache, in bytes for each slot of a sequence.
     """
 
     layer: int | None
@@ -35,6 +35,7 @@ class Row:
     heads: tuple[int, ...] | None = None
     by: str = ""
     output: str = ""
+    kept_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,19 @@ def _row(decision: Decision) -> Row:
     share = selection.share + ("" if selection.pool == "sum" else f", {selection.pool}")
     return Row(
         decision.layer, role.role, role.source, budget, share, kv_heads, "", role.heads, role.describe_method(),
-        role.output,
+        role.output, _kept_bytes(decision),
     )  # fmt: skip
+
+
+def _kept_bytes(decision: Decision) -> float:
+    """What a selection's method keeps beside its cache, in bytes for each slot of a sequence."""
+    if not decision.role.keeps:
+        return 0.0
+    key, slots = decision.call.call.key.meta["example_value"], 4096
+    kept = decision.role.method.summarize(
+        torch.empty(1, key.shape[1], slots, key.shape[3], dtype=key.dtype, device="meta")
+    )
+    return sum(tensor.nbytes for tensor in kept) / slots
 
 
 def decode_calls(model: PreTrainedModel) -> tuple[list[AttentionSite | Unmatched], int]:

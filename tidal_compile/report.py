@@ -45,6 +45,8 @@ def print_explanation(console: Console, explanation: "Explanation") -> None:
     policy = explanation.policy
     console.print(f"policy {policy.name}: {policy.description}".rstrip(": "), markup=False, highlight=False)
     console.print(explanation_table(explanation))
+    if kept := sum(row.kept_bytes for row in explanation.rows):
+        console.print(f"kept beside the cache: {kept:,.0f} bytes for each slot of a sequence", highlight=False)
     for problem in explanation.problems:
         console.print(f"can't follow the policy: {problem}", markup=False, highlight=False, soft_wrap=True)
 

@@ -14,6 +14,7 @@ from .passes.match import find_attention
 from .passes.plan import make_plan
 from .passes.rewrite import apply_plan
 from .passes.roles import LayerRole
+from .passes.state import around
 
 
 class PolicyStep:
@@ -38,7 +39,7 @@ class PolicyStep:
         """The function for a graph that Dynamo traced: it looks up, or makes, the graph for the roles of now."""
         note_cache_layers(gm)
         traced = _copied(gm)  # Dynamo empties its own
-        rewritten: dict[tuple[LayerRole, ...], fx.GraphModule] = {}
+        rewritten: dict[tuple[LayerRole, ...], Callable] = {}
 
         def run(*inputs: Any) -> Any:
             if self._roles not in rewritten:
@@ -48,13 +49,12 @@ class PolicyStep:
         return run
 
 
-def _rewritten(gm: fx.GraphModule, roles: tuple[LayerRole, ...]) -> fx.GraphModule:
+def _rewritten(gm: fx.GraphModule, roles: tuple[LayerRole, ...]) -> Callable:
     graph = _copied(gm)
     plan = make_plan(find_attention(graph), roles)
     if plan.problems:
         raise UnsupportedModelError(f"the model's graph can't follow the policy: {'; '.join(plan.problems)}")
-    apply_plan(graph, plan)
-    return graph
+    return around(apply_plan(graph, plan), graph)
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:

@@ -25,21 +25,34 @@ class Method:
 
     `outputs`: what a selection layer may return, the default first. `sparse`: attention to the tokens that it chose;
     `full`, to all tokens, is for `scores` alone, whose op does both in one pass.
+    `by_slot`: whether a choice depends on the slots in which tokens stand, not only on their order.
+    `keeps`: names of the tensors that it keeps beside the keys of a layer, so as not to read all of these at each step.
+    They follow from the keys and from nothing else: `summarize` makes them, and `update` takes in the keys of a step.
     """
 
     outputs: ClassVar[tuple[str, ...]] = ("sparse",)
+    by_slot: ClassVar[bool] = False
+    keeps: ClassVar[tuple[str, ...]] = ()
 
-    def choose(self, call: Call[Tensor], selection: Selection) -> Tensor:
+    def choose(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
         """The token sets: index `[B, G, K]` int32, and `[B, T, G, K]` for T > 1 query tokens (see `call`).
 
         In plain PyTorch, without a wait for the host and without a shape that depends on data, so that it also runs in
-        CUDA graphs. `reference.pick` turns the importance of tokens into an index.
+        CUDA graphs. `reference.pick` turns the importance of tokens into an index. Without `kept`, from the keys alone.
         """
         raise NotImplementedError
 
-    def choose_on_gpu(self, call: Call[Tensor], selection: Selection) -> Tensor:
-        """The same as a kernel, for T = 1."""
-        return self.choose(call, selection)
+    def choose_on_gpu(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
+        """`update`, and then `choose`, as kernels, for T = 1."""
+        self.update(call, *kept)
+        return self.choose(call, selection, *kept)
+
+    def summarize(self, key: Tensor) -> tuple[Tensor, ...]:
+        """What it keeps, made of the keys of a layer `[B, Hkv, S, D]`. Slots that aren't live may hold anything."""
+        return ()
+
+    def update(self, call: Call[Tensor], *kept: Tensor) -> None:
+        """Take the keys of a decode step's new token into what is kept, in place."""
 
     def keys_read(self, selection: Selection, length: int) -> int:
         """How many tokens' keys are read to choose, of so many live ones: for floors, and the bytes of a step."""

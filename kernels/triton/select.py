@@ -9,32 +9,42 @@ from torch import Tensor
 
 from ..call import Call, Selection
 from .dense import scan
+from .split import Splits
 from .topk import choose_tokens, merge_and_prepare, take_turns
 
 
 def select_attention(call: Call[Tensor], selection: Selection) -> tuple[Tensor, Tensor]:
     """See `reference.select_attention`."""
     out = call.query.new_empty(call.query.shape)
-    return out, _choose(call, selection, out)
+    return out, choose(scan(call, write_scores=True), call, selection, out)
 
 
 def choose_by_scores(call: Call[Tensor], selection: Selection) -> Tensor:
     """See `reference.choose_by_scores`."""
-    return _choose(call, selection, None)
+    return choose(scan(call, write_scores=True, values=False), call, selection)
 
 
-def _choose(call: Call[Tensor], selection: Selection, out: Tensor | None) -> Tensor:
-    """The index, and attention to everything in `out`, if it is given."""
-    num_heads, num_kv_heads, slots = call.query.shape[1], *call.key.shape[1:3]
+def choose(
+    splits: Splits, call: Call[Tensor], selection: Selection, out: Tensor | None = None, page: int = 0,
+    slots: int | None = None, num_valid: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The index by the scores of a scan, whose splits are merged into `out`, if it is given.
+
+    `page`: the tokens of the newest page of this size rank above all but those that are always kept; 0: no page does.
+    `slots`: those that were scored, if they are not the cache's; `num_valid [B]`: valid tokens, if
+    these are more than those.
+    """
+    num_heads, num_kv_heads, width = call.query.shape[1], call.key.shape[1], selection.width(call.key.shape[2])
+    slots = call.key.shape[2] if slots is None else slots
     num_sets = selection.num_sets(num_heads, num_kv_heads)
-    splits = scan(call, write_scores=True, values=out is not None)
+    given = {"slots": slots, "width": width, "page": page, "num_valid": num_valid}
     if num_sets == num_heads or selection.pool != "union":
         pool = "score" if num_sets == num_heads else selection.pool
-        prepared = merge_and_prepare(splits, call, num_sets, out)
-        return choose_tokens(splits.scores, prepared, call.length, slots, selection, pool)
-    prepared = merge_and_prepare(splits, call, num_heads, out)
-    by_head = choose_tokens(
-        splits.scores, prepared, call.length, slots, replace(selection, share="query_head"), "score"
-    )
+        prepared = merge_and_prepare(splits, call, num_sets, slots, out)
+        return choose_tokens(splits.scores, prepared, call.length, selection, pool, **given)
+    prepared = merge_and_prepare(splits, call, num_heads, slots, out)
+    own = replace(selection, share="query_head")
+    by_head = choose_tokens(splits.scores, prepared, call.length, own, "score", **given)
     worth = take_turns(splits.scores, by_head, num_sets)
-    return choose_tokens(worth, merge_and_prepare(None, call, num_sets), call.length, slots, selection, "turn")
+    prepared = merge_and_prepare(None, call, num_sets, slots)
+    return choose_tokens(worth, prepared, call.length, selection, "turn", **given)

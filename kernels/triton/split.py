@@ -72,7 +72,7 @@ def mask_tile(mask_ptr, offset, inside, MASK: tl.constexpr, HIDES: tl.constexpr)
 
 
 @triton.jit
-def _cap(score, CAP: tl.constexpr):
+def cap(score, CAP: tl.constexpr):
     """CAP * tanh(score / CAP), written with an exponential that can't overflow."""
     if CAP > 0.0:
         decay = tl.exp(-2.0 * tl.abs(score) / CAP)
@@ -98,7 +98,7 @@ def load_values(v_ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def score_tile(q, k, valid, bias, scale, CAP: tl.constexpr):
     """Base-2 scores `[ROWS, N]` of keys `[BLOCK_D, N]`; -inf for tokens that don't count, whatever their keys are."""
-    score = (_cap(dot(q, k) * scale, CAP) + bias[None, :]) * LOG2E
+    score = (cap(dot(q, k) * scale, CAP) + bias[None, :]) * LOG2E
     return tl.where(valid[None, :], score, float("-inf"))
 
 

@@ -31,6 +31,7 @@ HIGHEST_CODE = tl.constexpr(2**31 - 1)
 BINS = tl.constexpr(128)
 RUN = tl.constexpr(8)
 SEGMENT_BLOCK = tl.constexpr(128)  # candidates that are read at once: most tiles have fewer
+HIGHEST = tl.constexpr(3.0e38)  # the importance of tokens of the newest page: above any other, and below INF
 INF = tl.constexpr(float("inf"))  # the importance of a token that is always chosen; invalid tokens have -INF
 
 
@@ -131,10 +132,10 @@ def _merge_and_prepare(
 
 @triton.jit
 def _rank(
-    score_ptr, lse_ptr, valid_count_ptr, length_ptr, histogram_ptr, keep_ptr, slots, stride_s, tiles,
+    score_ptr, lse_ptr, valid_count_ptr, length_ptr, count_ptr, histogram_ptr, keep_ptr, slots, stride_s, tiles,
     budget, ratio_ppm, sinks, recent,
     SETS: tl.constexpr, MEMBERS: tl.constexpr, POOL: tl.constexpr, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_COUNT: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one token set. Its importance overwrites the scores of the set's first query head."""
     after_previous(PDL)
@@ -165,15 +166,23 @@ def _rank(
     num_valid = tl.sum(counts, 0)
     valid_before = tl.sum(tl.where(tile_number < tile, counts, 0), 0)
     valid_until = tl.sum(tl.where(tile_number <= tile, counts, 0), 0)  # with this tile
-    by_ratio = ((num_valid.to(tl.int64) * ratio_ppm + 999999) // 1000000).to(tl.int32)
+    of = num_valid  # tokens, of which the ratio is meant
+    if HAS_COUNT:
+        of = tl.load(count_ptr + batch)
+    by_ratio = ((of.to(tl.int64) * ratio_ppm + 999999) // 1000000).to(tl.int32)
     keep = tl.minimum(tl.maximum(by_ratio, budget), num_valid)  # K
     tl.store(keep_ptr + batch, keep)
-    has_ends = valid_before < sinks or valid_until > num_valid - recent
-    if has_ends:  # sinks or recent tokens
+    has_special = valid_before < sinks or valid_until > num_valid - recent  # sinks or recent tokens
+    if PAGE > 0:
+        is_last = valid_until == num_valid  # nothing valid comes after this tile
+        newest = tl.max(tl.where(valid, token, -1), 0)
+        importance = tl.where(valid & is_last & (token // PAGE == newest // PAGE), HIGHEST, importance)
+        has_special = has_special or is_last
+    if has_special:
         ordinal = valid_before + tl.cumsum(valid.to(tl.int32), 0)  # 1 for the first valid token
         always = valid & ((ordinal <= sinks) | (ordinal > num_valid - recent))
         importance = tl.where(always, INF, importance)
-    if MEMBERS > 1 or has_ends:
+    if MEMBERS > 1 or has_special:
         tl.store(scores, importance, mask=inside)
 
     ceiling = _ceiling(keep, lse_ptr, row, MEMBERS, POOL)
@@ -382,11 +391,11 @@ def _tile(batch: int, sets: int, slots: int) -> int:
 
 
 def merge_and_prepare(
-    splits: Splits | None, call: Call[Tensor], num_sets: int, out: Tensor | None = None
+    splits: Splits | None, call: Call[Tensor], num_sets: int, slots: int, out: Tensor | None = None
 ) -> Prepared:  # fmt: skip
     """Merge the splits of a scan, if there are any, into `out [B, Hq, 1, D]`, and prepare a choice of token sets."""
     batch, num_heads = call.query.shape[:2]
-    slots, device = call.key.shape[2], call.query.device
+    device = call.query.device
     tile = _tile(batch, num_sets, slots)
     tiles = triton.cdiv(slots, tile)
     valid_counts, histogram, total = (
@@ -405,13 +414,17 @@ def merge_and_prepare(
 
 
 def choose_tokens(
-    scores: Tensor, prepared: Prepared, length: Tensor, slots: int, selection: Selection, pool: str
-) -> Tensor:
-    """The chosen positions `[B, G, K]` int32 by base-2 scores `[B, Hq, >= S]`, or turns, which are overwritten."""
+    scores: Tensor, prepared: Prepared, length: Tensor, selection: Selection, pool: str, slots: int, width: int,
+    page: int = 0, num_valid: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The chosen positions `[B, G, K]` int32 by base-2 scores `[B, Hq, >= S]`, or turns, which are overwritten.
+
+    `width`: K. `page` and `num_valid`: see `select.choose`.
+    """
     lse, valid_counts, histogram, total = prepared
     batch, num_heads, stride_s = scores.shape
     sets, tiles = total.shape[1], valid_counts.shape[1]
-    width, tile = selection.width(slots), _tile(batch, sets, slots)
+    tile = _tile(batch, sets, slots)
 
     def empty(*shape: int) -> Tensor:
         return scores.new_empty(batch, *shape, dtype=torch.int32)
@@ -422,8 +435,8 @@ def choose_tokens(
     common = {"SETS": sets, "TILE": tile, **overlap(scores.device)}
     size = {"MEMBERS": num_heads // sets, "POOL": pool, "num_warps": tile // 256}
     _rank[(tiles, sets, batch)](
-        scores, lse, valid_counts, length, histogram, keep, slots, stride_s, tiles, selection.budget,
-        selection.parts_per_million, selection.sinks, selection.recent,
+        scores, lse, valid_counts, length, num_valid, histogram, keep, slots, stride_s, tiles, selection.budget,
+        selection.parts_per_million, selection.sinks, selection.recent, HAS_COUNT=num_valid is not None, PAGE=page,
         BLOCK_TILES=max(32, triton.next_power_of_2(tiles)), **common, **size,
     )  # fmt: skip
     _sift[(tiles, sets, batch)](

@@ -26,6 +26,7 @@ from ..models import with_cache
 from ..passes.match import AttentionSite
 from ..passes.plan import make_plan
 from ..passes.rewrite import apply_plan
+from ..passes.state import take_out_inputs
 from ..policy import Policy
 from ..run import random_cache, rewind, windows
 from ..variant import Variant
@@ -244,10 +245,13 @@ def reference_backend(policy: Policy) -> Callable:
 
     @past_dynamo
     def run_uncompiled(gm: fx.GraphModule, _: Sequence[Any]) -> Callable:
-        apply_plan(gm, plan_graph(gm, Options.parse({"policy": policy})))
+        kept = apply_plan(gm, plan_graph(gm, Options.parse({"policy": policy})))
+        added = [node for one in kept for node in one.nodes]  # what methods keep: definitions read the keys instead
         for node in gm.graph.nodes:
             if node.op == "call_function" and str(node.target).startswith("tidal."):
                 node.target = DEFINITIONS[str(node.target).split(".")[1]]
+                node.args = tuple(argument for argument in node.args if argument not in added)
+        take_out_inputs(gm, kept)
         gm.recompile()
         return gm.forward
 

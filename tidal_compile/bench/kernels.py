@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..errors import TidalError
 from ..kernels import ops, reference
 from ..kernels.call import Call, Selection, arguments, fitting
-from ..kernels.methods import METHODS
+from ..kernels.methods import METHODS, Method
 from .timing import relative_error, summary, time_calls
 
 ROTATE_BYTES = 400 * 10**6  # read between two calls on the same copy, so that none of it is left in a cache
@@ -53,12 +53,21 @@ class Size:
         return self.selection.num_sets(self.heads, self.kv_heads)
 
 
+# Every method with its default keys, and what is worth a look beside these
+TIMED: dict[str, Method] = {name: kind() for name, kind in METHODS.items()}
+TIMED["pages, keep 4"] = METHODS["pages"](keep=4.0)
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """Random inputs of one attention call; `index` holds scattered positions, the worst that a selection can choose."""
+    """Random inputs of one attention call; `index` holds scattered positions, the worst that a selection can choose.
+
+    `kept`: what methods keep beside the cache, by `TIMED`.
+    """
 
     call: Call[Tensor]
     index: Tensor
+    kept: dict[str, tuple[Tensor, ...]]
 
     @property
     def unmasked(self) -> Call[Tensor]:
@@ -89,7 +98,8 @@ def make_inputs(size: Size, device: torch.device, dtype: torch.dtype, seed: int)
         mask=torch.ones(size.batch, 1, 1, size.context, dtype=torch.bool, device=device),
         scale=size.head_dim**-0.5,
     )
-    return Inputs(call, chosen.sort().values.int().view(size.batch, size.sets, keep))
+    kept = {name: method.summarize(call.key) for name, method in TIMED.items()}
+    return Inputs(call, chosen.sort().values.int().view(size.batch, size.sets, keep), kept)
 
 
 def run_size(size: Size, device: torch.device, dtype: torch.dtype, rate: float) -> list[dict[str, Any]]:
@@ -117,8 +127,8 @@ def run_size(size: Size, device: torch.device, dtype: torch.dtype, rate: float) 
 def _bytes_moved(name: str, scanned: int, gathered: int, size: Size) -> int:
     """Bytes of keys and values that a variant reads: everything is `scanned` bytes, the chosen tokens `gathered`."""
     if name.startswith("by "):
-        by = name.removeprefix("by ").partition(",")[0]
-        keys = METHODS[by]().keys_read(size.selection, size.context)
+        method = TIMED[name.removeprefix("by ").removesuffix(", sparse output")]
+        keys = method.keys_read(size.selection, size.context)
         return round(scanned / 2 * keys / size.context) + gathered
     return gathered if name.startswith("sparse") else 0 if name.startswith("top-k") else scanned
 
@@ -134,9 +144,8 @@ def variants(size: Size, device: torch.device) -> dict[str, Callable[[Inputs], o
                 x.call.query, x.call.key, x.call.value, enable_gqa=grouped
             )
 
-    def choose_and_attend(x: Inputs, by: str, keys: tuple) -> Tensor:
-        index = ops.choose_by[by](*arguments(x.call), *chosen, *keys)
-        return ops.sparse_attention(*arguments(x.unmasked), index)
+    def choose_and_attend(x: Inputs, name: str) -> Tensor:
+        return ops.sparse_attention(*arguments(x.unmasked), _choose(x, size, name))
 
     timed = {
         "dense": lambda x: ops.full_attention(*arguments(x.call)),
@@ -145,9 +154,8 @@ def variants(size: Size, device: torch.device) -> dict[str, Callable[[Inputs], o
         "select, no mask": lambda x: ops.select_attention(*arguments(x.unmasked), *chosen),
         "sparse": lambda x: ops.sparse_attention(*arguments(x.unmasked), x.index),
     }
-    for by, kind in METHODS.items():
-        keys = arguments(kind())
-        timed[f"by {by}, sparse output"] = functools.partial(choose_and_attend, by=by, keys=keys)
+    for name in TIMED:
+        timed[f"by {name}, sparse output"] = functools.partial(choose_and_attend, name=name)
     if device.type != "cuda":
         return timed | {"SDPA": lambda x: sdpa(x, SDPBackend.MATH)}
     timed |= {
@@ -162,6 +170,12 @@ def variants(size: Size, device: torch.device) -> dict[str, Callable[[Inputs], o
 
         timed["top-k alone, FlashInfer"] = lambda _: flashinfer.top_k(rows, size.selection.budget)
     return timed
+
+
+def _choose(x: Inputs, size: Size, name: str) -> Tensor:
+    """The index by a method of `TIMED`."""
+    by, keys = name.partition(",")[0], arguments(TIMED[name])
+    return ops.choose_by[by](*arguments(x.call), *arguments(size.selection), *keys, *x.kept[name])
 
 
 def _dense_and_topk(x: Inputs, size: Size) -> tuple[Tensor, Tensor]:
@@ -190,10 +204,9 @@ def _check(size: Size, x: Inputs, dtype: torch.dtype) -> None:
         "sparse": relative_error(sparse, reference.sparse_attention(x.unmasked, x.index)),
         "tokens": _count_unexpected(index, expected_index) / expected_index.numel(),
     }
-    for by, kind in METHODS.items():
-        index = ops.choose_by[by](*arguments(x.call), *chosen, *arguments(kind()))
-        expected = kind().choose(x.call, size.selection)
-        errors[f"tokens by {by}"] = _count_unexpected(index, expected) / expected.numel()
+    for name, method in TIMED.items():
+        expected = method.choose(x.call, size.selection)
+        errors[f"tokens by {name}"] = _count_unexpected(_choose(x, size, name), expected) / expected.numel()
     limits = {name: 0.01 if name.startswith("tokens") else TOLERANCE[dtype] for name in errors}
     for name, error in errors.items():
         if not error <= limits[name]:

@@ -72,6 +72,16 @@ def window(num_layers: int, model: str | None = None, budget: Any = None) -> Pre
     return Preset(layers, {"sinks": 4, "recent": 0})
 
 
+def quest(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
+    """Quest: dense 0-1; every other layer chooses the best pages of 16 tokens for each query head, by bounds of keys.
+
+    https://arxiv.org/abs/2406.10774. `share: kv_head` gives the form for grouped heads. The newest page is always kept,
+    as in its kernels. Left out: whole pages, where ours fill the budget with a part of the last one.
+    """
+    layers = ["full" if layer < 2 else {"role": "select", "by": "pages"} for layer in range(num_layers)]
+    return Preset(layers, {"share": "query_head", "sinks": 0, "recent": 0})
+
+
 def lessismore(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
     """LessIsMore: TidalDecode's layers; one token set for all heads, joined by rank, a quarter of it recent tokens.
 
@@ -122,5 +132,5 @@ def _published(table: dict[str, Any], model: str | None) -> list[Any]:
 
 
 PRESETS: dict[str, Callable[..., Preset]] = {
-    make.__name__: make for make in (full, tidal, topk, window, lessismore, kascade, omnikv)
+    make.__name__: make for make in (full, tidal, topk, window, quest, lessismore, kascade, omnikv)
 }

@@ -1,0 +1,113 @@
+"""Tensors that a method keeps beside the KV cache, such as bounds of pages: inputs that the decode graph updates.
+
+Graph in: the decode graph, and for each selection whose method keeps something, the node of its keys. Graph out: the
+same graph object with an input more for each such tensor, behind its own inputs,
+
+    index = tidal::choose_by_pages(call, selection, method, bounds)      which also takes the step's key into `bounds`
+
+and `around` wraps the compiled graph into a function that hands these tensors over. There is a set for each cache and
+method, made at the first step. It lives as long as the cache's key tensor, whose memory it stays beside, so CUDA graphs
+find both at the same addresses.
+
+What is kept follows from the keys alone (`Method.summarize`). A tensor's version counts the writes to it: when
+somebody else has written to the keys since our last step (a prefill, a reset, a reorder), it is made anew, on the
+device. Writes that PyTorch doesn't count, by way of `.data` or of raw pointers, can't be seen.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..kernels.methods import Method
+from .compat import mark_static_input
+
+
+@dataclass(frozen=True)
+class KeptInput:
+    """What a method keeps beside the keys that are input number `key` of the graph: the inputs `nodes`."""
+
+    key: int
+    method: Method
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass
+class _Kept:
+    """The tensors of one cache layer and method, and the version of the keys that they follow from."""
+
+    tensors: tuple[Tensor, ...]
+    version: int
+
+
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of each key tensor: {method: _Kept}
+
+
+def add_inputs(gm: fx.GraphModule, key: fx.Node, method: Method) -> KeptInput:
+    """Add an input for each tensor that the method keeps beside these keys, behind all that the graph has."""
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    example = key.meta["example_value"]
+    with example.fake_mode:
+        examples = method.summarize(example)
+    nodes = []
+    for name, value in zip(method.keeps, examples, strict=True):
+        with gm.graph.inserting_after([*inputs, *nodes][-1]):
+            node = gm.graph.placeholder(f"{name}_{key.name}")
+        node.meta["example_value"] = value
+        mark_static_input(node)
+        nodes.append(node)
+    return KeptInput(inputs.index(key), method, tuple(nodes))
+
+
+def examples(kept: Sequence[KeptInput]) -> list[Tensor]:
+    """Example inputs for compiling the graph, for the inputs that were added."""
+    return [node.meta["example_value"] for one in kept for node in one.nodes]
+
+
+def take_out_inputs(gm: fx.GraphModule, kept: Sequence[KeptInput]) -> None:
+    """Erase the added inputs from a graph that is compiled: Dynamo looks for a source of each input afterwards."""
+    assert gm.code  # where the module itself is to run: it may put off writing its code
+    for one in kept:
+        for node in one.nodes:
+            node.replace_all_uses_with(next(iter(gm.graph.nodes)))
+            gm.graph.erase_node(node)
+
+
+def around(kept: Sequence[KeptInput], compiled: Callable) -> Callable:
+    """Wrap the compiled graph into a function of the inputs that the graph had before.
+
+    It raises RuntimeError for a cache that was made under `torch.inference_mode()`.
+    """
+    if not kept:
+        return compiled
+
+    def run(*inputs: Any) -> Any:
+        beside = [_up_to_date(inputs[one.key], one.method) for one in kept]
+        out = compiled(*inputs, *(tensor for each in beside for tensor in each.tensors))
+        for one, each in zip(kept, beside, strict=True):
+            each.version = inputs[one.key]._version
+        return out
+
+    return run
+
+
+@torch.no_grad()
+def _up_to_date(key: Tensor, method: Method) -> _Kept:
+    """What the method keeps beside these keys, as the keys are now."""
+    if key.is_inference():
+        raise RuntimeError(
+            "tidal: the cache was made under torch.inference_mode(), where PyTorch doesn't count writes to it, so "
+            "nobody can tell when what is kept beside it is out of date; prefill and decode under torch.no_grad()"
+        )
+    methods = _kept.setdefault(key, {})
+    if method not in methods:
+        methods[method] = _Kept(method.summarize(key), key._version)
+    kept = methods[method]
+    if kept.version != key._version:
+        for tensor, now in zip(kept.tensors, method.summarize(key), strict=True):
+            tensor.copy_(now)
+        kept.version = key._version
+    return kept
