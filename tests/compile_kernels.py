@@ -66,9 +66,9 @@ def main():
             index = select.select_attention(call, selection)[1]
             select.choose_by_scores(call, selection)
             sparse.sparse_attention(call, index)
-            for page in (16, 64):
-                bounds = torch.zeros(2, 2, 512 // page, 2, head_dim, dtype=dtype)
-                pages.choose_again(call, selection, pages.choose_by_bounds(call, selection, bounds, page))
+        page = 16 if masking is None else 64
+        bounds = torch.zeros(2, 2, 512 // page, 2, head_dim, dtype=dtype)
+        pages.choose_again(call, selection, pages.choose_by_bounds(call, selection, bounds, page))
     print(len(COMPILED), "kernels:", *sorted(set(COMPILED.values())))
 
 

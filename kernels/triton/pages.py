@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call, Selection, arguments
+from ..reference import seen
 from .select import choose
 from .split import (
     LOG2E,
@@ -76,12 +77,12 @@ def _score_pages(
         by_keys = ((count > 0) & (count < PAGE)) | (page == newest)
         here = tl.min(tl.where(by_keys, number, BLOCK_P), 0)
         while here < BLOCK_P:
-            slot = (first + here) * PAGE + tl.arange(0, PAGE)
-            seen, _ = mask_tile(mask_ptr, batch * stride_mb + slot * stride_mn, slot < length, MASK, HIDES)
-            rows = k_ptr + batch * stride_kb + kv_head * stride_kh + slot.to(tl.int64)[None, :] * stride_kn
-            keys = tl.load(rows + dim[:, None], mask=(slot < slots)[None, :] & (dim < D)[:, None], other=0.0)
-            lowest = tl.min(tl.where(seen[None, :], keys.to(tl.float32), float("inf")), 1)  # [BLOCK_D]
-            highest = tl.max(tl.where(seen[None, :], keys.to(tl.float32), float("-inf")), 1)
+            there = (first + here) * PAGE + tl.arange(0, PAGE)
+            is_seen, _ = mask_tile(mask_ptr, batch * stride_mb + there * stride_mn, there < length, MASK, HIDES)
+            rows = k_ptr + batch * stride_kb + kv_head * stride_kh + there.to(tl.int64)[None, :] * stride_kn
+            keys = tl.load(rows + dim[:, None], mask=(there < slots)[None, :] & (dim < D)[:, None], other=0.0)
+            lowest = tl.min(tl.where(is_seen[None, :], keys.to(tl.float32), float("inf")), 1)  # [BLOCK_D]
+            highest = tl.max(tl.where(is_seen[None, :], keys.to(tl.float32), float("-inf")), 1)
             best = tl.where(query > 0.0, query * highest[None, :], query * lowest[None, :])
             bound = tl.sum(tl.where((dim < D)[None, :] & (query != 0.0), best, 0.0), 1)
             product = tl.where((number == here)[None, :], bound[:, None], product)
@@ -91,13 +92,20 @@ def _score_pages(
                 tl.store(stored + D, tl.max(keys.to(tl.float32), 1).to(bounds_ptr.dtype.element_ty), mask=dim < D)
             here = tl.min(tl.where(by_keys & (number > here), number, BLOCK_P), 0)
 
-        score = (cap(product * scale, CAP)[:, :, None] + bias[None, :, :]) * LOG2E
+        of_page = cap(product * scale, CAP)
+        score = (of_page[:, :, None] + bias[None, :, :]) * LOG2E
         score = tl.where(valid[None, :, :], score, float("-inf"))
         score = tl.reshape(score, [ROWS, BLOCK_P * PAGE])
-        slots_here = first * PAGE + tl.arange(0, BLOCK_P * PAGE)
-        scores = score_ptr + (head + row)[:, None] * stride_s + slots_here[None, :]
-        tl.store(scores, score, mask=(row < GROUP)[:, None] & (slots_here < length)[None, :])
-        m, l = sum_tile(score, m, l)
+        slot = first * PAGE + tl.arange(0, BLOCK_P * PAGE)
+        scores = score_ptr + (head + row)[:, None] * stride_s + slot[None, :]
+        tl.store(scores, score, mask=(row < GROUP)[:, None] & (slot < length)[None, :])
+        if MASK == "added":
+            m, l = sum_tile(score, m, l)
+        else:  # the tokens of a page that count have one score
+            of_page = tl.where((count > 0)[None, :], of_page * LOG2E, float("-inf"))
+            m = tl.max(of_page, 1)
+            shift = tl.where(m == float("-inf"), 0.0, m)
+            l = tl.sum(tl.exp2(of_page - shift[:, None]) * count[None, :].to(tl.float32), 1)
     store_split(m, l, m, stat_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, False)
 
 
@@ -177,12 +185,5 @@ def choose_again(call: Call[Tensor], selection: Selection, index: Tensor) -> Ten
     )  # fmt: skip
     live = (index[:, :1, None] >= 0).contiguous()  # [B, 1, 1, wide K]: as many in every set
     candidates = replace(call, mask=live, length=torch.full_like(call.length, width))
-    chosen = choose(Splits(stats, None, scores), candidates, selection, slots=width, num_valid=seen_tokens(call))
-    return index.gather(2, chosen.clamp(0, width - 1).long()).where(chosen >= 0, -1)
-
-
-def seen_tokens(call: Call[Tensor]) -> Tensor:
-    """How many tokens the query of a step sees `[B]` int32, on the device."""
-    from ..reference import seen
-
-    return seen(call).sum((1, 2), dtype=torch.int32)
+    num_valid = seen(call).sum((1, 2), dtype=torch.int32) if selection.ratio else None
+    return choose(Splits(stats, None, scores), candidates, selection, of=index, num_valid=num_valid)

@@ -26,25 +26,26 @@ def choose_by_scores(call: Call[Tensor], selection: Selection) -> Tensor:
 
 def choose(
     splits: Splits, call: Call[Tensor], selection: Selection, out: Tensor | None = None, page: int = 0,
-    slots: int | None = None, num_valid: Tensor | None = None,
+    of: Tensor | None = None, num_valid: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The index by the scores of a scan, whose splits are merged into `out`, if it is given.
 
     `page`: the tokens of the newest page of this size rank above all but those that are always kept; 0: no page does.
-    `slots`: those that were scored, if they are not the cache's; `num_valid [B]`: valid tokens, if
-    these are more than those.
+    `of [B, G, n]`: the tokens that were scored, in order, if they are not those of the cache; `num_valid [B]`: how many
+    tokens are valid, if more than these are.
     """
     num_heads, num_kv_heads, width = call.query.shape[1], call.key.shape[1], selection.width(call.key.shape[2])
-    slots = call.key.shape[2] if slots is None else slots
+    slots = call.key.shape[2] if of is None else of.shape[2]
     num_sets = selection.num_sets(num_heads, num_kv_heads)
     given = {"slots": slots, "width": width, "page": page, "num_valid": num_valid}
+    by_token = given | {"of": of}
     if num_sets == num_heads or selection.pool != "union":
         pool = "score" if num_sets == num_heads else selection.pool
         prepared = merge_and_prepare(splits, call, num_sets, slots, out)
-        return choose_tokens(splits.scores, prepared, call.length, selection, pool, **given)
+        return choose_tokens(splits.scores, prepared, call.length, selection, pool, **by_token)
     prepared = merge_and_prepare(splits, call, num_heads, slots, out)
     own = replace(selection, share="query_head")
     by_head = choose_tokens(splits.scores, prepared, call.length, own, "score", **given)
     worth = take_turns(splits.scores, by_head, num_sets)
     prepared = merge_and_prepare(None, call, num_sets, slots)
-    return choose_tokens(worth, prepared, call.length, selection, "turn", **given)
+    return choose_tokens(worth, prepared, call.length, selection, "turn", **by_token)

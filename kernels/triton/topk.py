@@ -186,10 +186,10 @@ def _rank(
         tl.store(scores, importance, mask=inside)
 
     ceiling = _ceiling(keep, lse_ptr, row, MEMBERS, POOL)
-    if num_valid >= 2 * RUN * keep:
+    if PAGE == 0 and num_valid >= 2 * RUN * keep:
         largest = tl.max(tl.reshape(importance, [TILE // RUN, RUN]), 1)
         histogram = tl.histogram(_bin(largest, ceiling, POOL), BINS, mask=largest > -INF)
-    else:  # there may be fewer than K runs, so every token is counted
+    else:  # every token is counted: there may be fewer than K runs, or all tokens of a run may be equal
         histogram = tl.histogram(_bin(importance, ceiling, POOL), BINS, mask=valid)
     tl.atomic_add(histogram_ptr + row * BINS + tl.arange(0, BINS), histogram, mask=histogram > 0, sem="relaxed")
 
@@ -278,8 +278,9 @@ def _is_chosen(code, position, threshold, last_tied):
 
 @triton.jit
 def _emit(
-    length_ptr, keep_ptr, total_ptr, segment_ptr, bound_ptr, code_ptr, position_ptr, index_ptr, slots, tiles, width,
-    SETS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    length_ptr, keep_ptr, total_ptr, segment_ptr, bound_ptr, code_ptr, position_ptr, of_ptr, index_ptr, slots, tiles,
+    width, SETS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, HAS_OF: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the positions chosen from SPAN tiles of one token set, written to their place in the index.
 
@@ -337,6 +338,8 @@ def _emit(
             own_position = tl.load(positions + own, mask=own < end, other=0)
             own_chosen = _is_chosen(own_code, own_position, threshold, last_tied)
             rank = tl.cumsum(own_chosen.to(tl.int32), 0)
+            if HAS_OF:
+                own_position = tl.load(of_ptr + row * slots + own_position, mask=own_chosen, other=0)
             tl.store(index_ptr + row * width + offset + rank - 1, own_position, mask=own_chosen)
             offset += tl.max(rank, 0)
 
@@ -415,11 +418,11 @@ def merge_and_prepare(
 
 def choose_tokens(
     scores: Tensor, prepared: Prepared, length: Tensor, selection: Selection, pool: str, slots: int, width: int,
-    page: int = 0, num_valid: Tensor | None = None,
+    page: int = 0, num_valid: Tensor | None = None, of: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The chosen positions `[B, G, K]` int32 by base-2 scores `[B, Hq, >= S]`, or turns, which are overwritten.
 
-    `width`: K. `page` and `num_valid`: see `select.choose`.
+    `width`: K. `page`, `num_valid` and `of`: see `select.choose`.
     """
     lse, valid_counts, histogram, total = prepared
     batch, num_heads, stride_s = scores.shape
@@ -446,8 +449,8 @@ def choose_tokens(
     programs = batch * sets * tiles
     span = 1 if programs <= 256 else 2 if programs <= 1024 else 4
     _emit[(triton.cdiv(tiles, span), sets, batch)](
-        length, keep, total, segments, bound, codes, positions, index, slots, tiles, width, SPAN=span, BLOCK=2048,
-        num_warps=2, **common,
+        length, keep, total, segments, bound, codes, positions, of, index, slots, tiles, width, SPAN=span, BLOCK=2048,
+        HAS_OF=of is not None, num_warps=2, **common,
     )  # fmt: skip
     return index
 
