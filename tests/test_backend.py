@@ -49,7 +49,8 @@ def test_a_second_process_hits_the_caches_for_the_same_policy_only(tmp_path):
         model, found = tiny_model(num_hidden_layers=2), []
         for budget in {budgets}:
             defaults = dict(budget=budget, sinks=2, recent=8)
-            policy = dict(num_layers=2, layers={{"0": "select", "1": "reuse"}}, defaults=defaults)
+            layers = {{"0": {{"role": "select", "by": "pages", "page": 8}}, "1": "reuse"}}  # with what it keeps
+            policy = dict(num_layers=2, layers=layers, defaults=defaults)
             counters.clear()
             step = torch.compile(model, backend="tidal", fullgraph=True, options=dict(policy=policy))
             logits = decode_logits(step, prefilled(model, random_tokens(1, 90), 128), random_tokens(1, 2))

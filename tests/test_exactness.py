@@ -49,10 +49,7 @@ def test_within_the_budget_tidal_equals_eager():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.compiled] if name in ("mixed", "max-and-union") else [])
-        for name in POLICIES
-    ],
+    [pytest.param(name, marks=[pytest.mark.compiled] if name == "mixed" else []) for name in POLICIES],
 )
 def test_sparse_policies_equal_the_oracle(name):
     policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES[name]})

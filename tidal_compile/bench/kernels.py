@@ -18,6 +18,7 @@ from ..errors import TidalError
 from ..kernels import ops, reference
 from ..kernels.call import Call, Selection, arguments, fitting
 from ..kernels.methods import METHODS, Method
+from ..kernels.methods.pages import Pages
 from .timing import relative_error, summary, time_calls
 
 ROTATE_BYTES = 400 * 10**6  # read between two calls on the same copy, so that none of it is left in a cache
@@ -55,7 +56,7 @@ class Size:
 
 # Every method with its default keys, and what is worth a look beside these
 TIMED: dict[str, Method] = {name: kind() for name, kind in METHODS.items()}
-TIMED["pages, keep 4"] = METHODS["pages"](keep=4.0)
+TIMED["pages, keep 4"] = Pages(keep=4.0)
 
 
 @dataclass(frozen=True)
