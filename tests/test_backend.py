@@ -41,6 +41,7 @@ def test_found_by_name_without_an_import():
     assert found[0] is True and found[1] < 1e-4 and found[2] is True
 
 
+@pytest.mark.slow
 def test_a_second_process_hits_the_caches_for_the_same_policy_only(tmp_path):
     code = """
         import json, torch

@@ -156,6 +156,7 @@ def test_tasks_from_local_files(folder, lm, tmp_path, monkeypatch):
     assert again == [row for row in rows.values() if row["task"] == "local_generate_until"]
 
 
+@pytest.mark.slow
 def test_longbench_from_local_files(folder, tmp_path, monkeypatch):
     pytest.importorskip("jieba")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -50,7 +50,6 @@ def test_layers_of_one_input_share_a_launch(joined):
     assert joined == [[3, 1, 2, 1] * 6 + [1]]  # qkv, out; gate and up, down; and the head
 
 
-@pytest.mark.compiled
 def test_biases(joined):
     compiled(tiny_model(model_type="qwen2", num_hidden_layers=2))
     assert joined == [[3, 1, 2, 1] * 2 + [1]]

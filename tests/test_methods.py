@@ -15,6 +15,7 @@ from commands import quick
 from models import decode_logits, prefilled, random_tokens, tiny_model
 from oracle import OracleModel, roles_of
 from recorder import Recorder
+from tiers import sampled
 
 import tidal_compile as tc
 from tidal_compile.calibrate.search import Score, explore, is_better
@@ -125,8 +126,13 @@ PAGED = {
 }
 
 
-@pytest.mark.parametrize("case", PAGED)
-@pytest.mark.parametrize("keep", [0.0, 2.5])
+@pytest.mark.parametrize(
+    ("keep", "case"),
+    sampled(
+        [(keep, case) for keep in (0.0, 2.5) for case in PAGED],
+        [*((0.0, case) for case in PAGED), *((2.5, case) for case in ("padding", "all-three", "nothing-live"))],
+    ),
+)
 def test_pages_by_their_kernels_and_by_what_is_kept(case, keep):
     """Both give the tokens of the definition, which reads all keys; the bounds of the newest page are brought up to date."""
     (q, k, v, length, mask, scale), extra = make_case(**{"heads": (6, 2), **PAGED[case]})
@@ -179,7 +185,7 @@ def test_what_a_step_reads():
         ({"by": "window", "output": "full"}, "layers.0.output: by: window returns sparse, found full"),
         (
             {"by": "window", "page": 16},
-            "layers.0.page: unknown key; valid keys are role, .*by: window has none of its own",
+            "layers.0.page: a key of by: pages, not of by: window; valid keys are role, .*by: window has none of its own",
         ),
         ({"pool": "mean"}, "layers.0.pool: found \"mean\"; valid values are 'sum', 'max' or 'union'"),
         ({"output": "dense"}, "layers.0.output: found \"dense\"; valid values are 'full' or 'sparse'"),

@@ -45,8 +45,15 @@ def assert_similar(got, expected):
 COMPILED = ("llama", "gemma3", "gpt_oss")  # the others run the rewritten graph as it is
 
 
+QUICK = (*COMPILED, "gemma2", "qwen3_moe", "gpt2", "phi3", "qwen3_next", "mixtral")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.compiled] if name in COMPILED else []) for name in MATCHED]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.compiled] * (name in COMPILED) + [pytest.mark.slow] * (name not in QUICK))
+        for name in MATCHED
+    ],
 )
 def test_compiled_generation(name):
     model = two_layers(name)
