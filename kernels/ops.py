@@ -98,17 +98,6 @@ def _sparse_on_gpu(call: Call, index: Tensor) -> Tensor:
     return sparse.sparse_attention(call, index)
 
 
-def _choose_on_gpu(call: Call, selection: Selection, method: Method, *kept: Tensor) -> Tensor:
-    return method.choose_on_gpu(call, selection, *kept)
-
-
-def _choose(call: Call, selection: Selection, method: Method, *kept: Tensor) -> Tensor:
-    """Without what the method keeps, by its definition: so are many query tokens replayed."""
-    if kept:
-        method.update(call, *kept)
-    return method.choose(call, selection, *kept)
-
-
 def _empty_out(call: Call, *_: Any) -> Tensor:
     return call.query.new_empty(call.query.shape)
 
@@ -149,7 +138,8 @@ choose_by = {
     name: _define(
         f"choose_by_{name}", (Call, Selection, kind),
         ", ".join(f"Tensor(a{number}!) {kept}" for number, kept in enumerate(kind.keeps)), "Tensor",
-        _choose_on_gpu, _choose, _empty_index,
+        lambda call, selection, method, *kept: method.choose_on_gpu(call, selection, *kept),
+        lambda call, selection, method, *kept: method.step(call, selection, *kept), _empty_index,
     )
     for name, kind in METHODS.items()
 }  # fmt: skip

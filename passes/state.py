@@ -51,9 +51,9 @@ def add_inputs(gm: fx.GraphModule, key: fx.Node, method: Method) -> KeptInput:
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     example = key.meta["example_value"]
     with example.fake_mode:
-        examples = method.summarize(example)
+        values = method.summarize(example)
     nodes = []
-    for name, value in zip(method.keeps, examples, strict=True):
+    for name, value in zip(method.keeps, values, strict=True):
         with gm.graph.inserting_after([*inputs, *nodes][-1]):
             node = gm.graph.placeholder(f"{name}_{key.name}")
         node.meta["example_value"] = value

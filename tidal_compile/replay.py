@@ -157,8 +157,7 @@ def replay(
 ) -> list[Tensor]:
     """Logits `[m - dense, vocab]` in float32 of each block's sparse steps; `observe` sees every attention call."""
     prompts, steps = _tokens(context.blocks)
-    by_slot = any(role.role == "select" and role.method.by_slot for role in roles)
-    if not context.windows and not by_slot:
+    if not context.windows and not any(role.method.by_slot for role in roles):
         rewind(context.cache, context.length + len(prompts.ids))
         logits = _one_pass(model, context, steps, _joined(prompts, steps), roles, observe)
         return list(logits.split([block.steps for block in context.blocks]))

@@ -43,8 +43,13 @@ class Method:
         raise NotImplementedError
 
     def choose_on_gpu(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
-        """`update`, and then `choose`, as kernels, for T = 1."""
-        self.update(call, *kept)
+        """`step` as kernels, for T = 1."""
+        return self.step(call, selection, *kept)
+
+    def step(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
+        """`update` what is kept, if it is given, and then `choose`."""
+        if kept:
+            self.update(call, *kept)
         return self.choose(call, selection, *kept)
 
     def summarize(self, key: Tensor) -> tuple[Tensor, ...]:

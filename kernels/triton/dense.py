@@ -10,6 +10,7 @@ from .split import (
     Splits,
     after_previous,
     check_rows,
+    empty_scores,
     load_group,
     load_keys,
     load_values,
@@ -134,8 +135,8 @@ def scan(call: Call[Tensor], write_scores: bool = False, values: bool = True) ->
     splits = num_splits(q.device, batch * num_kv_heads, triton.cdiv(slots, block_n), per_processor=1 if large else 2)
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32) if values else None
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
-    stride_s = triton.cdiv(slots, 16) * 16  # aligned rows, for wide loads
-    scores = q.new_empty(batch, num_heads, stride_s, dtype=torch.float32) if write_scores else None
+    scores = empty_scores(q, slots) if write_scores else None
+    stride_s = 0 if scores is None else scores.stride(1)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _scan[(splits, num_kv_heads, batch)](
         q, k, v, mask_data, length, acc, stats, scores, scale, slots,

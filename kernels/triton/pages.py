@@ -22,6 +22,7 @@ from .split import (
     cap,
     check_rows,
     dot,
+    empty_scores,
     load_group,
     load_keys,
     mask_args,
@@ -149,13 +150,11 @@ def choose_by_bounds(call: Call[Tensor], selection: Selection, bounds: Tensor, p
     num_kv_heads, slots = k.shape[1:3]
     block_p = max(16, 512 // page)
     splits = triton.cdiv(slots, block_p * page)
-    stride_s = triton.cdiv(slots, 16) * 16
-    stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
-    scores = q.new_empty(batch, num_heads, stride_s, dtype=torch.float32)
+    stats, scores = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32), empty_scores(q, slots)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _score_pages[(splits, num_kv_heads, batch)](
         q, k, bounds, mask_data, length, stats, scores, scale, slots, bounds.shape[2], splits,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *stride_m, stride_s,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *stride_m, scores.stride(1),
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, ROWS=padded_rows(num_heads // num_kv_heads),
         D=head_dim, BLOCK_D=padded_dim(head_dim), PAGE=page, BLOCK_P=block_p, **mask_kind, CAP=softcap,
         num_warps=4 if page <= 32 else 8, **overlap(q.device),
@@ -172,13 +171,11 @@ def choose_again(call: Call[Tensor], selection: Selection, index: Tensor) -> Ten
     pairs = max(sets, num_kv_heads)
     group, block_n = num_heads // pairs, 64
     splits = triton.cdiv(width, block_n)
-    stride_s = triton.cdiv(width, 16) * 16
-    stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
-    scores = q.new_empty(batch, num_heads, stride_s, dtype=torch.float32)
+    stats, scores = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32), empty_scores(q, width)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _score_chosen[(splits, pairs, batch)](
         q, k, index, mask_data, stats, scores, scale, width, splits,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], index.stride(0), index.stride(1), *stride_m, stride_s,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *index.stride()[:2], *stride_m, scores.stride(1),
         PAIRS=pairs, GROUP=group, ROWS=padded_rows(group), PAIRS_PER_KV_HEAD=pairs // num_kv_heads, ONE_SET=sets == 1,
         D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, **mask_kind, CAP=softcap, num_warps=4,
         **overlap(q.device),

@@ -203,6 +203,11 @@ class Splits(NamedTuple):
     scores: Tensor | None = None  # [B, Hq, >= S] in base 2, -inf where hidden, unwritten beyond the live length
 
 
+def empty_scores(q: Tensor, tokens: int) -> Tensor:
+    """The scores of a scan `[B, Hq, >= tokens]`, to be written: rows are aligned, for wide loads."""
+    return q.new_empty(*q.shape[:2], triton.cdiv(tokens, 16) * 16, dtype=torch.float32)
+
+
 def merge(splits: Splits, sink_logit: Tensor | None, out: Tensor) -> Tensor:
     """Join splits into `out [B, Hq, 1, D]`; -> log2-sum-exp `[B, Hq]`. `sink_logit [Hq]` takes part in both."""
     arguments, sizes = merge_args(splits, sink_logit, out)
