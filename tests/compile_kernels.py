@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from tidal_compile.kernels.call import Call, Selection
-from tidal_compile.kernels.triton import dense, linear, pages, select, sparse, split, topk
+from tidal_compile.kernels.triton import dense, linear, pages, pick, select, sparse, split, topk
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
@@ -45,7 +45,7 @@ def compile_instead(kernel, *args, grid, warmup, **options):
 
 def main():
     JITFunction.run = compile_instead
-    for module in (dense, linear, pages, sparse, split, topk):
+    for module in (dense, linear, pages, pick, sparse, split, topk):
         module.num_splits = lambda *_, **__: 70  # more than are merged at once
         module.overlap = lambda _: {"PDL": True, "launch_pdl": True}
     kinds = [(torch.bfloat16, 128, 4), (torch.float32, 80, 3), (torch.float16, 256, 1)]
@@ -66,9 +66,10 @@ def main():
             index = select.select_attention(call, selection)[1]
             select.choose_by_scores(call, selection)
             sparse.sparse_attention(call, index)
-        page = 16 if masking is None else 64
-        bounds = torch.zeros(2, 2, 512 // page, 2, head_dim, dtype=dtype)
-        pages.choose_again(call, selection, pages.choose_by_bounds(call, selection, bounds, page))
+            if dtype == torch.bfloat16 or pool == "union":
+                page = 16 if masking is None else 64
+                bounds = torch.zeros(2, 2, 512 // page, 2, head_dim, dtype=dtype)
+                pages.choose_again(call, selection, pages.choose_pages(call, selection, bounds, page))
     print(len(COMPILED), "kernels:", *sorted(set(COMPILED.values())))
 
 

@@ -23,6 +23,7 @@ from tidal_compile.calibrate.statistics import Statistics
 from tidal_compile.kernels import reference
 from tidal_compile.kernels.call import Call, Selection, arguments
 from tidal_compile.kernels.methods import METHODS
+from tidal_compile.kernels.triton import pick
 from tidal_compile.presets import PRESETS
 from tidal_compile.replay import Block, make_context, replay
 from tidal_compile.run import filled
@@ -153,6 +154,19 @@ def test_pages_by_their_kernels_and_by_what_is_kept(case, keep):
         for ours in (bounds, by_kernel.cpu()):
             made = method.summarize(k.nan_to_num())[0]
             assert torch.equal(ours.nan_to_num()[:, :, :known], made[:, :, :known]) or mask is not None
+
+
+def test_more_pages_than_a_program_holds(monkeypatch):
+    """The search for the best ones goes through blocks of them; so does that among the tokens of the second level."""
+    monkeypatch.setattr(pick, "MOST", 128)
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randint(-1, 2, shape, generator=generator).float() for shape in ((2, 4, 1, 8), (2, 2, 1300, 8)))
+    mask = torch.rand(2, 1, 1, 1300, generator=generator) > 0.1  # so small integers have many ties, which are exact
+    for page, keep, share, hides in ((4, 0.0, "query_head", None), (4, 3.0, "kv_head", mask), (4, 0.0, "layer", mask)):
+        call = Call(*on_device([q, k, k, torch.tensor(1211), hides]), 0.5)
+        method, selection = METHODS["pages"](page, keep), Selection(90, 0.0, 5, 11, share)
+        index = method.choose_on_gpu(call, selection, *method.summarize(call.key))
+        assert torch.equal(index, method.choose(call, selection))
 
 
 SETS = [("query_head", "sum"), ("kv_head", "sum"), ("layer", "max"), ("kv_head", "union")]

@@ -45,10 +45,8 @@ class Pages(Method):
         from ..triton import pages
 
         if not self.keep:
-            return pages.choose_by_bounds(call, selection, *kept, self.page)
-        return pages.choose_again(
-            call, selection, pages.choose_by_bounds(call, self._wide(selection), *kept, self.page)
-        )
+            return pages.choose_pages(call, selection, *kept, self.page).index
+        return pages.choose_again(call, selection, pages.choose_pages(call, self._wide(selection), *kept, self.page))
 
     def _wide(self, selection: Selection) -> Selection:
         """What the bounds keep: `keep` times as many tokens."""

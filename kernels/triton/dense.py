@@ -25,19 +25,9 @@ from .split import (
     store_split,
     sum_tile,
     tile_tokens,
+    unmasked,
     weigh_tile,
 )
-
-
-@triton.jit
-def _unmasked(mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether the mask changes no score from `begin` to `end`. In most models it only changes those of padding."""
-    changed = begin * 0
-    for start in range(begin, end, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        valid, bias = mask_tile(mask_ptr, token * stride_mn, token < end, MASK, HIDES)
-        changed += tl.sum((((token < end) & (valid == 0)) | (bias != 0.0)).to(tl.int32), 0)
-    return changed == 0
 
 
 @triton.jit
@@ -109,7 +99,7 @@ def _scan(
     masks = mask_ptr
     if MASK != "none":
         masks += batch * stride_mb
-    if MASK == "none" or _unmasked(masks, stride_mn, begin, end, MASK, HIDES, 4096):
+    if MASK == "none" or unmasked(masks, stride_mn, begin, end, MASK, HIDES, 4096):
         m, l, acc = _attend(
             q, keys, values, masks, scores, scale, stride_s, begin, end, stride_kn, stride_vn, stride_mn,
             GROUP, ROWS, D, BLOCK_D, BLOCK_N, "none", HIDES, CAP, WRITE_SCORES, VALUES,

@@ -1,8 +1,12 @@
 """Selections by bounds of pages in Triton. Definition: `methods/pages.py`.
 
-score pages    bounds -> the scores that stand in for those of the tokens; the newest page's bounds are stored
-choose         the tokens with the best of these: `select.choose`
-score chosen   with two levels: the exact scores of the tokens that were chosen, of which the best are chosen again
+score pages    bounds -> scores of pages; the newest page's bounds are stored
+pick           the best pages, and their tokens
+score chosen   with two levels: the exact scores of the tokens that were chosen
+pick           the best of these
+
+An additive mask gives the tokens of a page scores of their own, and `pool: union` gives them turns: then the scores are
+spread over the tokens, and these are chosen as by exact ones (`select.choose`).
 """
 
 from dataclasses import replace
@@ -14,6 +18,7 @@ from torch import Tensor
 
 from ..call import Call, Selection, arguments
 from ..reference import seen
+from .pick import Picked, pick
 from .select import choose
 from .split import (
     LOG2E,
@@ -27,24 +32,102 @@ from .split import (
     load_keys,
     mask_args,
     mask_tile,
+    num_splits,
     overlap,
     padded_dim,
     padded_rows,
     score_tile,
     store_split,
     sum_tile,
+    tile_tokens,
+    unmasked,
 )
 
 
 @triton.jit
+def _count_tokens(page, length, mask_ptr, stride_mn, PAGE: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr):
+    """How many tokens of pages `[N]` count: `[N]`."""
+    if MASK == "none":
+        return tl.minimum(tl.maximum(length - page * PAGE, 0), PAGE)
+    token = page[:, None] * PAGE + tl.arange(0, PAGE)[None, :]
+    valid, _ = mask_tile(mask_ptr, token * stride_mn, token < length, MASK, HIDES)
+    return tl.sum(valid.to(tl.int32), 1)
+
+
+@triton.jit
+def _add_page(m, l, score, count):
+    """Add `count` tokens of one score a row `[ROWS]` to the softmax's m and l."""
+    new_m = tl.maximum(m, score)
+    shift = tl.where(new_m == float("-inf"), 0.0, new_m)
+    return new_m, l * tl.exp2(m - shift) + count.to(tl.float32) * tl.exp2(score - shift)
+
+
+@triton.jit
+def _score_by_bounds(
+    q, bounds, mask_ptr, score_ptr, count_ptr, scale, stride_s, stride_mn, begin, end, counted, length,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_P: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """The scores of the pages from `begin` to `end` -> m, l; but not of those that are seen in part.
+
+    How many tokens count is written for the pages up to `counted`.
+    """
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    row = tl.arange(0, ROWS)
+    lane = tl.arange(0, BLOCK_P)
+    up = tl.maximum(q.to(tl.float32), 0.0).to(q.dtype)
+    down = tl.minimum(q.to(tl.float32), 0.0).to(q.dtype)
+    bounds += begin.to(tl.int64) * 2 * D
+    for start in range(begin, end, BLOCK_P):
+        page = start + lane
+        inside = page < end
+        low = load_keys(bounds, lane * 2 * D, inside, D, BLOCK_D)
+        high = load_keys(bounds + D, lane * 2 * D, inside, D, BLOCK_D)
+        count = _count_tokens(page, length, mask_ptr, stride_mn, PAGE, MASK, HIDES)
+        score = cap((dot(up, high) + dot(down, low)) * scale, CAP) * LOG2E
+        score = tl.where((inside & (count == PAGE))[None, :], score, float("-inf"))
+        rows = score_ptr + row.to(tl.int64)[:, None] * stride_s + page[None, :]
+        stored = inside & ((count == PAGE) | (count == 0))
+        tl.store(rows, score, mask=(row[:, None] < GROUP) & stored[None, :], eviction_policy="evict_last")
+        tl.store(count_ptr + page, count, mask=page < counted)
+        m, l = sum_tile(score, m, l)
+        bounds += BLOCK_P * 2 * D
+    return m, l * PAGE
+
+
+@triton.jit
+def _score_by_keys(
+    q, keys, mask_ptr, scale, stride_kn, stride_mn, page, length, slots,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr,
+    CAP: tl.constexpr,
+):  # fmt: skip
+    """Of one page: its score by the tokens that count `[ROWS]`, how many count, and the bounds of all its slots."""
+    token = page * PAGE + tl.arange(0, PAGE)
+    valid, _ = mask_tile(mask_ptr, token * stride_mn, token < length, MASK, HIDES)
+    k = load_keys(keys, token.to(tl.int64) * stride_kn, token < slots, D, BLOCK_D).to(tl.float32)  # [BLOCK_D, PAGE]
+    lowest = tl.min(tl.where(valid[None, :], k, float("inf")), 1)
+    highest = tl.max(tl.where(valid[None, :], k, float("-inf")), 1)
+    query = q.to(tl.float32)
+    best = tl.where(query > 0.0, query * highest[None, :], query * lowest[None, :])
+    best = tl.where((tl.arange(0, BLOCK_D) < D)[None, :] & (query != 0.0), best, 0.0)
+    count = tl.sum(valid.to(tl.int32), 0)
+    score = tl.where(count > 0, cap(tl.sum(best, 1) * scale, CAP) * LOG2E, float("-inf"))
+    return score, count, tl.min(k, 1), tl.max(k, 1)
+
+
+@triton.jit
 def _score_pages(
-    q_ptr, k_ptr, bounds_ptr, mask_ptr, length_ptr, stat_ptr, score_ptr, scale, slots, pages, splits,
-    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_mb, stride_mn, stride_s,
+    q_ptr, k_ptr, bounds_ptr, mask_ptr, length_ptr, stat_ptr, score_ptr, count_ptr, valid_ptr, scale, slots, pages,
+    splits, stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_mb, stride_mn, stride_s,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_P: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_P pages of one kv head, and its group of query heads."""
+    """One program: the query group of one kv head, and one split of its pages, by their bounds.
+
+    Pages that are seen in part are judged by the keys that are seen, and so is the newest one, by the last program.
+    """
     after_previous(PDL)
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -53,61 +136,89 @@ def _score_pages(
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_D)
     length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
-    first = split * BLOCK_P
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    if first * PAGE < length:
-        q = load_group(
-            q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D
-        )
-        query = q.to(tl.float32)
+    newest = tl.cdiv(length, PAGE) - 1
+    chunk = tl.cdiv(tl.cdiv(newest, BLOCK_P), splits - 1) * BLOCK_P
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, newest)
+    q = load_group(
+        q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D
+    )
+    keys = k_ptr + batch * stride_kb + kv_head * stride_kh
+    bounds = bounds_ptr + (batch * NUM_KV_HEADS + kv_head) * pages * 2 * D
+    scores = score_ptr + head * stride_s
+    counts = count_ptr + batch * tl.cdiv(slots, PAGE)
+    masks = mask_ptr
+    if MASK != "none":
+        masks += batch * stride_mb
+    counted = tl.where(kv_head == 0, end, 0)
+    if split == splits - 1:
+        m = tl.full([ROWS], float("-inf"), tl.float32)
+        l = tl.zeros([ROWS], tl.float32)
+        num_valid = length * 0
+        if newest >= 0:
+            m, num_valid, lowest, highest = _score_by_keys(
+                q, keys, masks, scale, stride_kn, stride_mn, newest, length, slots, D, BLOCK_D, PAGE, MASK, HIDES, CAP
+            )
+            l += num_valid.to(tl.float32)
+            tl.store(scores + row * stride_s + newest, m, mask=row < GROUP)
+            if kv_head == 0:
+                tl.store(counts + newest, num_valid)
+            if newest < pages:
+                stored = bounds + newest.to(tl.int64) * 2 * D + dim
+                tl.store(stored, lowest.to(bounds_ptr.dtype.element_ty), mask=dim < D)
+                tl.store(stored + D, highest.to(bounds_ptr.dtype.element_ty), mask=dim < D)
+    elif MASK == "none" or unmasked(masks, stride_mn, begin * PAGE, end * PAGE, MASK, HIDES, 4096):
+        m, l = _score_by_bounds(
+            q, bounds, masks, scores, counts, scale, stride_s, stride_mn, begin, end, counted, length,
+            GROUP, ROWS, D, BLOCK_D, PAGE, BLOCK_P, "none", HIDES, CAP,
+        )  # fmt: skip
+        num_valid = tl.maximum(end - begin, 0) * PAGE
+    else:
+        m, l = _score_by_bounds(
+            q, bounds, masks, scores, counts, scale, stride_s, stride_mn, begin, end, counted, length,
+            GROUP, ROWS, D, BLOCK_D, PAGE, BLOCK_P, MASK, HIDES, CAP,
+        )  # fmt: skip
+        num_valid = length * 0
         number = tl.arange(0, BLOCK_P)
-        page = first + number
-        token = page[:, None] * PAGE + tl.arange(0, PAGE)[None, :]
-        valid, bias = mask_tile(
-            mask_ptr, batch * stride_mb + token * stride_mn, token < length, MASK, HIDES
-        )  # [BLOCK_P, PAGE]
-        bounds = bounds_ptr + (batch * NUM_KV_HEADS + kv_head) * pages * 2 * D
-        low = load_keys(bounds, page * 2 * D, page < pages, D, BLOCK_D)
-        high = load_keys(bounds + D, page * 2 * D, page < pages, D, BLOCK_D)
-        product = dot(tl.maximum(query, 0.0).to(q.dtype), high) + dot(tl.minimum(query, 0.0).to(q.dtype), low)
-
-        # The newest page, and pages that are seen in part: by their keys
-        newest = (length - 1) // PAGE
-        count = tl.sum(valid.to(tl.int32), 1)
-        by_keys = ((count > 0) & (count < PAGE)) | (page == newest)
-        here = tl.min(tl.where(by_keys, number, BLOCK_P), 0)
-        while here < BLOCK_P:
-            there = (first + here) * PAGE + tl.arange(0, PAGE)
-            is_seen, _ = mask_tile(mask_ptr, batch * stride_mb + there * stride_mn, there < length, MASK, HIDES)
-            rows = k_ptr + batch * stride_kb + kv_head * stride_kh + there.to(tl.int64)[None, :] * stride_kn
-            keys = tl.load(rows + dim[:, None], mask=(there < slots)[None, :] & (dim < D)[:, None], other=0.0)
-            lowest = tl.min(tl.where(is_seen[None, :], keys.to(tl.float32), float("inf")), 1)  # [BLOCK_D]
-            highest = tl.max(tl.where(is_seen[None, :], keys.to(tl.float32), float("-inf")), 1)
-            best = tl.where(query > 0.0, query * highest[None, :], query * lowest[None, :])
-            bound = tl.sum(tl.where((dim < D)[None, :] & (query != 0.0), best, 0.0), 1)
-            product = tl.where((number == here)[None, :], bound[:, None], product)
-            if (first + here == newest) & (newest < pages):
-                stored = bounds + newest * 2 * D + dim
-                tl.store(stored, tl.min(keys.to(tl.float32), 1).to(bounds_ptr.dtype.element_ty), mask=dim < D)
-                tl.store(stored + D, tl.max(keys.to(tl.float32), 1).to(bounds_ptr.dtype.element_ty), mask=dim < D)
-            here = tl.min(tl.where(by_keys & (number > here), number, BLOCK_P), 0)
-
-        of_page = cap(product * scale, CAP)
-        score = (of_page[:, :, None] + bias[None, :, :]) * LOG2E
-        score = tl.where(valid[None, :, :], score, float("-inf"))
-        score = tl.reshape(score, [ROWS, BLOCK_P * PAGE])
-        slot = first * PAGE + tl.arange(0, BLOCK_P * PAGE)
-        scores = score_ptr + (head + row)[:, None] * stride_s + slot[None, :]
-        tl.store(scores, score, mask=(row < GROUP)[:, None] & (slot < length)[None, :])
-        if MASK == "added":
-            m, l = sum_tile(score, m, l)
-        else:  # the tokens of a page that count have one score
-            of_page = tl.where((count > 0)[None, :], of_page * LOG2E, float("-inf"))
-            m = tl.max(of_page, 1)
-            shift = tl.where(m == float("-inf"), 0.0, m)
-            l = tl.sum(tl.exp2(of_page - shift[:, None]) * count[None, :].to(tl.float32), 1)
+        for start in range(begin, end, BLOCK_P):
+            page = start + number
+            count = tl.where(page < end, _count_tokens(page, length, masks, stride_mn, PAGE, MASK, HIDES), 0)
+            num_valid += tl.sum(count, 0)
+            in_part = (count > 0) & (count < PAGE)
+            here = tl.min(tl.where(in_part, number, BLOCK_P), 0)
+            while here < BLOCK_P:
+                score, seen_here, _, _ = _score_by_keys(
+                    q, keys, masks, scale, stride_kn, stride_mn, start + here, length, slots,
+                    D, BLOCK_D, PAGE, MASK, HIDES, CAP,
+                )  # fmt: skip
+                tl.store(scores + row * stride_s + start + here, score, mask=row < GROUP)
+                m, l = _add_page(m, l, score, seen_here)
+                here = tl.min(tl.where(in_part & (number > here), number, BLOCK_P), 0)
+    if kv_head == 0:
+        tl.store(valid_ptr + batch * splits + split, num_valid)
     store_split(m, l, m, stat_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, False)
+
+
+@triton.jit
+def _spread(
+    page_score_ptr, mask_ptr, length_ptr, stat_ptr, score_ptr, slots, splits, stride_p, stride_mb, stride_mn, stride_s,
+    NUM_HEADS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: the scores that stand in for those of TILE tokens of one query head."""
+    after_previous(PDL)
+    batch = tl.program_id(2).to(tl.int64)
+    head = batch * NUM_HEADS + tl.program_id(1)
+    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token < length, MASK, HIDES)
+    score = tl.load(page_score_ptr + head * stride_p + token // PAGE, mask=token < length, other=0.0)
+    score = tl.where(valid, score + bias * LOG2E, float("-inf"))
+    tl.store(score_ptr + head * stride_s + token, score, mask=token < length)
+    m = tl.max(score, 0)
+    l = tl.sum(tl.exp2(score - tl.where(m == float("-inf"), 0.0, m)), 0)
+    tl.store(stat_ptr + (head * splits + tl.program_id(0)) * 2, m)
+    tl.store(stat_ptr + (head * splits + tl.program_id(0)) * 2 + 1, l)
 
 
 @triton.jit
@@ -142,45 +253,76 @@ def _score_chosen(
     store_split(m, l, m, stat_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, False)
 
 
-def choose_by_bounds(call: Call[Tensor], selection: Selection, bounds: Tensor, page: int) -> Tensor:
+def choose_pages(call: Call[Tensor], selection: Selection, bounds: Tensor, page: int) -> Picked:
     """The tokens of the best pages. Also brings `bounds [B, Hkv, P, 2, D]` up to date."""
-    q, k, _, length, mask, scale, _, softcap = arguments(call)
+    q, k, _, length, mask, scale, sink_logit, softcap = arguments(call)
     check_rows(k, k)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
-    block_p = max(16, 512 // page)
-    splits = triton.cdiv(slots, block_p * page)
-    stats, scores = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32), empty_scores(q, slots)
+    num_sets = selection.num_sets(num_heads, num_kv_heads)
+    units = triton.cdiv(slots, page)
+    large = batch * num_kv_heads * units >= 2**14
+    block_p = tile_tokens(k, stage_bytes=2**15 if large else 2**14)
+    warps, stages, per_processor = (4, 3, 2) if large else (2, 3, 4)
+    tiles = triton.cdiv(units, block_p)
+    splits = num_splits(q.device, batch * num_kv_heads, tiles, per_processor) + 1  # one is the newest page
+    stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
+    counts, valid = (q.new_empty(batch, number, dtype=torch.int32) for number in (units, splits))
+    scores = empty_scores(q, units)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _score_pages[(splits, num_kv_heads, batch)](
-        q, k, bounds, mask_data, length, stats, scores, scale, slots, bounds.shape[2], splits,
+        q, k, bounds, mask_data, length, stats, scores, counts, valid, scale, slots, bounds.shape[2], splits,
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *stride_m, scores.stride(1),
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, ROWS=padded_rows(num_heads // num_kv_heads),
         D=head_dim, BLOCK_D=padded_dim(head_dim), PAGE=page, BLOCK_P=block_p, **mask_kind, CAP=softcap,
-        num_warps=4 if page <= 32 else 8, **overlap(q.device),
+        num_warps=warps, num_stages=stages, **overlap(q.device),
     )  # fmt: skip
-    return choose(Splits(stats, None, scores), call, selection, page=page)
+    if _has_own_scores(mask) or _takes_turns(selection, num_sets, num_heads):
+        splits = triton.cdiv(slots, 1024)
+        stats, by_token = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32), empty_scores(q, slots)
+        _spread[(splits, num_heads, batch)](
+            scores, mask_data, length, stats, by_token, slots, splits, scores.stride(1), *stride_m, by_token.stride(1),
+            NUM_HEADS=num_heads, PAGE=page, TILE=1024, **mask_kind, **overlap(q.device),
+        )  # fmt: skip
+        index = choose(Splits(stats, None, by_token), call, selection, page=page)
+        return Picked(index, torch.stack([(index[:, 0] >= 0).sum(1), seen(call).sum((1, 2))], 1).int())
+    return pick(
+        scores, stats, sink_logit, selection, units, slots, selection.width(slots), num_sets, page, counts, valid, mask,
+        length,
+    )  # fmt: skip
 
 
-def choose_again(call: Call[Tensor], selection: Selection, index: Tensor) -> Tensor:
-    """The best tokens by exact scores of those in `index [B, G, wide K]`: an index `[B, G, K]`."""
-    q, k, _, _, mask, scale, _, softcap = arguments(call)
+def choose_again(call: Call[Tensor], selection: Selection, of: Picked) -> Tensor:
+    """The best tokens by exact scores of those that were picked: an index `[B, G, K]`."""
+    q, k, _, _, mask, scale, sink_logit, softcap = arguments(call)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
-    sets, width = index.shape[1:]
+    sets, wide = of.index.shape[1:]
     pairs = max(sets, num_kv_heads)
     group, block_n = num_heads // pairs, 64
-    splits = triton.cdiv(width, block_n)
-    stats, scores = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32), empty_scores(q, width)
+    splits = triton.cdiv(wide, block_n)
+    stats, scores = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32), empty_scores(q, wide)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _score_chosen[(splits, pairs, batch)](
-        q, k, index, mask_data, stats, scores, scale, width, splits,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *index.stride()[:2], *stride_m, scores.stride(1),
+        q, k, of.index, mask_data, stats, scores, scale, wide, splits,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *of.index.stride()[:2], *stride_m, scores.stride(1),
         PAIRS=pairs, GROUP=group, ROWS=padded_rows(group), PAIRS_PER_KV_HEAD=pairs // num_kv_heads, ONE_SET=sets == 1,
         D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, **mask_kind, CAP=softcap, num_warps=4,
         **overlap(q.device),
     )  # fmt: skip
-    live = (index[:, :1, None] >= 0).contiguous()  # [B, 1, 1, wide K]: as many in every set
-    candidates = replace(call, mask=live, length=torch.full_like(call.length, width))
-    num_valid = seen(call).sum((1, 2), dtype=torch.int32) if selection.ratio else None
-    return choose(Splits(stats, None, scores), candidates, selection, of=index, num_valid=num_valid)
+    if _takes_turns(selection, sets, num_heads):
+        live = (of.index[:, :1, None] >= 0).contiguous()  # [B, 1, 1, wide K]: as many in every set
+        candidates = replace(call, mask=live, length=torch.full_like(call.length, wide))
+        num_valid = of.tally[:, 1].contiguous() if selection.ratio else None
+        return choose(Splits(stats, None, scores), candidates, selection, of=of.index, num_valid=num_valid)
+    return pick(scores, stats, sink_logit, selection, wide, slots, selection.width(slots), sets, of=of).index
+
+
+def _has_own_scores(mask: Tensor | None) -> bool:
+    """Whether tokens of one page may differ."""
+    return mask is not None and mask.is_floating_point()
+
+
+def _takes_turns(selection: Selection, num_sets: int, num_heads: int) -> bool:
+    """Whether heads choose in turn."""
+    return selection.pool == "union" and num_sets < num_heads

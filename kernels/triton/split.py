@@ -72,6 +72,17 @@ def mask_tile(mask_ptr, offset, inside, MASK: tl.constexpr, HIDES: tl.constexpr)
 
 
 @triton.jit
+def unmasked(mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether the mask changes no score from `begin` to `end`. In most models it only changes those of padding."""
+    changed = begin * 0
+    for start in range(begin, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        valid, bias = mask_tile(mask_ptr, token * stride_mn, token < end, MASK, HIDES)
+        changed += tl.sum((((token < end) & (valid == 0)) | (bias != 0.0)).to(tl.int32), 0)
+    return changed == 0
+
+
+@triton.jit
 def cap(score, CAP: tl.constexpr):
     """CAP * tanh(score / CAP), written with an exponential that can't overflow."""
     if CAP > 0.0:
