@@ -13,8 +13,20 @@ from typer.testing import CliRunner
 
 import tidal_compile as tc
 from tidal_compile import cli
+from tidal_compile import replay as replaying
 from tidal_compile.calibrate import Goal
-from tidal_compile.calibrate.search import Found, Score, dense_predictions, explore, measure, search, sources
+from tidal_compile.calibrate.search import (
+    EXACT,
+    Candidate,
+    Found,
+    Score,
+    dense_predictions,
+    explore,
+    is_better,
+    measure,
+    search,
+    sources,
+)  # fmt: skip
 from tidal_compile.calibrate.statistics import Statistics, best_selections, layer_losses, total_loss
 from tidal_compile.calibrate.tasks import make_contexts
 from tidal_compile.kernels import reference
@@ -63,6 +75,33 @@ def test_blocks_of_one_pass_are_blind_to_each_other():
         whole = torch.cat([prompt, block.tokens[:, : block.dense]], 1)
         expected = OracleModel(model, roles_of(policy)).logits(whole, block.tokens[:, block.dense :])
         torch.testing.assert_close(got[None], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pages_of_blocks_in_one_pass_are_those_of_steps(monkeypatch):
+    """A context of whole pages takes one pass, where blocks are filled up; any other one a pass a block."""
+    layers = {
+        "0": "full",
+        "1": {"role": "select", "page": 8},
+        "2-3": "reuse",
+        "4": {"role": "select", "keep": 2.0},
+        "5": "reuse",
+    }
+    defaults = {"by": "pages", "budget": 24, "sinks": 2, "recent": 3}
+    policy = tc.Policy.from_dict({"num_layers": 6, "layers": layers, "defaults": defaults})
+    model, passes = tiny_model(), []
+    one_pass = replaying._one_pass
+    monkeypatch.setattr(replaying, "_one_pass", lambda *given: passes.append(given) or one_pass(*given))
+    blocks = [Block("text", random_tokens(1, size, seed=size), dense) for size, dense in ((12, 5), (3, 0), (70, 66))]
+    for length, expected in ((128, 1), (100, 3)):
+        prompt = random_tokens(1, length)
+        context = make_context(model, prefilled(model, prompt, length + 256), length, blocks)
+        passes.clear()
+        rows = replay(model, context, policy.roles)
+        assert len(passes) == expected
+        for block, got in zip(blocks, rows, strict=True):
+            whole = torch.cat([prompt, block.tokens[:, : block.dense]], 1)
+            steps = OracleModel(model, roles_of(policy)).logits(whole, block.tokens[:, block.dense :])
+            torch.testing.assert_close(got[None], steps, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss", "qwen3"])
@@ -171,7 +210,8 @@ def test_the_search_moves_to_the_real_best():
     score = distance_to((2, 7, 11))
 
     def run(tries):
-        return list(search(lambda one: Found(one, score(one)), same, range(16), 3, dense=2, tries=tries))
+        starts = [Candidate((first, 3, 4), "layer") for first in range(3)]
+        return list(search(lambda one: Found(one, score(one), 0), starts, same, range(16), dense=2, tries=tries))
 
     tried = run(400)
     assert min(tried, key=lambda one: one.score.loss).candidate.selections == (2, 7, 11)
@@ -195,7 +235,17 @@ def test_the_better_way_to_share_is_found_and_refined():
 
     statistics = {"kv_head": Statistics(losses / 2, {}), "layer": Statistics(losses, {})}
     tried = list(
-        explore(score, statistics, range(16), 3, 2, 64, 36, tc.CalibrationSettings(tries=400, vary_budgets=True))
+        explore(
+            score,
+            lambda _: 0,
+            statistics,
+            range(16),
+            3,
+            2,
+            64,
+            36,
+            tc.CalibrationSettings(tries=400, vary_budgets=True),
+        )
     )
     best = min(tried, key=lambda one: one.score.loss).candidate
     assert (best.selections, best.share, best.nearest) == ((2, 7, 11), "layer", False)
@@ -209,12 +259,52 @@ def test_the_better_way_to_share_is_found_and_refined():
         assert abs(read - 64 * sum(users)) <= max(users), "another number of tokens is read"
 
 
+def bytes_of(candidate):
+    """A scan costs 100, a selection by pages 20 + twice its `keep`, a full layer before the first selection 200."""
+    forms = candidate.forms or (EXACT,) * len(candidate.selections)
+    scans = sum(100 if form == EXACT else int(20 + 2 * form[1]) for form in forms)
+    return 200 * candidate.selections[0] + scans - 10 * len(candidate.sparse)
+
+
+@pytest.mark.parametrize(
+    ("by", "limit", "expected"),
+    [("scores", None, [EXACT] * 3), ("auto", None, [EXACT] * 3), ("pages", None, [(8, 8.0)] * 3), ("auto", 110, None)],
+)
+def test_forms_are_chosen_under_a_limit_of_bytes(by, limit, expected):
+    """Scores of all keys lose nothing here, pages the more the less they keep; layer 9 needs to keep the most."""
+    same = {"layer": Statistics(torch.ones(16, 16, dtype=torch.float64), {})}
+
+    def score(candidate):
+        forms = candidate.forms or (EXACT,) * 3
+        worse = sum(
+            0 if form == EXACT else (3 if layer == 9 else 1) / (1 + form[1])
+            for layer, form in zip(candidate.selections, forms, strict=True)
+        )
+        loss = distance_to((0, 4, 9))(candidate).loss + 0.1 * worse
+        return Score(loss, {"text": loss}, {"text": 1.0}, 1.0)
+
+    settings = tc.CalibrationSettings(tries=400, by=by, max_bytes=limit, output="full")
+    tried = list(explore(score, bytes_of, same, range(16), 3, 2, 64, 36, settings))
+    best = None
+    for one in tried:
+        best = one if is_better(one, best) else best
+    assert best.candidate.selections == (0, 4, 9)
+    assert limit is None or all(one.cost <= limit for one in tried)
+    if expected:
+        assert list(best.candidate.forms or (EXACT,) * 3) == expected
+    else:  # 110: 20 a selection, and 25 more for what they keep
+        assert best.candidate.forms[2][1] == 8.0 and best.cost > 90
+    settings = tc.CalibrationSettings(by=by, max_bytes=30)
+    with pytest.raises(tc.TidalError, match=rf"max_bytes 30; of the policies with 3 selections by {by}, the cheapest"):
+        list(explore(score, bytes_of, same, range(16), 3, 2, 64, 36, settings))
+
+
 def test_contexts_hide_facts_and_ask_for_them():
     model, tokenizer = tiny_model(max_position_embeddings=2048), Letters()
     text, filler = make_contexts(model, tokenizer, TEXT, 700, 2)
     for context, kinds in ((text, {"answer", "copy", "text"}), (filler, {"answer", "copy"})):
         assert {block.kind for block in context.blocks} == kinds
-        assert 650 <= context.length <= 700
+        assert context.length == 640
         for block in context.blocks:
             if block.kind == "answer":
                 assert torch.equal(block.tokens[0, block.dense + 1 :], block.labels[:-1])

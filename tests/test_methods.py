@@ -36,6 +36,7 @@ SMALL = {
     "topk": {"budget": 20},
     "window": {"budget": 20, "sinks": 2},
     "quest": {"budget": 40},
+    "flat": {"sinks": 2, "recent": 4, "budget": 20},
     "lessismore": {"budget": 24},
     "kascade": {"budget": {"ratio": 0.2, "min": 8}},
     "omnikv": {"budget": {"ratio": 0.2, "min": 8}},
@@ -257,12 +258,17 @@ def test_calibration_takes_sparse_output_where_it_costs_nothing(cost, expected):
         loss = 0.3 + 0.1 * far + 0.2 * (not candidate.nearest) + cost * len(candidate.sparse)
         return Score(loss, {}, {}, None)
 
+    def bytes_read(candidate):
+        return 100 - len(candidate.sparse)
+
     best = None
-    for tried in explore(score, statistics, range(6), 2, 2, 64, 8, tc.CalibrationSettings(tries=30)):
+    for tried in explore(score, bytes_read, statistics, range(6), 2, 2, 64, 8, tc.CalibrationSettings(tries=30)):
         best = tried if is_better(tried, best) else best
     assert best.candidate.selections == (1, 3) and best.candidate.sparse == expected
     settings = tc.CalibrationSettings(tries=30, output="full")
-    assert not any(one.candidate.sparse for one in explore(score, statistics, range(6), 2, 2, 64, 8, settings))
+    assert not any(
+        one.candidate.sparse for one in explore(score, bytes_read, statistics, range(6), 2, 2, 64, 8, settings)
+    )
 
 
 def test_settings_by_name():

@@ -6,13 +6,15 @@ what decoding one by one gives. Each query of a selection layer chooses its own 
 be dense, as those of a prompt are.
 
 All blocks of a context share a pass, each blind to the others, and what a prompt leaves in the cache is computed once;
-unless a layer forgets tokens (a sliding window), where every block is a pass of its own.
+unless a layer forgets tokens (a sliding window), where every block is a pass of its own. For methods that go by slots
+of the cache (pages), contexts must have whole pages, and blocks are filled up with tokens that no other one sees.
 
 Plain PyTorch over Hugging Face's attention interface: roles do what `passes/roles.py` says, over the definitions of
 `kernels/reference.py` with many query tokens, so that any policy can be tried without compiling it.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,7 @@ from .passes.roles import LayerRole, Sets, follow
 from .run import rewind, windows
 
 NAME = "tidal_function"  # of an attention function, for transformers
+PAGE = 64  # slots: the largest page, of which the smaller ones are parts
 
 
 @contextlib.contextmanager
@@ -127,6 +130,11 @@ class Context:
     blocks: tuple[Block, ...]
     windows: dict[int, Any]
 
+    @property
+    def room(self) -> int:
+        """Slots behind the context."""
+        return max(getattr(layer, "max_cache_len", 0) for layer in self.cache.layers) - self.length
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -157,10 +165,17 @@ def replay(
 ) -> list[Tensor]:
     """Logits `[m - dense, vocab]` in float32 of each block's sparse steps; `observe` sees every attention call."""
     prompts, steps = _tokens(context.blocks)
-    if not context.windows and not any(role.method.by_slot for role in roles):
+    by_slot = any(role.method.by_slot for role in roles)
+    if not context.windows and not by_slot:
         rewind(context.cache, context.length + len(prompts.ids))
         logits = _one_pass(model, context, steps, _joined(prompts, steps), roles, observe)
         return list(logits.split([block.steps for block in context.blocks]))
+    if not context.windows and context.length % PAGE == 0 and context.room >= whole_pages(context.blocks):
+        rewind(context.cache, context.length)
+        both = _filled_up(_joined(prompts, steps), len(context.blocks))
+        logits = _one_pass(model, context, both, both, roles, observe)
+        decoded = [(both.block == number) & ~both.dense for number in range(len(context.blocks))]
+        return [logits[which] for which in decoded]
     rows = []
     for number in range(len(context.blocks)):
         rewind(context.cache, context.length, context.windows)
@@ -228,6 +243,21 @@ def _one_pass(
 def _define(op: str | Callable, *arguments: Any) -> Any:
     """What `follow` runs: the definition of an op, or a function of torch."""
     return (DEFINITIONS[op] if isinstance(op, str) else op)(*arguments)
+
+
+def whole_pages(blocks: Sequence[Block]) -> int:
+    """The slots that blocks take which begin and end where pages do."""
+    return sum(-(-block.tokens.shape[1] // PAGE) * PAGE for block in blocks)
+
+
+def _filled_up(tokens: Tokens, blocks: int) -> Tokens:
+    """The tokens block after block, each filled up to whole pages with tokens of no block, which are as if dense."""
+    parts = []
+    for number in range(blocks):
+        own = _only(tokens, number)
+        fill = own.ids.new_zeros(-len(own.ids) % PAGE)
+        parts += [own, Tokens(fill, fill - 1, fill, fill == 0)]
+    return functools.reduce(_joined, parts)
 
 
 def _behind(length: int, sees: Tensor, slots: int) -> Tensor:

@@ -35,7 +35,7 @@ from ..provenance import check_same, versions
 from ..replay import Context, cannot_replay
 from ..settings import CALIBRATION, CalibrationSettings, changed
 from ..text import default_text, digest
-from .search import Candidate, Found, Score, dense_predictions, explore, is_better, measure, sources
+from .search import EXACT, Candidate, Found, Score, dense_predictions, explore, is_better, measure, sources
 from .statistics import Statistics, head_maps, layer_losses
 from .tasks import make_contexts
 
@@ -201,9 +201,15 @@ def check_settings(budgets: Sequence[int], settings: CalibrationSettings, goals:
     for name in ("contexts", "tries"):
         if getattr(settings, name) < 1:
             raise TidalError(f"calibrate: {name} {getattr(settings, name)}; at least 1 is needed")
-    for name, valid in (("share", ("auto", *SHARES)), ("output", ("auto", "full", "sparse"))):
+    choices = {"share": ("auto", *SHARES), "output": ("auto", "full", "sparse"), "by": ("scores", "pages", "auto")}
+    for name, valid in choices.items():
         if getattr(settings, name) not in valid:
             raise TidalError(f"calibrate: {name} {getattr(settings, name)!r}; valid are {', '.join(valid)}")
+    for name in ("max_bytes", "max_bytes_at"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise TidalError(f"calibrate: {name} {value}; at least 1 is needed")
+    if settings.max_bytes_at is not None and settings.max_bytes is None:
+        raise TidalError("calibrate: max_bytes_at says where max_bytes counts; give both")
     for goal in goals:
         if sum(value is not None for value in dataclasses.astuple(goal)) > 1:
             raise TidalError("calibrate: give one of selections, max_kl and min_agreement, not several")
@@ -286,8 +292,8 @@ class BudgetSearch:
             if self._least_bytes(number) >= byte_limit:
                 return
             yield from explore(
-                self._score, self.statistics, layers, number, dense, settings["budget"], always_kept, effort
-            )  # fmt: skip
+                self._score, self._cost, self.statistics, layers, number, dense, settings["budget"], always_kept, effort
+            )
 
     def _least_bytes(self, selections: int) -> int:
         """The bytes of a step with so many selections: the fewest are read if the first layers select."""
@@ -300,8 +306,20 @@ class BudgetSearch:
             self.memory.add(candidate, _measure(self.ground, self._policy(candidate).roles))
         return self.memory.scores[candidate]
 
+    def _cost(self, candidate: Candidate) -> int:
+        """The bytes that a candidate reads a step, at the length at which they count."""
+        return _cost(self.ground, self._policy(candidate).roles, self.effort.max_bytes_at)["bytes_per_step"]
+
     def _policy(self, candidate: Candidate, name: str = "candidate") -> Policy:
         return _make_policy(self.ground, candidate, self.statistics[candidate.share], self.memory.settings, name)
+
+    def _limit(self, roles: Sequence[LayerRole]) -> dict[str, Any]:
+        """What limits the bytes of a step, and what these roles read there; nothing if nothing does."""
+        if self.effort.max_bytes is None:
+            return {}
+        length = self.effort.max_bytes_at or self.ground.about["context"]
+        read = _cost(self.ground, roles, length)["bytes_per_step"]
+        return {"max_bytes": self.effort.max_bytes, "max_bytes_at": length, "bytes_per_step_there": read}
 
     def _policy_with_provenance(
         self, best: Found, goal: Goal, name: str, trace: Mapping[Candidate, float], interrupted: bool
@@ -312,7 +330,7 @@ class BudgetSearch:
             **self.memory.about, "goal": goal.to_reach, "reached": goal.reached(best.score, self.ground.weights),
             "date": datetime.date.today().isoformat(), "versions": versions("torch", "transformers"),
             "interrupted": interrupted, **dataclasses.asdict(best.score), **_cost(self.ground, policy.roles),
-            "published": self.published,
+            **self._limit(policy.roles), "published": self.published,
             "trace": [{**dataclasses.asdict(candidate), "loss": loss} for candidate, loss in trace.items()],
         }  # fmt: skip
         as_in_a_file = json.loads(json.dumps(provenance))  # so that a saved and loaded policy equals this one
@@ -354,7 +372,11 @@ def _read_scores(file: Path | None, about: dict[str, Any]) -> dict[Candidate, Sc
 
 def _candidate(**fields: Any) -> Candidate:
     """A candidate as JSON holds it, with tuples in place of lists again."""
-    return Candidate(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    return Candidate(**{name: _hashable(value) for name, value in fields.items()})
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def _default_selections(layers: Sequence[int]) -> int:
@@ -431,6 +453,7 @@ def _statistics(ground: Ground, settings: dict[str, Any], share: str, report: Re
     shares = (["layer"] if kv_heads == {1} else ["kv_head", "layer"]) if share == "auto" else [share]
     statistics = {}
     for way in shares:
+        # By exact scores, whatever method the policy will use: that is what a layer would choose at best
         role = Policy.from_dict({
             "num_layers": 1, "layers": {0: "select"}, "defaults": {**settings, "share": way}
         }).roles[0]  # fmt: skip
@@ -458,7 +481,9 @@ def _make_policy(
     for number, layer in enumerate(candidate.selections):
         budget = {"budget": candidate.budgets[number]} if candidate.budgets else {}
         output = {"output": "sparse"} if layer in candidate.sparse else {}
-        layers[layer] = {"role": "select", **budget, **output}
+        page, keep = candidate.forms[number] if candidate.forms else EXACT
+        form = {"by": "pages", "output": "sparse", "page": page, "keep": keep} if page else {}
+        layers[layer] = {"role": "select", **budget, **output, **form}
     for layer, source in sources(candidate, statistics.losses, ground.layers).items():
         heads = statistics.heads.get((source, layer))
         head_map = {"heads": list(heads)} if heads and heads != tuple(range(len(heads))) else {}
@@ -471,11 +496,12 @@ def _make_policy(
     return Policy.from_dict(data)
 
 
-def _cost(ground: Ground, roles: Sequence[LayerRole]) -> dict[str, Any]:
-    """Return the bytes that a step reads at the contexts' length, and the speedup if it did nothing but read."""
-    share = kv_share(make_plan(ground.calls, roles), ground.about["context"])
+def _cost(ground: Ground, roles: Sequence[LayerRole], length: int | None = None) -> dict[str, Any]:
+    """The bytes that a step reads at this length, or the contexts', and the speedup if it did nothing but read."""
+    length = length or ground.about["context"]
+    share = kv_share(make_plan(ground.calls, roles), length)
     keys = [call.call.key.meta["example_value"] for call in ground.calls if call.layer in ground.layers]
-    cache = sum(2 * key.shape[1] * key.shape[3] * key.element_size() for key in keys) * ground.about["context"]
+    cache = sum(2 * key.shape[1] * key.shape[3] * key.element_size() for key in keys) * length
     weights = sum(weight.numel() * weight.element_size() for weight in ground.model.parameters())
     return {
         "kv_share": share,

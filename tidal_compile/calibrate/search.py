@@ -4,18 +4,22 @@ A candidate's loss is the KL divergence of the sparse model's predictions from t
 come from the dynamic programme over the statistics, one set of them for each way to share token sets. From there the
 search goes on, best first, by small changes of the candidates tried so far: tokens are shared another way, or one
 selection moves to another layer, in the order in which the statistics expect the least loss. Finally the best candidate
-is refined: where each layer takes its tokens from, and how large the budget of each selection is.
+is refined: where each layer takes its tokens from, how large the budget of each selection is, and how each one chooses.
+Candidates that read more bytes a step than allowed aren't tried.
 """
 
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import TidalError
 from ..passes.roles import LayerRole
 from ..replay import Context, replay
 from ..settings import CalibrationSettings
@@ -25,6 +29,12 @@ NOTHING = 1.01  # times the loss: less than what another text changes
 BREADTH = 12  # changes of a candidate that are tried in one turn
 SHIFTS = (0.5, 0.75, 1.25, 1.5)  # factors of one selection's budget, where another selection's makes up the difference
 
+Form = tuple[int, float]  # how a selection chooses: `page` and `keep` of `by: pages`
+EXACT: Form = (0, 0.0)  # or `by: scores`
+FORMS: tuple[Form, ...] = (  # the most exact ones first
+    EXACT, (8, 8.0), (16, 8.0), (16, 4.0), (16, 2.0), (32, 4.0), (16, 0.0),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -32,7 +42,8 @@ class Candidate:
 
     `nearest`: a layer reuses the tokens of the nearest selection before it, otherwise those of the earlier selection
     that costs it the least loss. `budgets`: empty where all selections have the policy's default. `sparse`: the
-    selections whose output is sparse, though the policy's default is full.
+    selections whose output is sparse, though the policy's default is full. `forms`: how each selection chooses; empty
+    where all of them score every key.
     """
 
     selections: tuple[int, ...]
@@ -40,6 +51,7 @@ class Candidate:
     nearest: bool = True
     budgets: tuple[int, ...] = ()
     sparse: tuple[int, ...] = ()
+    forms: tuple[Form, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,17 +71,19 @@ class Score:
 
 @dataclass(frozen=True)
 class Found:
-    """A candidate that was tried, with its score."""
+    """A candidate that was tried, with its score, and the bytes that it reads a step."""
 
     candidate: Candidate
     score: Score
+    cost: int
 
 
 def is_better(tried: Found, best: Found | None) -> bool:
-    """Whether a candidate loses less than the best one so far, or nothing and reads fewer bytes (sparse output)."""
+    """Whether a candidate loses less than the best so far, or nothing and reads fewer bytes with the same layers."""
     if best is None:
         return True
-    saves = set(tried.candidate.sparse) > set(best.candidate.sparse)
+    same_layers = dataclasses.replace(tried.candidate, sparse=best.candidate.sparse, forms=best.candidate.forms)
+    saves = same_layers == best.candidate and tried.cost < best.cost
     return tried.score.loss <= best.score.loss * NOTHING if saves else tried.score.loss < best.score.loss
 
 
@@ -106,40 +120,81 @@ def measure(
 
 
 def explore(
-    score: Callable[[Candidate], Score], statistics: Mapping[str, Statistics], layers: Sequence[int], selections: int,
-    dense: int, budget: int, least: int, settings: CalibrationSettings,
+    score: Callable[[Candidate], Score], cost: Callable[[Candidate], int], statistics: Mapping[str, Statistics],
+    layers: Sequence[int], selections: int, dense: int, budget: int, least: int, settings: CalibrationSettings,
 ) -> Iterator[Found]:  # fmt: skip
     """Yield every candidate with its score as it is tried: some by `search`, then refinements of the best one.
 
-    `statistics`: for each way to share token sets, by the name of who shares them. `layers`: those that may select, of
-    which up to `dense` before the first selection stay dense. `budget`: of every selection, and no smaller than `least`
-    where the settings ask for refinements with other budgets.
+    `cost`: the bytes that a candidate reads a step. `statistics`: for each way to share token sets, by the name of who
+    shares them. `layers`: those that may select, of which up to `dense` before the first selection stay dense.
+    `budget`: of every selection, no smaller than `least` where the settings ask for refinements with other budgets.
+
+    Raises `TidalError` if the settings limit the bytes, and no candidate of the dynamic programme reads so few.
     """
     best: Found | None = None
+    limit = math.inf if settings.max_bytes is None else settings.max_bytes
+
+    def fits(candidate: Candidate) -> bool:
+        return cost(candidate) <= limit
 
     def attempt(candidate: Candidate) -> Found:
         nonlocal best
-        result = Found(candidate, score(candidate))
+        result = Found(candidate, score(candidate), cost(candidate))
         best = result if is_better(result, best) else best
         return result
 
-    yield from search(attempt, statistics, layers, selections, dense, settings.tries)
+    def refine(**changes: Any) -> Iterator[Found]:
+        change = dataclasses.replace(best.candidate, **changes)
+        if fits(change):
+            yield attempt(change)
+
+    forms = {"scores": [EXACT], "pages": FORMS[1:], "auto": FORMS}[settings.by]
+    for form in forms:
+        starts = [start for start in _starts(statistics, layers, selections, dense, form) if fits(start)]
+        if starts:
+            break
+    else:
+        cheapest = min(cost(start) for start in _starts(statistics, layers, selections, dense, forms[-1]))
+        raise TidalError(
+            f"calibrate: max_bytes {settings.max_bytes:,}; of the policies with {selections} selections by "
+            f"{settings.by}, the cheapest reads {cheapest:,} bytes a step"
+        )
+    yield from search(attempt, starts, statistics, layers, dense, settings.tries, fits)
     if selections > 1:  # one is the only source of tokens, with the whole budget
-        yield attempt(dataclasses.replace(best.candidate, nearest=False))
+        yield from refine(nearest=False)
     if selections > 1 and settings.vary_budgets:
         losses = statistics[best.candidate.share].losses
         for budgets in _shifts(best.candidate, losses, layers, budget, least):
-            yield attempt(dataclasses.replace(best.candidate, budgets=budgets))
+            yield from refine(budgets=budgets)
+    for number, selection in enumerate(best.candidate.selections):
+        now = best.candidate.forms or (EXACT,) * selections
+        for form in forms if len(forms) > 1 else []:
+            if form != now[number]:
+                kept = tuple(one for one in best.candidate.sparse if one != selection)
+                yield from refine(forms=(*now[:number], form, *now[number + 1 :]), sparse=kept)
     if settings.output == "auto":
-        for selection in best.candidate.selections:
-            yield attempt(dataclasses.replace(best.candidate, sparse=(*best.candidate.sparse, selection)))
+        for number, selection in enumerate(best.candidate.selections):
+            if not best.candidate.forms or best.candidate.forms[number] == EXACT:
+                yield from refine(sparse=(*best.candidate.sparse, selection))
+
+
+def _starts(
+    statistics: Mapping[str, Statistics], layers: Sequence[int], selections: int, dense: int, form: Form
+) -> list[Candidate]:
+    """The candidates of the dynamic programme, whose selections all choose in one form."""
+    forms = () if form == EXACT else (form,) * selections
+    return [
+        Candidate(chosen, share, forms=forms)
+        for share in statistics
+        for _, chosen in best_selections(statistics[share].losses, layers, selections, dense)
+    ]
 
 
 def search(
-    attempt: Callable[[Candidate], Found], statistics: Mapping[str, Statistics], layers: Sequence[int],
-    selections: int, dense: int, tries: int,
+    attempt: Callable[[Candidate], Found], starts: Sequence[Candidate], statistics: Mapping[str, Statistics],
+    layers: Sequence[int], dense: int, tries: int, fits: Callable[[Candidate], bool] = lambda _: True,
 ) -> Iterator[Found]:  # fmt: skip
-    """Try up to `tries` candidates, and yield each as it is tried: first those of the programme, then changes of them.
+    """Try up to `tries` candidates, and yield each as it is tried: first the `starts`, then changes that `fit`.
 
     The frontier is every tried candidate that has untried changes. In each turn, its member with the fewest turns so
     far, and among these the one with the least loss, has its BREADTH most promising changes tried. So a turn goes to
@@ -147,18 +202,18 @@ def search(
     """
     losses: dict[Candidate, float] = {}  # of the candidates that were tried
     turns: dict[Candidate, int] = {}
+    changes: dict[Candidate, set[Candidate]] = {}  # of those, what fits
 
     def attempt_once(candidate: Candidate) -> Found:
         result = attempt(candidate)
         losses[candidate] = result.score.loss
+        changes[candidate] = {change for change in _changes(candidate, statistics, layers, dense) if fits(change)}
         return result
 
-    for share in statistics:
-        for _, chosen in best_selections(statistics[share].losses, layers, selections, dense):
-            if len(losses) < tries:
-                yield attempt_once(Candidate(chosen, share))
+    for start in starts[:tries]:
+        yield attempt_once(start)
     while len(losses) < tries:
-        untried = {candidate: _changes(candidate, statistics, layers, dense) - losses.keys() for candidate in losses}
+        untried = {candidate: changes[candidate] - losses.keys() for candidate in losses}
         frontier = [candidate for candidate in losses if untried[candidate]]
         if not frontier:
             return
@@ -174,12 +229,12 @@ def _changes(
 ) -> set[Candidate]:
     """Every candidate that shares its tokens another way, or has one selection in another layer."""
     selections = candidate.selections
-    changed = {Candidate(selections, share) for share in statistics if share != candidate.share}
+    changed = {dataclasses.replace(candidate, share=share) for share in statistics if share != candidate.share}
     for moved in selections:
         others = [layer for layer in selections if layer != moved]
         for layer in layers:
             if layer not in selections and layers.index(min([*others, layer])) <= dense:
-                changed.add(Candidate(tuple(sorted([*others, layer])), candidate.share))
+                changed.add(dataclasses.replace(candidate, selections=tuple(sorted([*others, layer]))))
     return changed
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import TidalError
 from ..evaluate.tasks import FILLER, NEEDLE, QUESTION
-from ..replay import Block, Context, make_context
+from ..replay import PAGE, Block, Context, make_context, whole_pages
 from ..run import filled
 from ..text import hide, ids_of, size_of, split_sentences
 
@@ -53,7 +53,7 @@ def make_contexts(
     text_tokens: int = TEXT_TOKENS,
     seed: int = 0,
 ) -> Iterator[Context]:
-    """Make `contexts` of about `length` tokens from places spread over the text, and prefill each.
+    """Make `contexts` of about `length` tokens, in whole pages, from places spread over the text, and prefill each.
 
     Raises `TidalError` for a text that is too short.
     """
@@ -84,9 +84,12 @@ def _compose(
         FACT.format(name=name, key=key) for name, key in zip(names, keys[1:], strict=True)
     ]
     questions = [QUESTION] + [ASK.format(name=name) for name in names]
+    length = length // PAGE * PAGE
     haystack = split_sentences(FILLER) if filler else sentences
     body, taken = hide(tokenizer, haystack, [(rng.random(), fact.strip() + " ") for fact in facts], length)
     ids = tokenizer(body.rstrip()).input_ids[:length]
+    first = int(ids[0] == getattr(tokenizer, "bos_token_id", None))
+    ids[first:first] = ids_of(tokenizer, FILLER)[: -len(ids) % PAGE]
 
     blocks = [_answer(tokenizer, question, key) for question, key in zip(questions, keys, strict=True)]
     start = rng.randrange(len(ids) * 3 // 4)
@@ -109,7 +112,7 @@ def _block(kind: str, tokens: list[int], dense: int, labels: list[int] | None = 
 
 def _prefill(model: nn.Module, ids: list[int], blocks: list[Block]) -> Context:
     """A context with a cache of `ids` and room for all blocks, on the model's device."""
-    slots = len(ids) + sum(block.tokens.shape[1] for block in blocks)
+    slots = len(ids) + max(whole_pages(blocks), sum(block.tokens.shape[1] for block in blocks))
     cache = filled(model, torch.tensor([ids], device=model.device), slots)
     on_device = tuple(
         Block(block.kind, block.tokens.to(model.device), block.dense, _to(block.labels, model.device))

@@ -37,6 +37,14 @@ class CalibratedOutput(StrEnum):
     sparse = "sparse"
 
 
+class CalibratedMethod(StrEnum):
+    """How selections choose; `auto` is the scores of all keys, or bounds of pages, whichever loses less."""
+
+    scores = "scores"
+    pages = "pages"
+    auto = "auto"
+
+
 class CalibratedShare(StrEnum):
     """Which heads share a token set; `auto` is `kv_head` or `layer`, whichever loses less."""
 
@@ -75,6 +83,16 @@ def calibrate(
         CalibratedOutput,
         typer.Option(help="What selections return; auto: sparse attention where that costs no quality, else full."),
     ] = CalibratedOutput[DEFAULT.output],
+    by: Annotated[
+        CalibratedMethod,
+        typer.Option(help="How selections choose: by all keys, by bounds of pages (of a size and `keep` to be found)."),
+    ] = CalibratedMethod[DEFAULT.by],
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of weights and cache that a step may read.", show_default="any")
+    ] = None,
+    max_bytes_at: Annotated[
+        int | None, typer.Option(min=1, help="The live tokens at which it may.", show_default="--context")
+    ] = None,
     vary_budgets: Annotated[
         bool, typer.Option(help="Also try another budget for each selection, with as many tokens in all.")
     ] = False,
@@ -129,7 +147,8 @@ def calibrate(
     goals = [Goal(number, **quality) for number in numbers or [None]]
     settings = CalibrationSettings(
         context=context, contexts=contexts, dense=dense, sinks=sinks, recent=recent, share=share.value,
-        output=output.value, vary_budgets=vary_budgets, weights=_weights(weight or []), tries=tries, seed=seed,
+        output=output.value, by=by.value, max_bytes=max_bytes, max_bytes_at=max_bytes_at, vary_budgets=vary_budgets,
+        weights=_weights(weight or []), tries=tries, seed=seed,
     )  # fmt: skip
     check_settings(budgets, settings, goals)
     check_positions(load_config(model), model, context, "blocks of", TEXT_TOKENS)

@@ -125,6 +125,16 @@ def omnikv(num_layers: int, model: str | None = None, budget: Any = None) -> Pre
     return Preset(layers, defaults)
 
 
+def flat(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
+    """No layer scans the cache: `tidal`'s selections, and layers 0 and 1, by bounds of pages and scores inside them.
+
+    This project's own, after Quest and TidalDecode: pages of 16 tokens keep 4 times the budget, whose best tokens are
+    chosen. `calibrate --by pages` finds better layers for a model.
+    """
+    select = {"role": "select", "by": "pages", "keep": 4}
+    return Preset(["reuse" if entry == "reuse" else select for entry in tidal(num_layers, model).layers])
+
+
 def _published(table: dict[str, Any], model: str | None) -> list[Any]:
     """What is published for models with this name."""
     name = (model or "").lower()
@@ -132,5 +142,5 @@ def _published(table: dict[str, Any], model: str | None) -> list[Any]:
 
 
 PRESETS: dict[str, Callable[..., Preset]] = {
-    make.__name__: make for make in (full, tidal, topk, window, quest, lessismore, kascade, omnikv)
+    make.__name__: make for make in (full, tidal, topk, window, quest, lessismore, kascade, omnikv, flat)
 }
