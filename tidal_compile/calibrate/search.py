@@ -202,26 +202,31 @@ def search(
     """
     losses: dict[Candidate, float] = {}  # of the candidates that were tried
     turns: dict[Candidate, int] = {}
-    changes: dict[Candidate, set[Candidate]] = {}  # of those, what fits
+    unfit: set[Candidate] = set()
 
     def attempt_once(candidate: Candidate) -> Found:
         result = attempt(candidate)
         losses[candidate] = result.score.loss
-        changes[candidate] = {change for change in _changes(candidate, statistics, layers, dense) if fits(change)}
         return result
 
     for start in starts[:tries]:
         yield attempt_once(start)
     while len(losses) < tries:
-        untried = {candidate: changes[candidate] - losses.keys() for candidate in losses}
+        untried = {one: _changes(one, statistics, layers, dense) - losses.keys() - unfit for one in losses}
         frontier = [candidate for candidate in losses if untried[candidate]]
         if not frontier:
             return
         origin = min(frontier, key=lambda candidate: (turns.get(candidate, 0), losses[candidate]))
         turns[origin] = turns.get(origin, 0) + 1
         promising = sorted(untried[origin], key=functools.partial(_promise, origin, statistics, layers))
-        for candidate in promising[: min(BREADTH, tries - len(losses))]:
-            yield attempt_once(candidate)
+        turn_ends = min(tries, len(losses) + BREADTH)
+        for candidate in promising:
+            if len(losses) == turn_ends:
+                break
+            if fits(candidate):
+                yield attempt_once(candidate)
+            else:
+                unfit.add(candidate)
 
 
 def _changes(

@@ -89,7 +89,7 @@ def _compose(
     body, taken = hide(tokenizer, haystack, [(rng.random(), fact.strip() + " ") for fact in facts], length)
     ids = tokenizer(body.rstrip()).input_ids[:length]
     first = int(ids[0] == getattr(tokenizer, "bos_token_id", None))
-    ids[first:first] = ids_of(tokenizer, FILLER)[: -len(ids) % PAGE]
+    ids[first:first] = ids_of(tokenizer, FILLER * PAGE)[: -len(ids) % PAGE]
 
     blocks = [_answer(tokenizer, question, key) for question, key in zip(questions, keys, strict=True)]
     start = rng.randrange(len(ids) * 3 // 4)
