@@ -143,7 +143,7 @@ def test_figures(tmp_path):
     quick("bench", "figures", *options, "--budget", 32, "--out", tmp_path)
     result = result_of(tmp_path)
     assert [(one["name"], one["context"]) for one in result["decode"]] == [
-        (name, context) for name in ("tidal: full", "tidal: tidal 32") for context in (100, 200)
+        (name, context) for name in ("tidal: full", "tidal: tidal 32", "tidal: quest 32") for context in (100, 200)
     ]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.glob("*.png"))
     assert len(list(tmp_path.glob("*.png"))) == 2
@@ -152,10 +152,12 @@ def test_figures(tmp_path):
 def test_attention_shares():
     records = [
         {"op": op, "context": 10, "budget": 4, "us": {"median": us}}
-        for op, us in (("dense", 100.0), ("select", 130.0), ("sparse", 10.0))
+        for op, us in (("dense", 100.0), ("select", 130.0), ("sparse", 10.0), ("by pages, sparse output", 40.0))
     ]
     shares = figures.attention_shares(records, layers=32)
     assert shares == {(10, 4): pytest.approx((2 * 100 + 2 * 130 + 28 * 10) / 3200)}
+    shares = figures.attention_shares(records, layers=64, method="quest")
+    assert shares == {(10, 4): pytest.approx((2 * 100 + 62 * 40) / 6400)}
 
 
 def test_readmes_have_the_tables_of_the_committed_results():

@@ -135,7 +135,8 @@ def test_explain_leaves_the_model_as_it_was():
 def test_policy_commands(tmp_path, folder):
     names = {row["name"] for row in json.loads(quick("policy", "list", "--json"))}
     assert names == {
-        "full", "tidal", "topk", "window", "quest", "lessismore", "kascade", "omnikv", "smollm2", "gemma3-270m",
+        "full", "tidal", "topk", "window", "quest", "lessismore", "kascade", "omnikv", "flat",
+        "smollm2", "gemma3-270m", "smollm2-flat",
     }  # fmt: skip
     assert "smollm2" in quick("policy", "list")
     file = tmp_path / "p.yaml"

@@ -1,27 +1,33 @@
 """The figures of the TidalDecode paper (https://arxiv.org/abs/2410.05076), measured on our system.
 
-Figure 1 shows the latency of a whole decode step at several contexts, dense and with several budgets. Figure 2 shows
-the latency of attention alone as a share of dense attention, for models of 32 and 64 layers, of which two are dense,
-two select, and all others are sparse.
+Figure 1 shows the latency of a whole decode step at several contexts, dense and with several budgets, under TidalDecode
+and Quest. Figure 2 shows the latency of attention alone as a share of dense attention, for models of 32 and 64 layers.
+Two are dense. Of the others, TidalDecode has two that select, and all others are sparse; in Quest, every one selects.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DENSE_LAYERS, SELECTIONS = 2, 2  # of the preset `tidal`
+DENSE_LAYERS, SELECTIONS = 2, 2  # of the preset `tidal`; `quest` has as many dense layers
+METHODS = {"tidal": "-", "quest": "--"}  # and how their lines are drawn
 
 
-def attention_shares(records: Sequence[dict[str, Any]], layers: int) -> dict[tuple[int, int], float]:
+def attention_shares(
+    records: Sequence[dict[str, Any]], layers: int, method: str = "tidal"
+) -> dict[tuple[int, int], float]:
     """{(context, budget): share of dense attention's time} from records of `bench kernels` at batch 1."""
     us = {(record["op"], record["context"], record["budget"]): record["us"]["median"] for record in records}
-    sparse_layers = layers - DENSE_LAYERS - SELECTIONS
     shares = {}
     for record in records:
         size = record["context"], record["budget"]
         dense = us["dense", *size]
-        total = DENSE_LAYERS * dense + SELECTIONS * us["select", *size] + sparse_layers * us["sparse", *size]
-        shares[size] = total / (layers * dense)
+        if method == "tidal":
+            sparse_layers = layers - DENSE_LAYERS - SELECTIONS
+            others = SELECTIONS * us["select", *size] + sparse_layers * us["sparse", *size]
+        else:
+            others = (layers - DENSE_LAYERS) * us["by pages, sparse output", *size]
+        shares[size] = (DENSE_LAYERS * dense + others) / (layers * dense)
     return shares
 
 
@@ -54,10 +60,12 @@ def draw_attention(result: dict[str, Any], file: Path) -> None:
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, layers in zip(figure.subplots(1, 2, sharey=True), (32, 64), strict=True):
-        shares = attention_shares(result["kernels"], layers)
-        for budget in sorted({budget for _, budget in shares}):
-            points = sorted((context, share) for (context, size), share in shares.items() if size == budget)
-            axes.plot(*zip(*points, strict=True), marker="o", label=f"budget {budget}")
+        for method, line in METHODS.items():
+            shares = attention_shares(result["kernels"], layers, method)
+            for number, budget in enumerate(sorted({budget for _, budget in shares})):
+                points = sorted((context, share) for (context, size), share in shares.items() if size == budget)
+                label = f"{method}, budget {budget}"
+                axes.plot(*zip(*points, strict=True), line, marker="o", color=f"C{number}", label=label)
         axes.set_xscale("log")
         axes.set_xlabel("context, tokens")
         axes.set_title(f"{layers} layers", fontsize=10)

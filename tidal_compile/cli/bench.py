@@ -123,7 +123,10 @@ def bench_figures(
     results: ResultsOption = Path("out"),
     as_json: JsonOption = False,
 ) -> None:
-    """Draw the TidalDecode paper's Figures 1 (latency of a step) and 2 (of attention) as measured: JSON and PNG."""
+    """Draw the TidalDecode paper's Figures 1 (latency of a step) and 2 (of attention), with Quest: JSON and PNG.
+
+    Give a model whose query heads each have a kv head, as in the paper, since Quest chooses for each query head.
+    """
     from ..bench import figures
     from ..bench.kernels import sizes
     from ..models import load_config
@@ -136,7 +139,9 @@ def bench_figures(
     cases = [size for each in budget for size in sizes(context, [1], heads, [kv_heads], head_dim, [each], ["kv_head"])]
     about = {"kind": "figures", "model": model}
     with _results(about, results, Path(model).name, device, as_json) as keep:
-        _measure_decode(keep, model, ["full", "tidal"], budget, [], context, [1], steps, 0, layers, device, number)
+        _measure_decode(
+            keep, model, ["full", "tidal", "quest"], budget, [], context, [1], steps, 0, layers, device, number
+        )
         _measure_kernels(keep, cases, device, number)
     for number, draw in enumerate((figures.draw_latency, figures.draw_attention), 1):
         draw(keep.result, keep.path.with_name(f"{keep.path.stem}-{number}.png"))
