@@ -1,7 +1,11 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before its import."""
 
+import dataclasses
+import functools
+import gc
 import os
 import sys
+from importlib import import_module
 
 import torch
 
@@ -29,19 +33,38 @@ if not torch.cuda.is_available():
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call_device_function
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:  # it looks for integers that overflow, a quarter of its time, and says nothing
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def _fresh_dynamo(request):
+    """No test sees what Dynamo traced for another one, unless both are marked `shares_traces`."""
+    shares = request.node.get_closest_marker("shares_traces")
+    if not shares:
+        torch._dynamo.reset()
+    # Beside the shapes of this test, those of all others: a backend that counts its own compilations sets its own limit
+    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 2**20) if shares else {}
+    with torch._dynamo.config.patch(limits):
+        yield
+    if not shares:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_inductor_cache(tmp_path_factory):
-    """Compiled code of an earlier run must not stand in for what this one tests."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+    """Compiled code of an earlier run must not stand in for what this one tests. The processes of a run share theirs."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "inductor"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _collect_only_what_tests_make():
+    """Imports leave a million objects, which Python would search for garbage at every second trace of Dynamo's."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +78,18 @@ def _inductor(request, monkeypatch):
         monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, *_, **__: gm.forward)
 
 
+@pytest.fixture
+def traced_once(monkeypatch):
+    """Several runs with one model find its attention calls once: without this, tracing is most of their time."""
+    explain, *runs = (import_module(f"tidal_compile.{name}") for name in ("explain", "calibrate", "evaluate"))
+    found = functools.cache(explain.decode_calls)
+    for module in (explain, *runs):
+        monkeypatch.setattr(module, "decode_calls", found)
+
+
 @pytest.fixture(params=MODELS)
 def tiny(request):
-    """A tiny random model of each head layout."""
+    """A tiny random model of each head layout, of four layers."""
     return MODELS[request.param]()
 
 
