@@ -6,6 +6,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import tidal_compile as tc
+
 PAGE = Path(__file__).parent.parent / "docs/models.md"
 BEGIN, END = "<!-- families: written by tests/families.py -->\n", "<!-- end of families -->\n"
 SLIDING = "sliding-window layer: left as it is"
@@ -59,6 +61,14 @@ FAMILIES = {
     "deepseek_v3": Family(sites=0, left=6, reason=LATENT),
     "exaone4": MIXED,
 }
+
+
+def first_selects(name, depth, budget=12, sinks=2, recent=3):
+    """A policy for its first layers, of which the first that can select does, and the others reuse; and which can."""
+    layers = [layer for layer in FAMILIES[name].layers if layer < depth]
+    roles = dict.fromkeys(range(depth), "full") | dict.fromkeys(layers, "reuse") | {layers[0]: "select"}
+    defaults = {"budget": budget, "sinks": sinks, "recent": recent}
+    return tc.Policy.from_dict({"num_layers": depth, "defaults": defaults, "layers": roles}), layers
 
 
 def table():

@@ -4,7 +4,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 import tidal_compile as tc
+from tidal_compile.explain import decode_calls
 from tidal_compile.models import with_cache
+from tidal_compile.passes.match import AttentionSite
 from tidal_compile.shapes import FAMILIES, TINY
 
 
@@ -15,6 +17,11 @@ def tiny_model(model_type="llama", seed=0, device="cpu", dtype=torch.float32, **
     config = AutoConfig.for_model(model_type, **{**shape, **settings})
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def long_model(**settings):
+    """Room for 2048 tokens, and four layers: a calibration or an evaluation traces the model, and tries its layers."""
+    return tiny_model(**{"num_hidden_layers": 4, "max_position_embeddings": 2048, **settings})
 
 
 def family_model(name, depth=6, **settings):
@@ -32,10 +39,10 @@ def family_pair(name, **settings):
 
 
 MODELS = {
-    "gqa2": lambda: tiny_model(),
-    "gqa3": lambda: tiny_model(hidden_size=96, num_attention_heads=6),
-    "mqa": lambda: tiny_model("qwen2", num_key_value_heads=1),
-    "mha": lambda: tiny_model("phi", num_key_value_heads=4),
+    "gqa2": lambda: tiny_model(num_hidden_layers=4),
+    "gqa3": lambda: tiny_model(num_hidden_layers=4, hidden_size=96, num_attention_heads=6),
+    "mqa": lambda: tiny_model("qwen2", num_hidden_layers=4, num_key_value_heads=1),
+    "mha": lambda: tiny_model("phi", num_hidden_layers=4, num_key_value_heads=4),
 }
 
 
@@ -74,8 +81,8 @@ _LINEAR = {
     "layer_types": ["linear_attention", "full_attention"] * 2, "head_dim": 16,
 }  # fmt: skip
 _SHARED = {
-    "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2,
-    "num_hidden_layers": 6, "head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128,
+    "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+    "head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128,
 }  # fmt: skip
 ODD = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 100, "num_experts": 2, "mamba_d_state": 8},
@@ -95,7 +102,7 @@ ODD = {
     "qwen3_5_text": _LINEAR,
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "gemma3n_text": {
-        **_SHARED, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 6, "intermediate_size": [96] * 6,
+        **_SHARED, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [96] * 4,
         "altup_num_inputs": 2,
     },
     "gemma4_text": {**_SHARED, "global_head_dim": 16},
@@ -110,11 +117,9 @@ def odd_model(name, **settings):
 
 
 def sparse_for(model, budget=12, sinks=2, recent=3):
-    """A policy whose first layer that can select does, and whose other ones reuse its tokens; those layers."""
-    explanation = tc.explain(model, "full")
-    layers = [row.layer for row in explanation.rows if row.role]
-    roles = dict.fromkeys(range(explanation.policy.num_layers), "full")
-    roles |= dict.fromkeys(layers, "reuse") | {layers[0]: "select"}
+    """A policy whose first layer that can select does, and whose other ones reuse its tokens; the attention calls."""
+    calls, num_layers = decode_calls(model)
+    layers = [call.layer for call in calls if isinstance(call, AttentionSite)]
+    roles = dict.fromkeys(range(num_layers), "full") | dict.fromkeys(layers, "reuse") | {layers[0]: "select"}
     defaults = {"budget": budget, "sinks": sinks, "recent": recent}
-    data = {"num_layers": explanation.policy.num_layers, "layers": roles, "defaults": defaults}
-    return tc.Policy.from_dict(data), layers
+    return tc.Policy.from_dict({"num_layers": num_layers, "layers": roles, "defaults": defaults}), calls

@@ -2,6 +2,8 @@
 
 import torch
 
+import tidal_compile as tc
+
 LAYERS = {"0-1": "full", "2": "select", "3": "reuse", "4": "select", "5": "reuse"}
 POLICIES = {
     "tidal-kv_head": {"defaults": {"budget": 24, "sinks": 2, "recent": 4}},
@@ -31,6 +33,10 @@ POLICIES = {
         },
     },
 }  # fmt: skip
+
+
+def policy_of_six(name):
+    return tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES[name]})
 
 
 def tidal_step(model, policy, **options):

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
-from models import decode_logits, family_model, prefilled, random_tokens, tiny_model
+from families import first_selects
+from models import decode_logits, family_model, long_model, prefilled, random_tokens, tiny_model
 from oracle import OracleModel, attend, choose, importance_of, roles_of, scores_of, sets_as_mask
-from policies import LAYERS, POLICIES, tidal_step
+from policies import POLICIES, policy_of_six, tidal_step
 from texts import TEXT, Letters
 from typer.testing import CliRunner
 
@@ -46,7 +47,7 @@ def context_of(model, prompt, tokens, dense=0):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_block_equals_the_oracle_step_by_step(name):
-    policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES[name]})
+    policy = policy_of_six(name)
     model = tiny_model(hidden_size=96, num_attention_heads=6)
     prompt, tokens = random_tokens(1, PROMPT), random_tokens(1, STEPS, seed=2)
     expected = OracleModel(model, roles_of(policy)).logits(prompt, tokens)
@@ -57,7 +58,7 @@ def test_a_block_equals_the_oracle_step_by_step(name):
 
 
 def test_leading_tokens_of_a_block_belong_to_the_prompt():
-    policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES["tidal-kv_head"]})
+    policy = policy_of_six("tidal-kv_head")
     model, prompt, tokens = tiny_model(), random_tokens(1, PROMPT), random_tokens(1, STEPS, seed=2)
     whole = torch.cat([prompt, tokens[:, :5]], 1)
     expected = OracleModel(model, roles_of(policy)).logits(whole, tokens[:, 5:])
@@ -67,7 +68,7 @@ def test_leading_tokens_of_a_block_belong_to_the_prompt():
 
 
 def test_blocks_of_one_pass_are_blind_to_each_other():
-    policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES["tidal-kv_head"]})
+    policy = policy_of_six("tidal-kv_head")
     model, prompt = tiny_model(), random_tokens(1, PROMPT)
     blocks = [Block("text", random_tokens(1, size, seed=size), dense) for size, dense in ((12, 5), (3, 0), (9, 8))]
     context = make_context(model, prefilled(model, prompt, PROMPT + 40), PROMPT, blocks)
@@ -107,9 +108,9 @@ def test_pages_of_blocks_in_one_pass_are_those_of_steps(monkeypatch):
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss", "qwen3"])
 def test_a_block_equals_compiled_steps(family):
     """Softcaps, sinks and sliding windows: as `backend="tidal"` decodes them."""
-    model = family_model(family, attn_implementation="eager")  # transformers 5.17 gives gemma2 SDPA, without softcap
+    model = family_model(family, 4, attn_implementation="eager")  # transformers 5.17 gives gemma2 SDPA, without softcap
     prompt, tokens = random_tokens(1, 60), random_tokens(1, 6, seed=2)
-    policy = tc.explain(model, "tidal", budget=12, sinks=2, recent=4).policy
+    policy, _ = first_selects(family, 4)
     expected = decode_logits(tidal_step(model, policy), prefilled(model, prompt, 80), tokens)
     context = context_of(model, prompt, tokens)
     got = replay(model, context, policy.roles)[0]
@@ -340,8 +341,9 @@ def test_every_context_leaves_a_text_to_go_on_with(length):
 OPTIONS = {"budget": 24, "sinks": 2, "recent": 4, "context": 400, "contexts": 2, "tries": 12}
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_calibrate_as_a_user_runs_it(tmp_path):
-    model, memory, reports = tiny_model(max_position_embeddings=2048), tmp_path / "scores.json", []
+    model, memory, reports = long_model(), tmp_path / "scores.json", []
     policy = tc.calibrate(model, Letters(), TEXT, selections=2, memory=memory, report=reports.append, **OPTIONS)
     found = policy.calibration
     assert [role.role for role in policy.roles].count("select") == 2
@@ -371,8 +373,9 @@ def test_calibrate_as_a_user_runs_it(tmp_path):
         tc.calibrate(model, Letters(), TEXT, selections=2, memory=memory, **OPTIONS)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_quality_to_reach_takes_as_few_selections_as_it_can():
-    model = tiny_model(max_position_embeddings=2048)
+    model = long_model()
     one = tc.calibrate(model, Letters(), TEXT, selections=1, **OPTIONS).calibration["loss"]
     easy = tc.calibrate(model, Letters(), TEXT, max_kl=one * 1.01, **OPTIONS)
     assert [role.role for role in easy.roles].count("select") == 1
@@ -391,12 +394,12 @@ def test_a_quality_to_reach_takes_as_few_selections_as_it_can():
     assert cheapest.calibration["loss"] <= one * 0.9 and cheapest.calibration["goal"] == f"max_kl {one * 0.9}"
     with pytest.raises(tc.TidalError, match="several budgets go with a quality"):
         tc.calibrate(model, Letters(), TEXT, selections=2, **budgets)
-    with pytest.raises(tc.TidalError, match="no number of selections under 6 reaches max_kl 1e-09 at budget 24"):
+    with pytest.raises(tc.TidalError, match="no number of selections under 4 reaches max_kl 1e-09 at budget 24"):
         tc.calibrate(model, Letters(), TEXT, max_kl=1e-9, **{**OPTIONS, "tries": 2})
 
 
 def test_an_interrupt_keeps_the_best_so_far():
-    model, seen = tiny_model(max_position_embeddings=2048), []
+    model, seen = long_model(), []
 
     def interrupt(progress):
         seen.append(progress)
@@ -408,8 +411,9 @@ def test_an_interrupt_keeps_the_best_so_far():
     assert policy.calibration["loss"] == pytest.approx(seen[-1].best.score.loss)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_an_interrupted_curve_keeps_what_is_finished():
-    model = tiny_model(max_position_embeddings=2048)
+    model = long_model()
 
     def interrupt(progress):
         if progress.stage.startswith("statistics"):
@@ -440,29 +444,30 @@ def test_shallow_models_have_defaults_of_their_own():
     policy = tc.calibrate(model, Letters(), TEXT, **OPTIONS)
     assert [role.role for role in policy.roles] == ["full", "select", "full", "reuse", "full", "reuse"]
     assert policy.calibration["kv_share"] < 0.5
-    model = tiny_model(num_hidden_layers=9, max_position_embeddings=2048)
+    model = long_model(num_hidden_layers=9)
     model.config.name_or_path = "org/Llama-2-7B"
-    policy = tc.calibrate(model, Letters(), TEXT, **{**OPTIONS, "tries": 2})
+    policy = tc.calibrate(model, Letters(), TEXT, **{**OPTIONS, "tries": 2, "contexts": 1})
     assert policy.calibration["published"]["selections"] == [2, 7]
     assert [role.role for role in policy.roles].count("select") == 3
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_bad_arguments_are_named():
-    model = tiny_model()
+    model = tiny_model(num_hidden_layers=2)
     for options, message in (
         ({"budget": 32}, "budget 32 is smaller than sinks"),
         ({"weights": {"text": -1.0}}, "weights must be"),
         ({"weights": dict.fromkeys(("text", "answer", "copy"), 0.0)}, "weights must be"),
-        ({"selections": 2, "max_kl": 0.1}, "give one of"),
-        ({"selections": 6}, "6 selections, but the model has 6"),
-        ({"selections": 2, "weights": {"prose": 1.0}}, "unknown kind of loss 'prose'"),
+        ({"selections": 1, "max_kl": 0.1}, "give one of"),
+        ({"selections": 2}, "2 selections, but the model has 2"),
+        ({"selections": 1, "weights": {"prose": 1.0}}, "unknown kind of loss 'prose'"),
     ):
         with pytest.raises(tc.TidalError, match=message):
             tc.calibrate(model, Letters(), TEXT, **options)
     with pytest.raises(tc.TidalError, match="1 selections, but the model has 1 layers"):
         tc.calibrate(tiny_model(num_hidden_layers=1), Letters(), TEXT)
     with pytest.raises(tc.UnsupportedModelError, match="latent attention"):
-        tc.calibrate(family_model("deepseek_v3"), Letters(), TEXT)
+        tc.calibrate(family_model("deepseek_v3", 2), Letters(), TEXT)
 
 
 def test_the_default_text():
@@ -472,12 +477,14 @@ def test_the_default_text():
     assert not any(line in text for line in ("1:2", "\n\n"))
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_the_command_line(monkeypatch, tmp_path, capsys):
     from tidal_compile import models
 
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: tiny_model(max_position_embeddings=2048))
+    model = long_model()
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
     monkeypatch.setattr(models, "load_tokenizer", lambda _: Letters())
-    monkeypatch.setattr(models, "load_config", lambda _: tiny_model(max_position_embeddings=2048).config)
+    monkeypatch.setattr(models, "load_config", lambda _: model.config)
     text, out = tmp_path / "text.txt", tmp_path / "policy.yaml"
     text.write_text(TEXT)
     command = ["calibrate", "--model", "tiny", "--text", text, "--selections", 2, "--budget", 24, "--recent", 4]

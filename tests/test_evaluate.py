@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from commands import run
-from models import family_model, prefilled, random_tokens, tiny_model
+from families import first_selects
+from models import family_model, long_model, prefilled, random_tokens, tiny_model
 from oracle import OracleModel, roles_of
-from policies import LAYERS, POLICIES
+from policies import policy_of_six
 from texts import SETTINGS, TEXT, Words
 
 import tidal_compile as tc
@@ -24,8 +25,15 @@ from tidal_compile.text import hide, split_sentences
 pytestmark = pytest.mark.uncompiled
 
 
-def sparse_policy(name="tidal-kv_head"):
-    return tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES[name]})
+def sparse_policy():
+    return policy_of_six("tidal-kv_head")
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """A model of six layers, and its step for any policy: Dynamo traces it once for a shape."""
+    model = tiny_model()
+    return model, PolicyStep(model)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -69,12 +77,13 @@ def test_facts_keep_their_places_beside_each_other():
     assert taken == text.count(".") - 3 and len(text) <= 60
 
 
+@pytest.mark.shares_traces
 @pytest.mark.parametrize("name", ["tidal-kv_head", "tidal-query_head", "heads", "ratio"])
-def test_a_padded_batch_answers_as_the_oracle(name):
-    policy, model = sparse_policy(name), tiny_model()
+def test_a_padded_batch_answers_as_the_oracle(name, traced):
+    policy, (model, step) = policy_of_six(name), traced
     contexts = [random_tokens(1, length, seed=length)[0].tolist() for length in (50, 90, 71)]
     questions = [random_tokens(1, 5, seed=seed)[0].tolist() for seed in (1, 2, 3)]
-    prompts, step = prepare(model, contexts, questions, 6), PolicyStep(model)
+    prompts = prepare(model, contexts, questions, 6)
     for sparse in (True, False, True):  # from one prefill, on what the last one wrote
         answers = answer(model, step, prompts, policy.roles, sparse, [])
         for context, question, got in zip(contexts, questions, answers, strict=True):
@@ -90,8 +99,8 @@ def test_a_padded_batch_answers_as_the_oracle(name):
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss"])
 def test_softcaps_sinks_and_windows(family):
-    model = family_model(family, attn_implementation="eager")  # transformers 5.17 gives gemma2 SDPA, without softcap
-    policy = tc.explain(model, "tidal", budget=12, sinks=2, recent=4).policy
+    model = family_model(family, 4, attn_implementation="eager")  # transformers 5.17 gives gemma2 SDPA, without softcap
+    policy, _ = first_selects(family, 4)
     contexts = [random_tokens(1, length, seed=length)[0].tolist() for length in (60, 47)]
     questions = [random_tokens(1, 4, seed=seed)[0].tolist() for seed in (1, 2)]
     answers = answer(model, PolicyStep(model), prepare(model, contexts, questions, 4), policy.roles, True, [])
@@ -136,8 +145,8 @@ def test_many_positions_and_single_steps_predict_the_same():
 
 def test_chunks_of_a_passage_are_one_text():
     """What a chunk leaves in the cache, the next one sees; windows slide on."""
-    for model in (tiny_model(), family_model("gemma3")):
-        policy = tc.explain(model, "tidal", budget=12, sinks=2, recent=4).policy
+    for family in ("llama", "gemma3"):
+        model, (policy, _) = family_model(family, 4), first_selects(family, 4)
         prompt, tokens = random_tokens(1, 40), random_tokens(1, 50, seed=2)
         (expected,) = replay(
             model, make_context(model, prefilled(model, prompt, 96), 40, [Block("", tokens)]), policy.roles
@@ -147,8 +156,9 @@ def test_chunks_of_a_passage_are_one_text():
             torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_evaluate_compares_and_goes_on(tmp_path, monkeypatch):
-    model, small = tiny_model(max_position_embeddings=2048), {"budgets": (16, 64), "folder": tmp_path}
+    model, small = long_model(), {"budgets": (16, 64), "folder": tmp_path}
     tasks = ("needle", "multivalue", "text", "answers")
     seen = []
     found = tc.evaluate(model, Words(), ["tidal"], tasks=tasks, report=seen.append, **small, **SETTINGS)
@@ -165,7 +175,7 @@ def test_evaluate_compares_and_goes_on(tmp_path, monkeypatch):
     again = tc.evaluate(model, Words(), ["tidal"], tasks=tasks, **small, **SETTINGS)
     assert again == found
     monkeypatch.undo()
-    mine = sparse_policy().model_copy(update={"name": "mine"})
+    mine = first_selects("llama", 4)[0].model_copy(update={"name": "mine"})
     more = tc.evaluate(model, Words(), ["tidal", mine], tasks=("text",), **small, **SETTINGS)
     assert [one["subject"] for one in more] == ["dense", "tidal @16", "tidal @64", "mine @16", "mine @64"]
     assert more[:3] == [one for one in found if one["task"] == "text"]
@@ -173,10 +183,11 @@ def test_evaluate_compares_and_goes_on(tmp_path, monkeypatch):
         tc.evaluate(model, Words(), ["tidal"], tasks=tasks, **small, **{**SETTINGS, "text": TEXT[50:]})
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_an_evaluation_that_was_killed_goes_on(tmp_path):
     """What was being written then is written again; of another model, though of the same name, nothing is taken."""
     model, settings = (
-        tiny_model(max_position_embeddings=2048),
+        long_model(),
         {"tasks": ("text",), "folder": str(tmp_path), **SETTINGS},
     )
     found = tc.evaluate(model, Words(), ["tidal"], **settings)
@@ -186,7 +197,7 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path):
     assert tc.evaluate(model, Words(), ["tidal"], **settings) == found
     assert file.read_text() == whole
     with pytest.raises(tc.TidalError, match="another evaluation .fingerprint"):
-        tc.evaluate(tiny_model(seed=1, max_position_embeddings=2048), Words(), ["tidal"], **settings)
+        tc.evaluate(long_model(seed=1), Words(), ["tidal"], **settings)
     file.write_text(whole.replace("tokens", 'to"kens', 1))
     with pytest.raises(tc.TidalError, match="can't read the records"):
         tc.evaluate(model, Words(), ["tidal"], **settings)
@@ -213,12 +224,13 @@ def test_curves_have_budgets_in_order(tmp_path):
     assert "(heat%20map.png)" in pages.page("", "", [], [tmp_path / "heat map.png"])
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_what_cannot_be_asked_is_named():
-    model = tiny_model()
+    model, (policy, _) = tiny_model(num_hidden_layers=2), first_selects("llama", 2)
     for options, message in (
         ({"tasks": ("riddles",)}, "unknown task 'riddles'"),
         ({"questions": ("both",)}, "unknown question 'both'"),
-        ({"policies": [sparse_policy(), sparse_policy()]}, "same name"),
+        ({"policies": [policy, policy]}, "same name"),
         ({"text": " "}, "text is empty"),
         ({"tasks": ("text",), "text": "Short."}, "need a longer text"),
     ):
@@ -247,11 +259,13 @@ def test_a_summary_weighs_what_it_should():
 def as_tiny(monkeypatch):
     from tidal_compile import models
 
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: tiny_model(max_position_embeddings=2048))
+    model = long_model()
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
     monkeypatch.setattr(models, "load_tokenizer", lambda _: Words())
-    monkeypatch.setattr(models, "load_config", lambda _: tiny_model(max_position_embeddings=2048).config)
+    monkeypatch.setattr(models, "load_config", lambda _: model.config)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_the_command_line(as_tiny, tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(TEXT)

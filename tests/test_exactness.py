@@ -1,14 +1,16 @@
 """Whole models through Inductor: `full` against eager, sparse policies against the oracle."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from models import decode_logits, prefilled, random_tokens, tiny_model
 from oracle import OracleModel, roles_of
-from policies import LAYERS, POLICIES, tidal_step
+from policies import POLICIES, policy_of_six, tidal_step
 
 import tidal_compile as tc
+from tidal_compile.step import PolicyStep
 
 pytestmark = pytest.mark.uncompiled
 STEPS = 16
@@ -40,30 +42,50 @@ def test_full_equals_eager_cache_included(tiny):
 
 
 def test_within_the_budget_tidal_equals_eager():
-    model, prompt, tokens = tiny_model(), random_tokens(2, PROMPT), random_tokens(2, STEPS, seed=2)
+    model, prompt, tokens = tiny_model(num_hidden_layers=4), random_tokens(2, PROMPT), random_tokens(2, STEPS, seed=2)
     double = copy.deepcopy(model).double()
     eager, exact = (decode_logits(one, prefilled(one, prompt, 128), tokens) for one in (model, double))
     step = tidal_step(model, "tidal", budget=PROMPT + STEPS)
     assert_same_but_for_rounding(decode_logits(step, prefilled(model, prompt, 128), tokens), eager, exact)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.compiled] if name == "mixed" else []) for name in POLICIES],
-)
-def test_sparse_policies_equal_the_oracle(name):
-    policy = tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES[name]})
-    model = tiny_model(hidden_size=96, num_attention_heads=6)
+def assert_equals_the_oracle(model, policy, step):
     prompt, tokens = random_tokens(2, PROMPT), random_tokens(2, STEPS, seed=2)
     expected = OracleModel(model, roles_of(policy)).logits(prompt, tokens)
-    got = decode_logits(tidal_step(model, policy), prefilled(model, prompt, 128), tokens)
+    got = decode_logits(step, prefilled(model, prompt, 128), tokens)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     eager = decode_logits(model, prefilled(model, prompt, 128), tokens)
     assert (got - eager).abs().max() > 1e-2, "the policy left nothing out, so this test shows nothing"
 
 
+@pytest.fixture(scope="module")
+def any_policy():
+    """A model, and its step under any policy: Dynamo traces it once."""
+    model = tiny_model(hidden_size=96, num_attention_heads=6)
+    return model, PolicyStep(model)
+
+
+@pytest.mark.shares_traces
+@pytest.mark.parametrize("name", POLICIES)
+def test_sparse_policies_equal_the_oracle(name, any_policy):
+    policy, (model, step) = policy_of_six(name), any_policy
+    assert_equals_the_oracle(model, policy, functools.partial(step, policy.roles))
+
+
+@pytest.mark.compiled
+def test_a_policy_of_many_roles_equals_the_oracle_through_inductor():
+    layers = {
+        "0": {"role": "select", "share": "layer"}, "1": {"role": "select", "budget": 40, "output": "sparse"},
+        "2": {"role": "reuse", "from": 0}, "3": {"role": "reuse", "heads": [1, 0]},
+    }  # fmt: skip
+    defaults = {"budget": 16, "sinks": 1, "recent": 2}
+    policy = tc.Policy.from_dict({"num_layers": 4, "defaults": defaults, "layers": layers})
+    model = tiny_model(num_hidden_layers=4)
+    assert_equals_the_oracle(model, policy, tidal_step(model, policy))
+
+
 def test_each_head_layout_equals_the_oracle(tiny):
-    policy = tc.Policy.preset("tidal", 6, budget=20, sinks=2, recent=4)
+    policy = tc.Policy.preset("tidal", 4, budget=20, sinks=2, recent=4)
     prompt, tokens = random_tokens(1, PROMPT), random_tokens(1, 6, seed=2)
     expected = OracleModel(tiny, roles_of(policy)).logits(prompt, tokens)
     got = decode_logits(tidal_step(tiny, policy), prefilled(tiny, prompt, 128), tokens)
@@ -72,7 +94,7 @@ def test_each_head_layout_equals_the_oracle(tiny):
 
 def test_left_padded_rows_are_what_each_gives_alone():
     """Through generate, which builds the masks: padded rows equal the same prompts alone, under a sparse policy."""
-    model = tiny_model()
+    model = tiny_model(num_hidden_layers=4)
     config = tc.compile_config("tidal", budget=24, sinks=2, recent=4)
     ids, mask = random_tokens(3, 60), torch.ones(3, 60, dtype=torch.long)
     for row, pad in enumerate((0, 11, 37)):
@@ -91,8 +113,8 @@ def test_left_padded_rows_are_what_each_gives_alone():
 
 
 def test_padded_batch_equals_the_oracle():
-    policy = tc.Policy.preset("tidal", 6, budget={"ratio": 0.3, "min": 12}, sinks=2, recent=4)
-    model, prompt, tokens = tiny_model(), random_tokens(2, PROMPT), random_tokens(2, 6, seed=2)
+    policy = tc.Policy.preset("tidal", 4, budget={"ratio": 0.3, "min": 12}, sinks=2, recent=4)
+    model, prompt, tokens = tiny_model(num_hidden_layers=4), random_tokens(2, PROMPT), random_tokens(2, 6, seed=2)
     mask = torch.ones(2, PROMPT, dtype=torch.long)
     mask[0, :33] = 0
     expected = OracleModel(model, roles_of(policy)).logits(prompt, tokens, mask)
@@ -106,13 +128,13 @@ def test_padded_batch_equals_the_oracle():
 @pytest.mark.compiled
 def test_a_reused_cache_full_of_garbage_and_the_last_slot():
     """One cache: decode to its last slot, poison it, reset, prefill a shorter prompt, decode again."""
-    policy = tc.Policy.preset("tidal", 6, budget=16, sinks=2, recent=4)
-    model = tiny_model()
+    policy = tc.Policy.preset("tidal", 4, budget=16, sinks=2, recent=4)
+    model = tiny_model(num_hidden_layers=4)
     step = tidal_step(model, policy)
-    cache = prefilled(model, random_tokens(1, 90), 96)
-    decode_logits(step, cache, random_tokens(1, 6, seed=2))  # 96 of 96 slots
+    cache = prefilled(model, random_tokens(2, 122), 128)  # shapes of the test above, whose kernels Inductor has
+    decode_logits(step, cache, random_tokens(2, 6, seed=2))  # 128 of 128 slots
     cache.reset()
-    prompt, tokens = random_tokens(1, 40, seed=5), random_tokens(1, 3, seed=6)
+    prompt, tokens = random_tokens(2, 40, seed=5), random_tokens(2, 3, seed=6)
     with torch.no_grad():
         model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
     for layer in cache.layers:

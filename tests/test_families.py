@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from families import FAMILIES, PAGE, with_table
+from families import FAMILIES, PAGE, first_selects, with_table
 from models import decode_logits, family_model, prefilled, random_tokens
 from oracle import OracleModel, roles_of
 from recorder import Recorder
@@ -22,7 +22,7 @@ from tidal_compile.passes.plan import make_plan
 from tidal_compile.passes.rewrite import apply_plan
 from tidal_compile.step import PolicyStep
 
-PROMPT, STEPS, SLOTS, DEPTH = 40, 4, 48, 4
+PROMPT, STEPS, SLOTS = 40, 4, 48
 SITES = [(name, form) for name, family in FAMILIES.items() if family.sites for form in family.implementations]
 
 
@@ -67,33 +67,30 @@ def joined(monkeypatch):
 def test_full_equals_eager_and_sparse_the_oracle(name, form, joined):
     """A single sequence also has its linear layers joined, as on a GPU; in float32, several haven't."""
     family, batch = FAMILIES[name], 1 if form == FAMILIES[name].implementations[0] else 2
-    model = family_model(name, DEPTH, attn_implementation=form)
-    layers = [layer for layer in family.layers if layer < DEPTH]
+    depth = 2 if family.sites == 6 else 4  # two layers that can select
+    model, (policy, layers) = family_model(name, depth, attn_implementation=form), first_selects(name, depth)
     step, prompt, tokens = Traced(model), random_tokens(batch, PROMPT), random_tokens(batch, STEPS, seed=2)
     eager = decode(model, step, prompt, tokens)
-    full = decode(model, step, prompt, tokens, tc.Policy.preset("full", DEPTH))
+    full = decode(model, step, prompt, tokens, tc.Policy.preset("full", depth))
     torch.testing.assert_close(full, eager, atol=2e-4, rtol=2e-4)
 
-    roles = dict.fromkeys(range(DEPTH), "full") | dict.fromkeys(layers, "reuse") | {layers[0]: "select"}
-    defaults = {"budget": 12, "sinks": 2, "recent": 3}
-    policy = tc.Policy.from_dict({"num_layers": DEPTH, "defaults": defaults, "layers": roles})
     sparse = decode(model, step, prompt, tokens, policy)
     expected = OracleModel(model, roles_of(policy)).logits(prompt, tokens)
     torch.testing.assert_close(sparse, expected, atol=2e-4, rtol=2e-4)
     assert (sparse - eager).abs().max() > 1e-3  # the budget is felt
 
-    ((calls, depth),) = step.graphs  # for all steps and both policies
+    ((calls, num_layers),) = step.graphs  # for all steps and both policies
     plan = make_plan(calls, policy.roles)
-    assert depth == DEPTH and plan.problems == ()
+    assert num_layers == depth and plan.problems == ()
     assert [decision.layer for decision in plan.decisions if decision.role] == layers
-    left = DEPTH - len(layers) if family.left else 0
+    left = depth - len(layers) if family.left else 0
     assert [decision.reason for decision in plan.decisions if not decision.role] == [family.reason] * left
     assert len(joined) == 2 and all(count > 0 if batch == 1 else count == 0 for count in joined)
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.sites])
 def test_what_is_refused(name):
-    family, model = FAMILIES[name], family_model(name)
+    family, model = FAMILIES[name], family_model(name, 2)
     with pytest.raises(tc.UnsupportedModelError, match=re.escape(family.reason)):
         step = torch.compile(model, backend=Recorder(policy="full"), fullgraph=True)
         decode_logits(step, prefilled(model, random_tokens(1, PROMPT), SLOTS), random_tokens(1, 1))
@@ -102,8 +99,9 @@ def test_what_is_refused(name):
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "qwen3_next", "deepseek_v3"])
 def test_a_family_explains_itself(name):
     """Of those with calls that are left alone, without weights; the others are explained by what is traced above."""
-    family, rows = FAMILIES[name], tc.explain(load_model(f"random:{name}", "meta"), "full").rows
-    assert [row.layer for row in rows if row.role] == family.layers
+    assert load_model(f"random:{name}", "meta").config.num_hidden_layers == 6
+    family, rows = FAMILIES[name], tc.explain(family_model(name, 2, device="meta"), "full").rows
+    assert [row.layer for row in rows if row.role] == [layer for layer in family.layers if layer < 2]
     assert {row.reason for row in rows if not row.role} == ({family.reason} if family.left else set())
 
 

@@ -1,5 +1,6 @@
 """Ways to choose tokens: every preset and method on whole models, against the oracle, and a new method in one file."""
 
+import functools
 import json
 import os
 import re
@@ -14,7 +15,6 @@ from attention import DEVICE, make_case, on_device
 from commands import quick
 from models import decode_logits, prefilled, random_tokens, tiny_model
 from oracle import OracleModel, roles_of
-from recorder import Recorder
 from tiers import sampled
 
 import tidal_compile as tc
@@ -27,9 +27,11 @@ from tidal_compile.kernels.triton import pick
 from tidal_compile.presets import PRESETS
 from tidal_compile.replay import Block, make_context, replay
 from tidal_compile.run import filled
+from tidal_compile.step import PolicyStep
 
 ROOT = Path(__file__).parent.parent
 MODEL = tiny_model(hidden_size=96, num_attention_heads=6, num_hidden_layers=8)
+STEP = PolicyStep(MODEL)  # for all policies
 PROMPT, STEPS, SLOTS = 70, 4, 96
 SMALL = {
     "tidal": {"sinks": 2, "recent": 4, "budget": 20},
@@ -50,12 +52,13 @@ def step_by_step(policy, mask=None, batch=1):
     if mask is not None:
         wide = torch.cat([mask, torch.ones(batch, SLOTS - PROMPT, dtype=torch.long)], 1).bool()
         masks = [(wide & (torch.arange(SLOTS) <= PROMPT + i))[:, None, None] for i in range(STEPS)]
-    step = torch.compile(MODEL, backend=Recorder(policy=policy), fullgraph=True)
+    step = functools.partial(STEP, policy.roles)
     got = decode_logits(step, prefilled(MODEL, prompt, SLOTS, mask), tokens, masks)
     dense = decode_logits(MODEL, prefilled(MODEL, prompt, SLOTS, mask), tokens, masks)
     return got, OracleModel(MODEL, roles_of(policy)).logits(prompt, tokens, mask), dense
 
 
+@pytest.mark.shares_traces
 @pytest.mark.parametrize("name", SMALL)
 def test_a_preset_equals_the_oracle_and_its_replay(name):
     policy = tc.Policy.preset(name, 8, **SMALL[name])
@@ -83,6 +86,7 @@ def test_presets_say_what_is_published():
             assert len(tc.Policy.preset(name, depth).roles) == depth
 
 
+@pytest.mark.shares_traces
 @pytest.mark.parametrize("by", METHODS)
 def test_padded_rows_and_every_share(by):
     """Left padding, no padding, a ratio; a reuse layer that follows with a head map."""
@@ -95,7 +99,6 @@ def test_padded_rows_and_every_share(by):
         policy = tc.Policy.from_dict({"num_layers": 8, "layers": layers, "defaults": defaults})
         got, expected, _ = step_by_step(policy, mask, batch=2)
         torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
-        torch._dynamo.reset()
 
 
 def test_a_window_is_the_first_and_the_last_tokens():
@@ -290,26 +293,26 @@ from tidal_compile.kernels.call import Selection
 from tidal_compile.replay import Block, make_context, replay
 from tidal_compile.run import filled
 
-model = tiny_model(num_hidden_layers=3)
-layers = {"0": "full", "1": {"role": "select", "by": "key_norm", "power": 3.0}, "2": "reuse"}
-policy = tc.Policy.from_dict({"num_layers": 3, "layers": layers, "defaults": {"budget": 12, "sinks": 2, "recent": 3}})
+model = tiny_model(num_hidden_layers=2)
+layers = {"0": {"role": "select", "by": "key_norm", "power": 3.0}, "1": "reuse"}
+policy = tc.Policy.from_dict({"num_layers": 2, "layers": layers, "defaults": {"budget": 12, "sinks": 2, "recent": 3}})
 prompt, token = random_tokens(1, 40), random_tokens(1, 1, seed=2)
 recorder, cache = Recorder(policy=policy), prefilled(model, prompt, 64)
 got = decode_logits(torch.compile(model, backend=recorder, fullgraph=True), cache, token)
 compiled = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
 same = decode_logits(compiled, prefilled(model, prompt, 64), token)
 block = replay(model, make_context(model, filled(model, prompt, 64), 40, [Block("text", token)]), policy.roles)[0]
-norms = cache.layers[1].keys[0, :, :41].norm(dim=-1)
+norms = cache.layers[0].keys[0, :, :41].norm(dim=-1)
 wrong = []
 try:
     tc.Policy.from_dict({"num_layers": 1, "layers": {"0": {"role": "select", "by": "window", "power": 2.0}}})
 except tc.PolicyError as error:
     wrong.append(str(error))
-row = tc.explain(model, policy).rows[1]
+row = tc.explain(model, policy).rows[0]
 print(json.dumps({
     "op": recorder.after[0]["choose_by_key_norm.default"], "explain": row.by, "error": wrong[0],
     "apart": [(got - same).abs().max().item(), (got[0] - block).abs().max().item()],
-    "read": policy.roles[1].tokens_read(100, 2),
+    "read": policy.roles[0].tokens_read(100, 2),
 }))
 """
 

@@ -14,7 +14,7 @@ from tidal_compile.kernels.methods import METHODS
 from tidal_compile.models import with_cache
 from tidal_compile.passes import state
 
-pytestmark = pytest.mark.uncompiled
+pytestmark = [pytest.mark.uncompiled, pytest.mark.shares_traces]
 
 MODEL = tiny_model(num_hidden_layers=3)
 POLICY = tc.Policy.from_dict(
@@ -26,9 +26,10 @@ POLICY = tc.Policy.from_dict(
 SLOTS = 96
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def step():
-    return torch.compile(MODEL, backend=Recorder(policy=POLICY), fullgraph=True)
+    """The rewritten step, which Dynamo traces once for each shape of a batch and a cache."""
+    return torch.compile(MODEL, backend=Recorder(policy=POLICY), fullgraph=True, dynamic=False)
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def test_the_budget_is_felt(step):
 @pytest.mark.parametrize("length", [30, 70, 50])
 def test_a_cache_is_filled_again(step, length):
     """With a shorter, a longer and an equally long prompt."""
-    prompt, tokens = random_tokens(2, 50), random_tokens(2, 20, seed=2)
+    prompt, tokens = random_tokens(2, 50), random_tokens(2, 12, seed=2)
     cache = prefilled(MODEL, prompt, SLOTS)
     assert_decodes(step, cache, prompt, tokens)
     other = random_tokens(2, length, seed=5)
@@ -82,13 +83,13 @@ def test_a_cache_is_filled_again(step, length):
 
 
 def test_two_caches_in_turn(step):
-    prompts, tokens = [random_tokens(1, 50, seed=seed) for seed in (3, 4)], random_tokens(1, 24, seed=2)
+    prompts, tokens = [random_tokens(1, 50, seed=seed) for seed in (3, 4)], random_tokens(1, 16, seed=2)
     caches = [prefilled(MODEL, prompt, SLOTS) for prompt in prompts]
     for turn in range(4):
         for cache, prompt in zip(caches, prompts, strict=True):
-            got = decode_logits(step, cache, tokens[:, 6 * turn : 6 * turn + 6])
-            whole = expected(prompt, tokens[:, : 6 * turn + 6])
-            torch.testing.assert_close(got, whole[:, 6 * turn :], atol=2e-4, rtol=2e-4)
+            got = decode_logits(step, cache, tokens[:, 4 * turn : 4 * turn + 4])
+            whole = expected(prompt, tokens[:, : 4 * turn + 4])
+            torch.testing.assert_close(got, whole[:, 4 * turn :], atol=2e-4, rtol=2e-4)
 
 
 def test_a_chat_that_extends_a_cache(step):
