@@ -48,7 +48,7 @@ def test_decode_beside_its_baselines(tmp_path):
 @pytest.mark.compiled
 def test_policies_share_a_cache_and_a_compilation(tmp_path):
     quick(
-        "bench", "decode", "--model", "random:llama", "--layers", 3, "--context", 100, "--context", 200, "--steps", 4,
+        "bench", "decode", "--model", "random:llama", "--layers", 1, "--context", 100, "--context", 200, "--steps", 4,
         "--policy", "full", "--baseline", "none", "--out", tmp_path,
     )  # fmt: skip
     short, long = result_of(tmp_path)["decode"]
@@ -65,7 +65,7 @@ def test_floors_are_counted_from_the_shape():
     assert shape.weight_bytes == 2 * parameters and shape.streamed_bytes == 2 * (parameters - 128 * 64)
     assert decode.floor_bytes(shape, Variant("eager"), 3, 100) == (shape.streamed_bytes, 3 * 100 * 256)
 
-    tied = load_model("random:smollm2-135m", "meta", torch.bfloat16)
+    tied = load_model("random:smollm2-135m", "meta", torch.bfloat16, 2)
     assert decode.read_shape(tied, torch.bfloat16).streamed_bytes == 2 * sum(one.numel() for one in tied.parameters())
 
 
@@ -80,7 +80,7 @@ def test_wrong_logits_are_not_timed(monkeypatch):
 
 
 def test_what_cannot_fit_is_refused_with_the_bytes(fails):
-    model = ("--model", "random:llama-2-7b", "--context", 130000, "--batch", 64)
+    model = ("--model", "random:llama-2-7b", "--layers", 2, "--context", 130000, "--batch", 1024)
     code, _, error = fails("bench", "decode", *model)
     assert code == 2 and re.search(r"needs [\d,]{16,} bytes \(weights [\d,]+, KV cache [\d,]+, .* are free", error)
     code, _, error = fails("bench", "kernels", "--context", 10**9)
