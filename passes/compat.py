@@ -21,8 +21,12 @@ __all__ = [
     "FakeTensorMode",
     "ShortenTraceback",
     "attention_implementation",
+    "batched_experts",
     "detect_fake_mode",
+    "forget_compilations",
     "free_unbacked_symbols",
+    "has_model",
+    "inductor_counts",
     "list_mode_options",
     "list_options",
     "mark_static_input",
@@ -81,6 +85,37 @@ def attention_implementation(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+@contextmanager
+def batched_experts(model: Any) -> Iterator[None]:
+    """Let a transformers model run its experts by batched matrix products where it would by grouped ones."""
+    grouped = getattr(model.config, "_experts_implementation", None) == "grouped_mm"
+    if grouped:
+        model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        if grouped:
+            model.set_experts_implementation("grouped_mm")
+
+
+def has_model(auto_class: Any, config: Any) -> bool:
+    """Whether one of transformers' auto classes knows a model for a config."""
+    return type(config) in auto_class._model_mapping
+
+
+def forget_compilations(model: Any) -> None:
+    """Start anew, with what Dynamo compiles and with what the model's `generate` has compiled."""
+    torch._dynamo.reset()
+    model._last_compile_config = None
+
+
+def inductor_counts() -> dict[str, int]:
+    """What Inductor counts in this process, by name: CUDA graphs that it skipped or recorded, for example."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]
 
 
 class _Named(str):

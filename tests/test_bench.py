@@ -74,7 +74,7 @@ def test_wrong_logits_are_not_timed(monkeypatch):
     shape = decode.read_shape(load_model("random:llama", "meta", torch.float32, 2), torch.float32)
     cache, saved = decode.make_cache(model, 1, 50, 80)
     token = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
-    monkeypatch.setattr(decode, "expected_logits", lambda *_: [torch.ones(1, 128, device=DEVICE)])
+    monkeypatch.setattr(decode, "expected_logits", lambda *_, **__: [torch.ones(1, 128, device=DEVICE)])
     with pytest.raises(Exception, match="logits of eager after 50 tokens are off"):
         list(decode.run_case(model, shape, Variant("eager"), cache, [50], token, 4, 1e9, saved))
 

@@ -328,7 +328,7 @@ def test_the_score_of_the_dense_model_is_perfect():
     assert sparse.loss == pytest.approx((sparse.kl["text"] + 2 * sparse.kl["answer"] + sparse.kl["copy"]) / 4)
 
 
-@pytest.mark.parametrize("length", [700, 1100])
+@pytest.mark.parametrize("length", [768, 1100])
 def test_every_context_leaves_a_text_to_go_on_with(length):
     """The last one starts as late as it may; sentences are short, of uneven length, or have no end at all."""
     model = tiny_model(max_position_embeddings=2048)

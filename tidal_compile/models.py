@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from .errors import TidalError, UnsupportedModelError
-from .passes.compat import FakeTensor, FakeTensorMode
+from .passes.compat import FakeTensor, FakeTensorMode, batched_experts, has_model
 from .shapes import FORMS, SHAPES, is_random
 
 
@@ -46,8 +46,7 @@ def _auto_class(config: Any) -> Any:
     """The class of transformers that makes the decoder of a config: of text alone, unless it needs images beside it."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    of_text = type(config) in AutoModelForCausalLM._model_mapping
-    of_images = type(config) in AutoModelForImageTextToText._model_mapping
+    of_text, of_images = (has_model(kind, config) for kind in (AutoModelForCausalLM, AutoModelForImageTextToText))
     return AutoModelForImageTextToText if of_images and not of_text else AutoModelForCausalLM
 
 
@@ -121,7 +120,8 @@ def empty_cache(model: PreTrainedModel, slots: int, batch: int = 1) -> Any:
 
     cache = StaticCache(config=model.config, max_cache_len=slots)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _batched_experts(model):
+        # Fake tensors refuse grouped products in float32; which ones the experts use is nothing to the cache
+        with FakeTensorMode(allow_non_fake_inputs=True), batched_experts(model):
             tokens = torch.zeros(batch, 2, dtype=torch.long, device=model.device)
             model(input_ids=tokens, **with_cache(model, cache))
     except Exception as error:  # whatever it is, it is about this model
@@ -204,19 +204,6 @@ def _states(layer: Any) -> list[torch.Tensor]:
 
 def _zeros_like_fake(fake: FakeTensor) -> torch.Tensor:
     return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
-
-
-@contextlib.contextmanager
-def _batched_experts(model: PreTrainedModel):
-    """Fake tensors refuse grouped matrix products in float32; which kernel the experts use is nothing to the cache."""
-    before = getattr(model.config, "_experts_implementation", None)
-    if before == "grouped_mm":
-        model.set_experts_implementation("batched_mm")
-    try:
-        yield
-    finally:
-        if before == "grouped_mm":
-            model.set_experts_implementation(before)
 
 
 def _where(name: str) -> tuple[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..errors import TidalError
-from ..shapes import FORMS
+from ..shapes import FORMS, is_random
 
 out = Console()
 err = Console(stderr=True)
@@ -56,9 +56,14 @@ def where(device: str, dtype: DType) -> tuple[str, Any]:
 
 
 def check_positions(config: Any, model: str, context: int, what: str, more: int, option: str = "--context") -> None:
-    """Raise `TidalError` if a context and `more` tokens, which `what` names, are too long for the model."""
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions and context + more > positions:
+    """Raise `TidalError` if a context and `more` tokens, which `what` names, are too long for the model.
+
+    Random weights know no positions but those of a table: with rotary ones, any context will do.
+    """
+    text = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    any_will_do = is_random(model) and getattr(text, "rope_parameters", None)
+    if positions and context + more > positions and not any_will_do:
         raise TidalError(f"{option} {context} + {what} {more}: {model} has {positions} positions")
 
 
