@@ -10,6 +10,7 @@ import torch
 from commands import quick
 from typer.testing import CliRunner
 
+from tidal_compile.backend import Options
 from tidal_compile.bench import decode, figures, kernels, markdown
 from tidal_compile.bench.timing import relative_error, summary
 from tidal_compile.cli import app
@@ -69,14 +70,32 @@ def test_floors_are_counted_from_the_shape():
     assert decode.read_shape(tied, torch.bfloat16).streamed_bytes == 2 * sum(one.numel() for one in tied.parameters())
 
 
-def test_wrong_logits_are_not_timed(monkeypatch):
-    model = load_model("random:llama", DEVICE.type, torch.float32, 2)
-    shape = decode.read_shape(load_model("random:llama", "meta", torch.float32, 2), torch.float32)
-    cache, saved = decode.make_cache(model, 1, 50, 80)
-    token = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
+def small_bench(policy=None):
+    """The model, its shape, a variant, the cache and a token, as `run_case` takes them."""
+    model = load_model("random:llama", DEVICE.type, torch.float32, 4)
+    shape = decode.read_shape(load_model("random:llama", "meta", torch.float32, 4), torch.float32)
+    asked = [] if policy is None else [Options.parse({"policy": policy, "budget": 8, "sinks": 1, "recent": 2})]
+    (case,) = decode.cases_of(shape, ["eager"] if policy is None else [], asked)
+    return model, shape, case, decode.make_cache(model, 1, 50, 80)[0], torch.ones(1, 1, dtype=torch.long, device=DEVICE)
+
+
+@pytest.mark.parametrize("policy", [None, "flat"])
+def test_wrong_logits_are_not_timed(monkeypatch, policy):
+    model, shape, case, cache, token = small_bench(policy)
     monkeypatch.setattr(decode, "expected_logits", lambda *_, **__: [torch.ones(1, 128, device=DEVICE)])
-    with pytest.raises(Exception, match="logits of eager after 50 tokens are off"):
-        list(decode.run_case(model, shape, Variant("eager"), cache, [50], token, 4, 1e9, saved))
+    with pytest.raises(Exception, match=f"logits of {case.name} after 50 tokens are off"):
+        list(decode.run_case(model, shape, case, cache, [50], token, 4, 1e9, {}))
+
+
+def test_how_far_a_rounding_leads():
+    """Noise in the embeddings moves logits about as much, where it moves no token, and leaves the cache as it was."""
+    model, _, case, cache, token = small_bench("flat")
+    before = cache.layers[0].keys.clone()
+    exact, same, nudged, far = (
+        decode.expected_logits(model, case, cache, [50], token, {}, nudge)[0] for nudge in (0.0, 0.0, 1e-6, 0.3)
+    )
+    assert torch.equal(exact, same) and 0 < relative_error(nudged, exact) < 1e-4 < relative_error(far, exact)
+    assert torch.equal(cache.layers[0].keys, before)
 
 
 def test_what_cannot_fit_is_refused_with_the_bytes(fails):
