@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..call import Selection
 from .split import LOG2E, after_previous, mask_args, mask_tile, overlap
-from .topk import HIGHEST, HIGHEST_CODE, INF, LOWEST_CODE, _encode
+from .topk import HIGHEST, HIGHEST_CODE, INF, LOWEST_CODE, encode
 
 MOST = 8192  # units that a program holds
 RUN = tl.constexpr(32)  # units in a row of its tile: sums along a row need no barrier
@@ -118,7 +118,7 @@ def _weigh(
             before += _sum(count)
         importance = tl.where((count > 0) & (until == num_valid), HIGHEST, importance)  # the newest token's page
     num_sinks, num_recent = _special_tokens(until - count, count, num_valid, sinks, recent)
-    return _encode(importance), _makeup(num_sinks, num_recent, count - num_sinks - num_recent), before
+    return encode(importance), _makeup(num_sinks, num_recent, count - num_sinks - num_recent), before
 
 
 @triton.jit

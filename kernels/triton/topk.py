@@ -26,7 +26,7 @@ from torch import Tensor
 from ..call import Call, Selection
 from .split import Splits, after_previous, mask_args, mask_tile, merge_args, merge_part, overlap, parts
 
-LOWEST_CODE = tl.constexpr(-(2**31))  # below what `_encode` returns for any number, as HIGHEST_CODE is above
+LOWEST_CODE = tl.constexpr(-(2**31))  # below what `encode` returns for any number, as HIGHEST_CODE is above
 HIGHEST_CODE = tl.constexpr(2**31 - 1)
 BINS = tl.constexpr(128)
 RUN = tl.constexpr(8)
@@ -36,7 +36,7 @@ INF = tl.constexpr(float("inf"))  # the importance of a token that is always cho
 
 
 @triton.jit
-def _encode(importance):
+def encode(importance):
     """float32 -> int32 codes in the same order; -0.0 and 0.0 have one code."""
     bits = (importance + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -217,7 +217,7 @@ def _sift(
     at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram  # counted in this bin and those above
     crossing = tl.sum((at_least >= keep).to(tl.int32), 0) - 1  # the bin of the K-th
     bound = _bin_floor(crossing, _ceiling(keep, lse_ptr, row, MEMBERS, POOL), POOL)
-    tl.store(bound_ptr + row, _encode(bound))
+    tl.store(bound_ptr + row, encode(bound))
 
     is_candidate = (importance >= bound) & (importance > -INF)
     rank = tl.cumsum(is_candidate.to(tl.int32), 0)
@@ -226,7 +226,7 @@ def _sift(
     tl.store(segment_ptr + (row * tiles + tile) * 2, start)
     tl.store(segment_ptr + (row * tiles + tile) * 2 + 1, size)
     entry = row * slots + start + rank - 1
-    tl.store(code_ptr + entry, _encode(importance), mask=is_candidate)
+    tl.store(code_ptr + entry, encode(importance), mask=is_candidate)
     tl.store(position_ptr + entry, token, mask=is_candidate)
 
 
