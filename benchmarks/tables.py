@@ -25,6 +25,10 @@ VARIANTS = {  # of it, in the words of the chart
     "tidal: tidal 1024": "tidal_compile, policy tidal\n(sparse, budget 1,024)",
 }
 OPS = ("dense", "select", "sparse", "SDPA flash", "SDPA cuDNN", "dense + torch.topk")
+METHODS = {  # ops, in the words of their columns
+    "select": "`scores`, full output", "by scores, sparse output": "`scores`", "by pages, sparse output": "`pages`",
+    "by pages, keep 4, sparse output": "`pages`, `keep: 4`", "by window, sparse output": "`window`",
+}  # fmt: skip
 POLICIES = {  # of the evaluations: a name in words, and the policy
     "l13": ("layers published for Llama-3-8B", HERE / "policies/l13.yaml"),
     "tidal": ("preset `tidal`", "tidal"),
@@ -90,6 +94,21 @@ def kernel_summary():
     return markdown(
         ("us", *OPS, "commit"), [(size, *(us[op] for op in OPS), result["commit"]) for size, us in rows.items()]
     )
+
+
+def method_summary():
+    """us of what chooses tokens and attends to them, and its share of dense attention: a row a size."""
+    rows = []
+    for name in ("pages", "methods-1m", "methods-batch-8"):
+        result = results("kernels")[f"kernels-{name}-nvidia-h200"]
+        sizes = {}
+        for one in result["kernels"]:
+            size = f"{one['batch']} x {one['context']:,} tokens, {one['heads']}/{one['kv_heads']} heads"
+            sizes.setdefault(size, {})[one["op"]] = one["us"]["median"]
+        for size, us in sizes.items():
+            shares = (f"{us[op]:.1f} ({us[op] / us['dense']:.2f})" for op in METHODS)
+            rows.append((size, f"{us['dense']:.1f}", *shares, result["commit"]))
+    return markdown(("us", "dense", *METHODS.values(), "commit"), rows)
 
 
 def full_tables(kinds, columns, rows):
@@ -234,7 +253,7 @@ def index():
 
 SECTIONS = {
     "headline": headline_caption, "quality summary": quality_summary, "demo": demo,
-    "decode summary": decode_summary, "kernel summary": kernel_summary,
+    "decode summary": decode_summary, "kernel summary": kernel_summary, "method summary": method_summary,
     "decode tables": decode_tables, "kernel tables": kernel_tables,
     "needle summary": needle_summary, "steps summary": steps_summary, "index": index,
 }  # fmt: skip
