@@ -279,6 +279,10 @@ def test_settings_by_name():
         tc.calibrate(None, None, "a text", trys=3)
     with pytest.raises(tc.TidalError, match="evaluate: unknown setting 'lenghts'; valid settings are tasks, lengths"):
         tc.evaluate(None, None, [], text="a text", lenghts=[3])
+    with pytest.raises(tc.TidalError, match="selections by pages return sparse output; output 'full'"):
+        tc.calibrate(None, None, "a text", by="pages", output="full")
+    with pytest.raises(tc.TidalError, match="max_bytes_at says where max_bytes counts; give both"):
+        tc.calibrate(None, None, "a text", max_bytes_at=3000)
     with pytest.raises(tc.TidalError, match="output 'half'; valid are auto, full, sparse"):
         tc.calibrate(None, None, "a text", settings=tc.CalibrationSettings(output="half"))
 

@@ -153,10 +153,17 @@ Observe = Callable[[int, Call, Tokens], None]  # sees each attention call: its l
 def make_context(model: PreTrainedModel, cache: Any, length: int, blocks: Sequence[Block]) -> Context:
     """A context from a cache that holds `length` tokens: the blocks' prompts are added to it."""
     context = Context(cache, length, tuple(blocks), windows(cache))
-    prompts, _ = _tokens(context.blocks)
-    if not context.windows and len(prompts.ids):
-        _one_pass(model, context, prompts, prompts, None, None)
+    if not context.windows:
+        _cache_prompts(model, context)
     return context
+
+
+def _cache_prompts(model: PreTrainedModel, context: Context) -> None:
+    """Add the blocks' prompts to the cache, behind the context, where every replay in one pass expects them."""
+    prompts, _ = _tokens(context.blocks)
+    if len(prompts.ids):
+        rewind(context.cache, context.length)
+        _one_pass(model, context, prompts, prompts, None, None)
 
 
 @torch.no_grad()
@@ -170,10 +177,11 @@ def replay(
         rewind(context.cache, context.length + len(prompts.ids))
         logits = _one_pass(model, context, steps, _joined(prompts, steps), roles, observe)
         return list(logits.split([block.steps for block in context.blocks]))
-    if not context.windows and context.length % PAGE == 0 and context.room >= whole_pages(context.blocks):
-        rewind(context.cache, context.length)
+    if not context.windows and context.length % PAGE == 0 and context.room >= slots_by_page(context.blocks):
+        skipped = _nobody(prompts, -(-len(prompts.ids) // PAGE) * PAGE, -2)  # where prompts stand for other roles
+        rewind(context.cache, context.length + len(skipped.ids))
         both = _filled_up(_joined(prompts, steps), len(context.blocks))
-        logits = _one_pass(model, context, both, both, roles, observe)
+        logits = _one_pass(model, context, both, _joined(skipped, both), roles, observe)
         decoded = [(both.block == number) & ~both.dense for number in range(len(context.blocks))]
         return [logits[which] for which in decoded]
     rows = []
@@ -181,6 +189,8 @@ def replay(
         rewind(context.cache, context.length, context.windows)
         both = _joined(*(_only(tokens, number) for tokens in (prompts, steps)))
         rows.append(_one_pass(model, context, both, None, roles, observe)[~both.dense])
+    if not context.windows:
+        _cache_prompts(model, context)
     return rows
 
 
@@ -245,9 +255,10 @@ def _define(op: str | Callable, *arguments: Any) -> Any:
     return (DEFINITIONS[op] if isinstance(op, str) else op)(*arguments)
 
 
-def whole_pages(blocks: Sequence[Block]) -> int:
-    """The slots that blocks take which begin and end where pages do."""
-    return sum(-(-block.tokens.shape[1] // PAGE) * PAGE for block in blocks)
+def slots_by_page(blocks: Sequence[Block]) -> int:
+    """The slots behind a context that a pass by slots takes: for all prompts, then blocks that begin with a page."""
+    sizes = [sum(block.dense for block in blocks), *(block.tokens.shape[1] for block in blocks)]
+    return sum(-(-size // PAGE) * PAGE for size in sizes)
 
 
 def _filled_up(tokens: Tokens, blocks: int) -> Tokens:
@@ -255,9 +266,14 @@ def _filled_up(tokens: Tokens, blocks: int) -> Tokens:
     parts = []
     for number in range(blocks):
         own = _only(tokens, number)
-        fill = own.ids.new_zeros(-len(own.ids) % PAGE)
-        parts += [own, Tokens(fill, fill - 1, fill, fill == 0)]
+        parts += [own, _nobody(own, -len(own.ids) % PAGE, -1)]
     return functools.reduce(_joined, parts)
+
+
+def _nobody(like: Tokens, size: int, block: int) -> Tokens:
+    """Tokens as if dense, of a block that isn't one."""
+    zeros = like.ids.new_zeros(size)
+    return Tokens(zeros, zeros + block, zeros, zeros == 0)
 
 
 def _behind(length: int, sees: Tensor, slots: int) -> Tensor:

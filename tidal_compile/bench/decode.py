@@ -34,6 +34,7 @@ from ..variant import Variant
 from .timing import relative_error, summary, time_steps
 
 WARM_UP = 6  # steps that are not timed: compilation, CUDA-graph warm-up and recording
+WRONG = 0.5  # a relative error of logits that no rounding explains
 ROUNDING = {torch.float32: 5e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}  # relative error of logits from one layer
 
 
@@ -145,7 +146,8 @@ def run_case(
     limits = [tolerance(case, shape.num_layers, model.dtype)] * len(lengths)
     if case.is_sparse:
         nudged = expected_logits(model, case, cache, lengths, token, saved, nudge=torch.finfo(model.dtype).eps)
-        limits = [max(limit, 2 * relative_error(*pair)) for limit, *pair in zip(limits, nudged, expected, strict=True)]
+        spread = [2 * relative_error(*pair) for pair in zip(nudged, expected, strict=True)]
+        limits = [max(limit, min(twice, WRONG)) for limit, twice in zip(limits, spread, strict=True)]
     torch._dynamo.reset()
     start = time.perf_counter()
     with _as_baseline(model, case, lengths[0] + 1) as forward:
@@ -184,8 +186,8 @@ def tolerance(case: Variant, num_layers: int, dtype: torch.dtype) -> float:
 
     A sparse policy gets three times as much: random weights attend almost evenly, so that rounding also moves tokens in
     and out of a token set. Where its first layers choose already, that is not enough, since every later layer goes on
-    from there: `run_case` also asks how far a rounding of the embeddings leads, and allows twice that. Wrong sets, or
-    wrong attention, are off by 1 and more.
+    from there: `run_case` also asks how far a rounding of the embeddings leads, and allows twice that, up to `WRONG`.
+    Wrong sets, or wrong attention, are off by more: the logits of different policies by 0.6 to 1.3.
     """
     return ROUNDING[dtype] * num_layers**0.5 * (3 if case.is_sparse else 1)
 

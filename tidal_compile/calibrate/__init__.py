@@ -32,10 +32,21 @@ from ..passes.roles import LayerRole
 from ..policy import Policy
 from ..progress import Progress
 from ..provenance import check_same, versions
-from ..replay import Context, cannot_replay
+from ..replay import PAGE, Context, cannot_replay
 from ..settings import CALIBRATION, CalibrationSettings, changed
 from ..text import default_text, digest
-from .search import EXACT, Candidate, Found, Score, dense_predictions, explore, is_better, measure, sources
+from .search import (
+    EXACT,
+    Candidate,
+    Found,
+    Score,
+    dense_predictions,
+    explore,
+    forms_of,
+    is_better,
+    measure,
+    sources,
+)
 from .statistics import Statistics, head_maps, layer_losses
 from .tasks import make_contexts
 
@@ -152,6 +163,7 @@ def calibrate(
     ground = _prepare(model, tokenizer, text, about, [] if selections is None else [selections], report)
     goal = Goal(_default_selections(ground.layers)) if goal == Goal() else goal
     policies = _search_budgets(ground, memories, [goal], settings, lambda *_: name, report)
+    _some_fit(policies, settings)
     reaching = [policy for policy in policies if policy.calibration["reached"]]
     if goal.to_reach is None or (policies[-1].calibration["interrupted"] and not reaching):
         return policies[-1]
@@ -187,7 +199,19 @@ def calibrate_curve(
     def policy_name(budget: int, number: int) -> str:
         return f"{name}-{budget}-{number}"
 
-    return _search_budgets(ground, memories, goals, settings, policy_name, report)
+    policies = _search_budgets(ground, memories, goals, settings, policy_name, report)
+    _some_fit(policies, settings)
+    return policies
+
+
+def _some_fit(policies: Sequence[Policy], settings: CalibrationSettings) -> None:
+    """Raise `TidalError` if no policy was found, since none reads as few bytes as the settings ask for."""
+    if not policies:
+        raise TidalError(
+            f"calibrate: no policy reads at most {settings.max_bytes:,} bytes at "
+            f"{settings.max_bytes_at or settings.context:,} tokens; fewer selections, a smaller budget, by pages or no "
+            "dense layers (dense 0) read less"
+        )
 
 
 def check_settings(budgets: Sequence[int], settings: CalibrationSettings, goals: Sequence[Goal]) -> None:
@@ -205,6 +229,8 @@ def check_settings(budgets: Sequence[int], settings: CalibrationSettings, goals:
     for name, valid in choices.items():
         if getattr(settings, name) not in valid:
             raise TidalError(f"calibrate: {name} {getattr(settings, name)!r}; valid are {', '.join(valid)}")
+    if settings.by == "pages" and settings.output == "full":
+        raise TidalError("calibrate: selections by pages return sparse output; output 'full' goes with by 'scores'")
     for name in ("max_bytes", "max_bytes_at"):
         if (value := getattr(settings, name)) is not None and value < 1:
             raise TidalError(f"calibrate: {name} {value}; at least 1 is needed")
@@ -260,7 +286,8 @@ class BudgetSearch:
 
     @torch.no_grad()
     def best_policy(self, goal: Goal, byte_limit: float, name: str, report: Report) -> Policy | None:
-        """Return the best policy for a goal; None if even the cheapest one would read `byte_limit` bytes a step.
+        """Return the best policy for a goal; None if even the cheapest one would read `byte_limit` bytes a step, or
+        more than the settings allow.
 
         An interrupt ends the search, and the best policy so far is returned; if there is none, it is raised.
         """
@@ -296,9 +323,16 @@ class BudgetSearch:
             )
 
     def _least_bytes(self, selections: int) -> int:
-        """The bytes of a step with so many selections: the fewest are read if the first layers select."""
-        cheapest = Candidate(self.ground.layers[:selections], next(iter(self.statistics)))
-        return _cost(self.ground, self._policy(cheapest).roles)["bytes_per_step"]
+        """The fewest bytes that a step with so many selections can read: if the first layers select."""
+        first, share = self.ground.layers[:selections], next(iter(self.statistics))
+        sparse = () if self.effort.output == "full" else first
+        every = [
+            Candidate(first, share, sparse=sparse)
+            if form == EXACT
+            else Candidate(first, share, forms=(form,) * selections)
+            for form in forms_of(self.effort.by)
+        ]
+        return min(_cost(self.ground, self._policy(one).roles)["bytes_per_step"] for one in every)
 
     def _score(self, candidate: Candidate) -> Score:
         """Return the score of a candidate, which is measured only if it isn't remembered."""
@@ -394,7 +428,8 @@ def _about_scores(model: PreTrainedModel, text: str, settings: CalibrationSettin
             f"calibrate: weights must be finite numbers, none below 0 and at least one above; found {all_weights}"
         )
     return describe(model) | {
-        "text": digest(text), "context": settings.context, "contexts": settings.contexts, "seed": settings.seed,
+        "text": digest(text), "context": settings.context, "page": PAGE, "contexts": settings.contexts,
+        "seed": settings.seed,
         "weights": all_weights,
     }  # fmt: skip
 

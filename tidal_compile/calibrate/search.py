@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TidalError
 from ..passes.roles import LayerRole
 from ..replay import Context, replay
 from ..settings import CalibrationSettings
@@ -71,20 +70,28 @@ class Score:
 
 @dataclass(frozen=True)
 class Found:
-    """A candidate that was tried, with its score, and the bytes that it reads a step."""
+    """A candidate that was tried, with its score, and the bytes that it reads a step.
+
+    `anchor`: the least loss so far of the chain of candidates with the same layers that led here.
+    """
 
     candidate: Candidate
     score: Score
     cost: int
+    anchor: float
 
 
 def is_better(tried: Found, best: Found | None) -> bool:
     """Whether a candidate loses less than the best so far, or nothing and reads fewer bytes with the same layers."""
     if best is None:
         return True
-    same_layers = dataclasses.replace(tried.candidate, sparse=best.candidate.sparse, forms=best.candidate.forms)
-    saves = same_layers == best.candidate and tried.cost < best.cost
-    return tried.score.loss <= best.score.loss * NOTHING if saves else tried.score.loss < best.score.loss
+    saves = _has_layers_of(tried.candidate, best.candidate) and tried.cost < best.cost
+    return tried.score.loss <= best.anchor * NOTHING if saves else tried.score.loss < best.score.loss
+
+
+def _has_layers_of(one: Candidate, other: Candidate) -> bool:
+    """Whether two candidates differ in nothing but how their selections choose, and in what these return."""
+    return dataclasses.replace(one, sparse=other.sparse, forms=other.forms) == other
 
 
 def dense_predictions(model: nn.Module, contexts: Sequence[Context], num_layers: int) -> list[list[Tensor]]:
@@ -129,7 +136,7 @@ def explore(
     shares them. `layers`: those that may select, of which up to `dense` before the first selection stay dense.
     `budget`: of every selection, no smaller than `least` where the settings ask for refinements with other budgets.
 
-    Raises `TidalError` if the settings limit the bytes, and no candidate of the dynamic programme reads so few.
+    Yields nothing if the settings limit the bytes, and no candidate of the dynamic programme reads so few.
     """
     best: Found | None = None
     limit = math.inf if settings.max_bytes is None else settings.max_bytes
@@ -139,7 +146,9 @@ def explore(
 
     def attempt(candidate: Candidate) -> Found:
         nonlocal best
-        result = Found(candidate, score(candidate), cost(candidate))
+        tried = score(candidate)
+        follows = best is not None and _has_layers_of(candidate, best.candidate)
+        result = Found(candidate, tried, cost(candidate), min(tried.loss, best.anchor) if follows else tried.loss)
         best = result if is_better(result, best) else best
         return result
 
@@ -148,17 +157,13 @@ def explore(
         if fits(change):
             yield attempt(change)
 
-    forms = {"scores": [EXACT], "pages": FORMS[1:], "auto": FORMS}[settings.by]
-    for form in forms:
-        starts = [start for start in _starts(statistics, layers, selections, dense, form) if fits(start)]
+    forms = forms_of(settings.by)
+    for form, is_sparse in itertools.product(forms, (False, True) if settings.output == "auto" else (False,)):
+        starts = [one for one in _starts(statistics, layers, selections, dense, form, is_sparse) if fits(one)]
         if starts:
             break
     else:
-        cheapest = min(cost(start) for start in _starts(statistics, layers, selections, dense, forms[-1]))
-        raise TidalError(
-            f"calibrate: max_bytes {settings.max_bytes:,}; of the policies with {selections} selections by "
-            f"{settings.by}, the cheapest reads {cheapest:,} bytes a step"
-        )
+        return
     yield from search(attempt, starts, statistics, layers, dense, settings.tries, fits)
     if selections > 1:  # one is the only source of tokens, with the whole budget
         yield from refine(nearest=False)
@@ -174,17 +179,24 @@ def explore(
                 yield from refine(forms=(*now[:number], form, *now[number + 1 :]), sparse=kept)
     if settings.output == "auto":
         for number, selection in enumerate(best.candidate.selections):
-            if not best.candidate.forms or best.candidate.forms[number] == EXACT:
+            is_exact = not best.candidate.forms or best.candidate.forms[number] == EXACT
+            if is_exact and selection not in best.candidate.sparse:
                 yield from refine(sparse=(*best.candidate.sparse, selection))
 
 
+def forms_of(by: str) -> Sequence[Form]:
+    """The forms that a setting allows."""
+    return {"scores": [EXACT], "pages": FORMS[1:], "auto": FORMS}[by]
+
+
 def _starts(
-    statistics: Mapping[str, Statistics], layers: Sequence[int], selections: int, dense: int, form: Form
-) -> list[Candidate]:
-    """The candidates of the dynamic programme, whose selections all choose in one form."""
+    statistics: Mapping[str, Statistics], layers: Sequence[int], selections: int, dense: int, form: Form,
+    is_sparse: bool,
+) -> list[Candidate]:  # fmt: skip
+    """The candidates of the dynamic programme, whose selections all choose in one form, and return one output."""
     forms = () if form == EXACT else (form,) * selections
     return [
-        Candidate(chosen, share, forms=forms)
+        Candidate(chosen, share, forms=forms, sparse=chosen if is_sparse and form == EXACT else ())
         for share in statistics
         for _, chosen in best_selections(statistics[share].losses, layers, selections, dense)
     ]
@@ -239,7 +251,9 @@ def _changes(
         others = [layer for layer in selections if layer != moved]
         for layer in layers:
             if layer not in selections and layers.index(min([*others, layer])) <= dense:
-                changed.add(dataclasses.replace(candidate, selections=tuple(sorted([*others, layer]))))
+                moved_to = tuple(sorted([*others, layer]))
+                sparse = moved_to if candidate.sparse else ()
+                changed.add(dataclasses.replace(candidate, selections=moved_to, sparse=sparse))
     return changed
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import TidalError
 from ..evaluate.tasks import FILLER, NEEDLE, QUESTION
-from ..replay import PAGE, Block, Context, make_context, whole_pages
+from ..replay import PAGE, Block, Context, make_context, slots_by_page
 from ..run import filled
 from ..text import hide, ids_of, size_of, split_sentences
 
@@ -57,6 +57,8 @@ def make_contexts(
 
     Raises `TidalError` for a text that is too short.
     """
+    if length < PAGE:
+        raise TidalError(f"calibrate: context {length}; at least {PAGE} tokens are needed, a page")
     rng = random.Random(seed)
     sentences = split_sentences(text)
     sizes = [size_of(tokenizer, sentence) for sentence in sentences]
@@ -112,7 +114,7 @@ def _block(kind: str, tokens: list[int], dense: int, labels: list[int] | None = 
 
 def _prefill(model: nn.Module, ids: list[int], blocks: list[Block]) -> Context:
     """A context with a cache of `ids` and room for all blocks, on the model's device."""
-    slots = len(ids) + max(whole_pages(blocks), sum(block.tokens.shape[1] for block in blocks))
+    slots = len(ids) + slots_by_page(blocks)
     cache = filled(model, torch.tensor([ids], device=model.device), slots)
     on_device = tuple(
         Block(block.kind, block.tokens.to(model.device), block.dense, _to(block.labels, model.device))

@@ -85,7 +85,7 @@ def calibrate(
     ] = CalibratedOutput[DEFAULT.output],
     by: Annotated[
         CalibratedMethod,
-        typer.Option(help="How selections choose: by all keys, by bounds of pages (of a size and `keep` to be found)."),
+        typer.Option(help="How selections choose: by all keys, bounds of pages (size and `keep` are found) or auto."),
     ] = CalibratedMethod[DEFAULT.by],
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="Bytes of weights and cache that a step may read.", show_default="any")
@@ -190,8 +190,9 @@ def calibrate(
         files += [file.with_name(f"{file.stem}-pareto.json"), file.with_name(f"{file.stem}-pareto.png")]
         files[-2].write_text(json.dumps({"points": points, **provenance(device)}, indent=1) + "\n")
         report.pareto_chart(points, files[-1])
-    is_short = several and len(policies) < len(budgets) * max(1, len(numbers))  # interrupted between two searches
-    interrupted = policies[-1].calibration["interrupted"] or is_short
+    missing = len(budgets) * max(1, len(numbers)) - len(policies) if several else 0
+    # Fewer than asked for: interrupted between two searches, unless none reads so few bytes
+    interrupted = policies[-1].calibration["interrupted"] or (missing > 0 and max_bytes is None)
     if as_json:
         print(json.dumps([policy.to_dict() for policy in policies] if several else policies[0].to_dict()))
         if interrupted:
@@ -200,6 +201,10 @@ def calibrate(
     for policy in policies:
         out.print(report.calibration_table(policy))
         out.print(report.roles_line(policy), markup=False, highlight=False, soft_wrap=True)
+    if missing and not interrupted:
+        out.print(
+            f"{missing} of the combinations have no policy that reads at most {max_bytes:,} bytes", highlight=False
+        )
     for path in files:
         out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
     if interrupted:
