@@ -43,33 +43,47 @@ def compile_instead(kernel, *args, grid, warmup, **options):
         triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
+def compile_linears():
+    """Of dtypes, biases and lengths of a row, every two together."""
+    for of_type, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)):
+        for biased in (0, 1):
+            columns, weights = ((512, 1), (5000, 3))[(of_type + biased) % 2]
+            weight, bias = torch.zeros(64, columns, dtype=dtype), [torch.zeros(64, dtype=dtype)] * biased
+            for tokens in (1, 3) if dtype != torch.float32 else (1,):
+                linear.linear(torch.zeros(tokens, columns, dtype=dtype), [weight] * weights, bias * weights)
+
+
+def compile_attention():
+    """Of heads, masks, scans and shares, every two together, in nine of 81 cases; and of pages."""
+    kinds = [(torch.bfloat16, 128, 4), (torch.float32, 80, 3), (torch.float16, 256, 1)]
+    shares = [[("query_head", "sum")], [("kv_head", "max")], [("layer", "union"), ("layer", "sum")]]
+    scans = [dense.full_attention, select.select_attention, select.choose_by_scores]
+    for of_kind, of_mask in itertools.product(range(3), range(3)):
+        dtype, head_dim, group = kinds[of_kind]
+        masking = (None, torch.bool, torch.float32)[of_mask]
+        q = torch.zeros(2, 2 * group, 1, head_dim, dtype=dtype)
+        k = torch.zeros(2, 2, 512, head_dim, dtype=dtype)
+        mask = None if masking is None else torch.ones(2, 1, 1, 512, dtype=masking)
+        extra = {"sink_logit": q[0, :, 0, 0], "softcap": 30.0} if masking == torch.float32 else {}
+        call = Call(q, k, k, torch.tensor(300), mask, 0.1, **extra)
+        scan = scans[(of_kind + of_mask) % 3]
+        for share, pool in shares[(of_kind + 2 * of_mask) % 3]:
+            selection = Selection(64, 0.0, 4, 8, share, pool)
+            scan(call) if scan is dense.full_attention else scan(call, selection)
+            page = 64 if of_kind == of_mask else 16
+            bounds = torch.zeros(2, 2, 512 // page, 2, head_dim, dtype=dtype)
+            picked = pages.choose_pages(call, selection, bounds, page)
+            pages.choose_again(call, selection, picked)
+            sparse.sparse_attention(call, picked.index)
+
+
 def main():
     JITFunction.run = compile_instead
     for module in (dense, linear, pages, pick, sparse, split, topk):
         module.num_splits = lambda *_, **__: 70  # more than are merged at once
         module.overlap = lambda _: {"PDL": True, "launch_pdl": True}
-    kinds = [(torch.bfloat16, 128, 4), (torch.float32, 80, 3), (torch.float16, 256, 1)]
-    for (dtype, head_dim, group), masking in itertools.product(kinds, (None, torch.bool, torch.float32)):
-        q = torch.zeros(2, 2 * group, 1, head_dim, dtype=dtype)
-        k = torch.zeros(2, 2, 512, head_dim, dtype=dtype)
-        mask = None if masking is None else torch.ones(2, 1, 1, 512, dtype=masking)
-        extra = {"sink_logit": q[0, :, 0, 0], "softcap": 30.0} if masking == torch.float32 else {}
-        length = torch.tensor(300)
-        for columns, weights in ((512, 1), (5000, 3)):
-            weight, bias = torch.zeros(64, columns, dtype=dtype), [] if masking else [torch.zeros(64, dtype=dtype)]
-            for tokens in (1, 3) if dtype != torch.float32 else (1,):
-                linear.linear(torch.zeros(tokens, columns, dtype=dtype), [weight] * weights, bias * weights)
-        call = Call(q, k, k, length, mask, 0.1, **extra)
-        dense.full_attention(call)
-        for share, pool in (("query_head", "sum"), ("kv_head", "max"), ("layer", "union"), ("layer", "sum")):
-            selection = Selection(64, 0.0, 4, 8, share, pool)
-            index = select.select_attention(call, selection)[1]
-            select.choose_by_scores(call, selection)
-            sparse.sparse_attention(call, index)
-            if dtype == torch.bfloat16 or pool == "union":
-                page = 16 if masking is None else 64
-                bounds = torch.zeros(2, 2, 512 // page, 2, head_dim, dtype=dtype)
-                pages.choose_again(call, selection, pages.choose_pages(call, selection, bounds, page))
+    compile_linears()
+    compile_attention()
     print(len(COMPILED), "kernels:", *sorted(set(COMPILED.values())))
 
 
