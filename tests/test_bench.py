@@ -50,7 +50,7 @@ def test_decode_beside_its_baselines(tmp_path):
 def test_policies_share_a_cache_and_a_compilation(tmp_path):
     quick(
         "bench", "decode", "--model", "random:llama", "--layers", 1, "--context", 100, "--context", 200, "--steps", 4,
-        "--policy", "full", "--baseline", "none", "--out", tmp_path,
+        "--batch", 2, "--policy", "full", "--baseline", "none", "--out", tmp_path,
     )  # fmt: skip
     short, long = result_of(tmp_path)["decode"]
     assert (short["context"], long["context"]) == (100, 200) and short["compile_s"] == long["compile_s"]
