@@ -259,7 +259,7 @@ def test_a_summary_weighs_what_it_should():
 def as_tiny(monkeypatch):
     from tidal_compile import models
 
-    model = long_model()
+    model = long_model(num_hidden_layers=2)
     monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
     monkeypatch.setattr(models, "load_tokenizer", lambda _: Words())
     monkeypatch.setattr(models, "load_config", lambda _: model.config)
@@ -267,18 +267,19 @@ def as_tiny(monkeypatch):
 
 @pytest.mark.usefixtures("traced_once")
 def test_the_command_line(as_tiny, tmp_path):
-    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text, out, policy = tmp_path / "text.txt", tmp_path / "out", tmp_path / "mine.yaml"
     text.write_text(TEXT)
+    first_selects("llama", 2)[0].save(policy)
     common = ["--model", "tiny", "--text", text, "--length", 900, "--depths", 1, "--seeds", 1, "--budget", 16]
-    code, shown, problem = run("eval", "all", *common, "--tokens", 8, "--out", out)
+    code, shown, problem = run("eval", "all", *common, "--policy", policy, "--tokens", 8, "--out", out)
     assert code == 0, problem
     result = json.loads((out / "results.json").read_text())
     assert {row["task"] for row in result["rows"]} == {*TASKS, "text", "answers"} and result["device"]
     assert str(tmp_path) not in json.dumps(result["rows"])
     page = (out / "report.md").read_text()
-    for picture in ("heat-needle-tidal", "heat-passkey-dense", "kl"):
+    for picture in ("heat-needle-mine", "heat-passkey-dense", "kl"):
         assert (out / f"{picture}.png").stat().st_size > 5000 and f"({picture}.png)" in page
-    assert "| needle | 900 | sparse | tidal @16 |" in page and "output tokens" in shown
+    assert "| needle | 900 | sparse | mine @16 |" in page and "output tokens" in shown
     code, shown, _ = run("eval", "perplexity", *common, "--tokens", 8, "--json", "--out", tmp_path / "more")
     assert code == 0 and {row["task"] for row in json.loads(shown)["rows"]} == {"text", "answers"}
     for wrong, message in (
