@@ -77,6 +77,14 @@ def compile_attention():
             sparse.sparse_attention(call, picked.index)
 
 
+def compile_more_pages_than_a_program_holds():
+    pick.MOST = 64
+    q, k = (torch.zeros(1, *shape, 128, dtype=torch.bfloat16) for shape in ((8, 1), (2, 2048)))
+    mask = torch.ones(1, 1, 1, 2048, dtype=torch.bool)
+    call, bounds = Call(q, k, k, torch.tensor(300), mask, 0.1), torch.zeros(1, 2, 128, 2, 128, dtype=torch.bfloat16)
+    pages.choose_pages(call, Selection(64, 0.0, 4, 8), bounds, 16)
+
+
 def main():
     JITFunction.run = compile_instead
     for module in (dense, linear, pages, pick, sparse, split, topk):
@@ -84,6 +92,7 @@ def main():
         module.overlap = lambda _: {"PDL": True, "launch_pdl": True}
     compile_linears()
     compile_attention()
+    compile_more_pages_than_a_program_holds()
     print(len(COMPILED), "kernels:", *sorted(set(COMPILED.values())))
 
 
