@@ -136,7 +136,7 @@ def test_policy_commands(tmp_path, folder):
     names = {row["name"] for row in json.loads(quick("policy", "list", "--json"))}
     assert names == {
         "full", "tidal", "topk", "window", "quest", "lessismore", "kascade", "omnikv", "flat",
-        "smollm2", "gemma3-270m", "smollm2-flat",
+        "smollm2", "gemma3-270m", "smollm2-flat", "gemma3-270m-flat",
     }  # fmt: skip
     assert "smollm2" in quick("policy", "list")
     file = tmp_path / "p.yaml"
