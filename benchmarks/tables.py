@@ -189,6 +189,26 @@ def quality_summary():
     return f"{markdown(columns, rows)}\nSources: answers from {needle_source}; KL from {prediction_source}.\n"
 
 
+def flat_summary():
+    """What a policy without a scan costs beside the calibrated one that scans, at two budgets."""
+    needles, needle_source = evaluation("flat-needle")
+    predictions, prediction_source = evaluation("flat-perplexity")
+    rows = []
+    for name in ("smollm2", "smollm2-flat"):
+        for budget in (BUDGET, 2 * BUDGET):
+            place = {"length": LENGTH, "name": name, "budget": budget}
+            kept = [
+                " / ".join(_kept(needles, task, question=how, **place) for how in ("dense", "sparse"))
+                for task in NEEDLES
+            ]
+            kl = [_row(predictions, task, question=None, **place) for task in ("text", "answers")]
+            rows.append(
+                (f"`{name}`", f"{budget}", f"{kl[0]['kv_share']:.0%}", *kept, *(f"{one['kl']:.4f}" for one in kl))
+            )
+    columns = ("policy", "budget", "KV cache read", "pass keys kept", "needles kept", "KL on prose", "KL on answers")
+    return f"{markdown(columns, rows)}\nSources: answers from {needle_source}; KL from {prediction_source}.\n"
+
+
 NEEDLES = {"passkey": "pass key", "needle": "needle in a text"}
 ASKED = {"dense": "with the prompt", "sparse": "decoded"}
 
@@ -226,16 +246,16 @@ def _policy(name):
     return f"{words} (selections at {_selections(policy)})"
 
 
-def _row(rows, task, length, question, name):
-    """The row of a policy at `BUDGET`; None if it was not evaluated."""
-    wanted = (task, length, question, f"{name} @{BUDGET}")
+def _row(rows, task, length, question, name, budget=BUDGET):
+    """The row of a policy at a budget; None if it was not evaluated."""
+    wanted = (task, length, question, f"{name} @{budget}")
     return next(
         (one for one in rows if tuple(one[key] for key in ("task", "length", "question", "subject")) == wanted), None
     )
 
 
-def _kept(rows, task, length, question, name):
-    row = _row(rows, task, length, question, name)
+def _kept(rows, task, length, question, name, budget=BUDGET):
+    row = _row(rows, task, length, question, name, budget)
     return "-" if row is None else f"{row['kept']:.0%}"
 
 
@@ -255,7 +275,7 @@ SECTIONS = {
     "headline": headline_caption, "quality summary": quality_summary, "demo": demo,
     "decode summary": decode_summary, "kernel summary": kernel_summary, "method summary": method_summary,
     "decode tables": decode_tables, "kernel tables": kernel_tables,
-    "needle summary": needle_summary, "steps summary": steps_summary, "index": index,
+    "needle summary": needle_summary, "flat summary": flat_summary, "steps summary": steps_summary, "index": index,
 }  # fmt: skip
 
 
