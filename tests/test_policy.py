@@ -159,7 +159,7 @@ def test_missing_files_and_unknown_names(tmp_path):
             resolve(path, 4)
     with pytest.raises(
         tc.PolicyError,
-        match="unknown policy 'quest2'.*presets are: full, tidal, .*; shipped policies are: gemma3-270m, smollm2",
+        match="unknown policy 'quest2'.*presets are: full, tidal, .*; shipped policies are: gemma3-270m, gemma3-270m-flat, smollm2",
     ):
         resolve("quest2", 4)
     with pytest.raises(tc.PolicyError, match="unknown preset 'x'; presets are: full, tidal"):

@@ -301,7 +301,7 @@ def load_any(policy: Policy | dict | str | Path) -> Policy:
 def shipped() -> dict[str, Path]:
     """Return the policy files that come with the package, by policy name."""
     folder = Path(str(resources.files(presets)))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def _find_file(path: str | Path) -> str | Path:
