@@ -145,7 +145,7 @@ def test_pages_by_their_kernels_and_by_what_is_kept(case, keep):
     there = Call(*(on_device([one])[0] for one in arguments(call)))
     for number, (share, pool) in enumerate(SETS if int(length) < 1000 else SETS[1:2]):
         method = METHODS["pages"]((16, 8, 4, 32)[number], keep)
-        selection = Selection(24, 0.4 if number % 2 else 0.0, 2, 4, share, pool)
+        selection = Selection(12 if number % 2 else 24, 0.3 if number % 2 else 0.0, 2, 4, share, pool)
         expected = method.choose(call, selection)
         (bounds,) = method.summarize(k)
         newest, known = (int(length) - 1) // method.page, int(length) // method.page
