@@ -236,7 +236,8 @@ def test_explain_and_the_list_of_policies_name_methods():
         *[("reuse", "window", "sparse")] * 2,
     ]
     table = quick("explain", "--model", "random:llama", "--policy", "kascade")
-    assert "scores" in table and "sparse" in table and "full" in table
+    assert "scores" in table and "sparse" in table and "full" in table and "whole cache" in table
+    assert "whole cache" not in quick("explain", "--model", "random:llama", "--policy", "flat")
     listed = {row["name"]: row["description"] for row in json.loads(quick("policy", "list", "--json"))}
     assert set(PRESETS) <= set(listed) and listed["window"].startswith("StreamingLLM")
 

@@ -32,7 +32,10 @@ def explanation_table(explanation: "Explanation") -> Table:
     rows = []
     for row in explanation.rows:
         layer = "?" if row.layer is None else str(row.layer)
-        source = f"layer {row.source}" if row.role == "reuse" else "whole cache" if row.role else ""
+        scans = row.role == "full" or (row.role == "select" and row.by == "scores")
+        source = (
+            "whole cache" if scans else f"layer {row.source}" if row.role == "reuse" else "itself" if row.role else ""
+        )
         source += f", heads {' '.join(map(str, row.heads))}" if row.heads else ""
         rows.append((layer, row.role or "-", source, row.by, row.budget, row.share, row.output, row.reason))
     columns = ("layer", "role", "tokens from", "chosen by", "budget", "shared by", "output", "left alone because")
