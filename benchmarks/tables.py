@@ -181,12 +181,13 @@ def quality_summary():
     predictions, prediction_source = evaluation("perplexity")
     rows = [("dense: every layer reads everything", "100%", "100% / 100%", "100% / 100%", "0", "0")]
     for name in POLICIES:
-        kept = [" / ".join(_kept(needles, task, LENGTH, how, name) for how in ("dense", "sparse")) for task in NEEDLES]
+        kept = _kept_by_task(needles, name, BUDGET)
         kl = {task: _row(predictions, task, LENGTH, None, name) for task in ("text", "answers")}
         share = f"{kl['text']['kv_share']:.0%}"
         rows.append((_policy(name), share, *kept, *(f"{one['kl']:.3f}" for one in kl.values())))
-    columns = ("policy", "KV cache read", "pass keys kept", "needles kept", "KL on prose", "KL on answers")
-    return f"{markdown(columns, rows)}\nSources: answers from {needle_source}; KL from {prediction_source}.\n"
+    return (
+        f"{markdown(('policy', *QUALITY), rows)}\nSources: answers from {needle_source}; KL from {prediction_source}.\n"
+    )
 
 
 def flat_summary():
@@ -196,19 +197,14 @@ def flat_summary():
     rows = []
     for name in ("smollm2", "smollm2-flat"):
         for budget in (BUDGET, 2 * BUDGET):
-            place = {"length": LENGTH, "name": name, "budget": budget}
-            kept = [
-                " / ".join(_kept(needles, task, question=how, **place) for how in ("dense", "sparse"))
-                for task in NEEDLES
-            ]
-            kl = [_row(predictions, task, question=None, **place) for task in ("text", "answers")]
-            rows.append(
-                (f"`{name}`", f"{budget}", f"{kl[0]['kv_share']:.0%}", *kept, *(f"{one['kl']:.4f}" for one in kl))
-            )
-    columns = ("policy", "budget", "KV cache read", "pass keys kept", "needles kept", "KL on prose", "KL on answers")
-    return f"{markdown(columns, rows)}\nSources: answers from {needle_source}; KL from {prediction_source}.\n"
+            kl = [_row(predictions, task, LENGTH, None, name, budget) for task in ("text", "answers")]
+            share, far = f"{kl[0]['kv_share']:.0%}", (f"{one['kl']:.4f}" for one in kl)
+            rows.append((f"`{name}`", f"{budget}", share, *_kept_by_task(needles, name, budget), *far))
+    table = markdown(("policy", "budget", *QUALITY), rows)
+    return f"{table}\nSources: answers from {needle_source}; KL from {prediction_source}.\n"
 
 
+QUALITY = ("KV cache read", "pass keys kept", "needles kept", "KL on prose", "KL on answers")
 NEEDLES = {"passkey": "pass key", "needle": "needle in a text"}
 ASKED = {"dense": "with the prompt", "sparse": "decoded"}
 
@@ -252,6 +248,11 @@ def _row(rows, task, length, question, name, budget=BUDGET):
     return next(
         (one for one in rows if tuple(one[key] for key in ("task", "length", "question", "subject")) == wanted), None
     )
+
+
+def _kept_by_task(rows, name, budget):
+    """What a policy keeps of each task at `LENGTH`, with the question read with the prompt / decoded."""
+    return [" / ".join(_kept(rows, task, LENGTH, how, name, budget) for how in ASKED) for task in NEEDLES]
 
 
 def _kept(rows, task, length, question, name, budget=BUDGET):

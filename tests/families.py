@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import tidal_compile as tc
+from policies import one_selects
 
 PAGE = Path(__file__).parent.parent / "docs/models.md"
 BEGIN, END = "<!-- families: written by tests/families.py -->\n", "<!-- end of families -->\n"
@@ -63,12 +63,10 @@ FAMILIES = {
 }
 
 
-def first_selects(name, depth, budget=12, sinks=2, recent=3):
+def first_selects(name, depth):
     """A policy for its first layers, of which the first that can select does, and the others reuse; and which can."""
     layers = [layer for layer in FAMILIES[name].layers if layer < depth]
-    roles = dict.fromkeys(range(depth), "full") | dict.fromkeys(layers, "reuse") | {layers[0]: "select"}
-    defaults = {"budget": budget, "sinks": sinks, "recent": recent}
-    return tc.Policy.from_dict({"num_layers": depth, "defaults": defaults, "layers": roles}), layers
+    return one_selects(depth, layers), layers
 
 
 def table():

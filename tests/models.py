@@ -1,9 +1,9 @@
 """Tiny random models, and what tests do with them."""
 
 import torch
+from policies import one_selects
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-import tidal_compile as tc
 from tidal_compile.explain import decode_calls
 from tidal_compile.models import with_cache
 from tidal_compile.passes.match import AttentionSite
@@ -120,6 +120,4 @@ def sparse_for(model, budget=12, sinks=2, recent=3):
     """A policy whose first layer that can select does, and whose other ones reuse its tokens; the attention calls."""
     calls, num_layers = decode_calls(model)
     layers = [call.layer for call in calls if isinstance(call, AttentionSite)]
-    roles = dict.fromkeys(range(num_layers), "full") | dict.fromkeys(layers, "reuse") | {layers[0]: "select"}
-    defaults = {"budget": budget, "sinks": sinks, "recent": recent}
-    return tc.Policy.from_dict({"num_layers": num_layers, "layers": roles, "defaults": defaults}), calls
+    return one_selects(num_layers, layers, budget, sinks, recent), calls

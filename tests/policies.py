@@ -35,6 +35,13 @@ POLICIES = {
 }  # fmt: skip
 
 
+def one_selects(num_layers, layers, budget=12, sinks=2, recent=3):
+    """Of the `layers` that can select the first one does, and the others reuse its tokens."""
+    roles = dict.fromkeys(range(num_layers), "full") | dict.fromkeys(layers, "reuse") | {layers[0]: "select"}
+    defaults = {"budget": budget, "sinks": sinks, "recent": recent}
+    return tc.Policy.from_dict({"num_layers": num_layers, "layers": roles, "defaults": defaults})
+
+
 def policy_of_six(name):
     return tc.Policy.from_dict({"num_layers": 6, "layers": LAYERS, **POLICIES[name]})
 

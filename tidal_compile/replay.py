@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from .errors import UnsupportedModelError
 from .kernels import reference
 from .kernels.call import Call
+from .kernels.methods.pages import SIZES
 from .kernels.ops import DEFINITIONS
 from .models import continues, with_cache
 from .passes.compat import attention_implementation
@@ -34,7 +35,7 @@ from .passes.roles import LayerRole, Sets, follow
 from .run import rewind, windows
 
 NAME = "tidal_function"  # of an attention function, for transformers
-PAGE = 64  # slots: the largest page, of which the smaller ones are parts
+PAGE = SIZES[-1]  # slots: the largest page, of which the smaller ones are parts
 
 
 @contextlib.contextmanager
@@ -178,7 +179,7 @@ def replay(
         logits = _one_pass(model, context, steps, _joined(prompts, steps), roles, observe)
         return list(logits.split([block.steps for block in context.blocks]))
     if not context.windows and context.length % PAGE == 0 and context.room >= slots_by_page(context.blocks):
-        skipped = _nobody(prompts, -(-len(prompts.ids) // PAGE) * PAGE, -2)  # where prompts stand for other roles
+        skipped = _nobody(prompts, _whole_pages(len(prompts.ids)), -2)  # where prompts stand for other roles
         rewind(context.cache, context.length + len(skipped.ids))
         both = _filled_up(_joined(prompts, steps), len(context.blocks))
         logits = _one_pass(model, context, both, _joined(skipped, both), roles, observe)
@@ -258,7 +259,12 @@ def _define(op: str | Callable, *arguments: Any) -> Any:
 def slots_by_page(blocks: Sequence[Block]) -> int:
     """The slots behind a context that a pass by slots takes: for all prompts, then blocks that begin with a page."""
     sizes = [sum(block.dense for block in blocks), *(block.tokens.shape[1] for block in blocks)]
-    return sum(-(-size // PAGE) * PAGE for size in sizes)
+    return sum(map(_whole_pages, sizes))
+
+
+def _whole_pages(tokens: int) -> int:
+    """The slots of the pages that hold so many tokens."""
+    return -(-tokens // PAGE) * PAGE
 
 
 def _filled_up(tokens: Tokens, blocks: int) -> Tokens:
@@ -266,7 +272,7 @@ def _filled_up(tokens: Tokens, blocks: int) -> Tokens:
     parts = []
     for number in range(blocks):
         own = _only(tokens, number)
-        parts += [own, _nobody(own, -len(own.ids) % PAGE, -1)]
+        parts += [own, _nobody(own, _whole_pages(len(own.ids)) - len(own.ids), -1)]
     return functools.reduce(_joined, parts)
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from .errors import TidalError
 
 if TYPE_CHECKING:
-    from .explain import Explanation
+    from .explain import Explanation, Row
     from .policy import Policy
     from .run import Result
 
@@ -32,15 +32,19 @@ def explanation_table(explanation: "Explanation") -> Table:
     rows = []
     for row in explanation.rows:
         layer = "?" if row.layer is None else str(row.layer)
-        scans = row.role == "full" or (row.role == "select" and row.by == "scores")
-        source = (
-            "whole cache" if scans else f"layer {row.source}" if row.role == "reuse" else "itself" if row.role else ""
-        )
-        source += f", heads {' '.join(map(str, row.heads))}" if row.heads else ""
-        rows.append((layer, row.role or "-", source, row.by, row.budget, row.share, row.output, row.reason))
+        rows.append((layer, row.role or "-", _tokens_from(row), row.by, row.budget, row.share, row.output, row.reason))
     columns = ("layer", "role", "tokens from", "chosen by", "budget", "shared by", "output", "left alone because")
     shown = len(columns) if any(row.reason for row in explanation.rows) else len(columns) - 1
     return table(columns[:shown], [row[:shown] for row in rows])
+
+
+def _tokens_from(row: "Row") -> str:
+    """Where the tokens of a row of `explain` come from, in words."""
+    if row.role is None:
+        return ""
+    if row.role == "reuse":
+        return f"layer {row.source}" + (f", heads {' '.join(map(str, row.heads))}" if row.heads else "")
+    return "whole cache" if row.role == "full" or row.by == "scores" else "itself"
 
 
 def print_explanation(console: Console, explanation: "Explanation") -> None:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ..call import Call, Selection
 
 
+SIZES = (4, 8, 16, 32, 64)  # of a page, each a part of the next
+
+
 @dataclass(frozen=True)
 class Pages(Method):
     """`page`: slots of the cache in a page, a power of two. `keep`: 0, or how many times the budget the bounds keep."""
@@ -35,7 +38,7 @@ class Pages(Method):
     keep: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.page not in (4, 8, 16, 32, 64):
+        if self.page not in SIZES:
             raise ValueError(f"page must be 4, 8, 16, 32 or 64; found {self.page}")
         if self.keep != 0.0 and not 1.0 <= self.keep <= 1024.0:
             raise ValueError(f"keep must be 0 for one level, or 1 to 1024 times the budget; found {self.keep}")

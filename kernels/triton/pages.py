@@ -19,7 +19,7 @@ from torch import Tensor
 from ..call import Call, Selection, arguments
 from ..reference import seen
 from .pick import Picked, pick
-from .select import choose
+from .select import choose, takes_turns
 from .split import (
     LOG2E,
     Splits,
@@ -277,7 +277,7 @@ def choose_pages(call: Call[Tensor], selection: Selection, bounds: Tensor, page:
         D=head_dim, BLOCK_D=padded_dim(head_dim), PAGE=page, BLOCK_P=block_p, **mask_kind, CAP=softcap,
         num_warps=warps, num_stages=stages, **overlap(q.device),
     )  # fmt: skip
-    if _has_own_scores(mask) or _takes_turns(selection, num_sets, num_heads):
+    if _has_own_scores(mask) or takes_turns(selection, num_sets, num_heads):
         splits = triton.cdiv(slots, 1024)
         stats, by_token = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32), empty_scores(q, slots)
         _spread[(splits, num_heads, batch)](
@@ -286,10 +286,7 @@ def choose_pages(call: Call[Tensor], selection: Selection, bounds: Tensor, page:
         )  # fmt: skip
         index = choose(Splits(stats, None, by_token), call, selection, page=page)
         return Picked(index, torch.stack([(index[:, 0] >= 0).sum(1), seen(call).sum((1, 2))], 1).int())
-    return pick(
-        scores, stats, sink_logit, selection, units, slots, selection.width(slots), num_sets, page, counts, valid, mask,
-        length,
-    )  # fmt: skip
+    return pick(scores, stats, sink_logit, selection, units, slots, num_sets, page, counts, valid, mask, length)
 
 
 def choose_again(call: Call[Tensor], selection: Selection, of: Picked) -> Tensor:
@@ -310,19 +307,14 @@ def choose_again(call: Call[Tensor], selection: Selection, of: Picked) -> Tensor
         D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, **mask_kind, CAP=softcap, num_warps=4,
         **overlap(q.device),
     )  # fmt: skip
-    if _takes_turns(selection, sets, num_heads):
+    if takes_turns(selection, sets, num_heads):
         live = (of.index[:, :1, None] >= 0).contiguous()  # [B, 1, 1, wide K]: as many in every set
         candidates = replace(call, mask=live, length=torch.full_like(call.length, wide))
         num_valid = of.tally[:, 1].contiguous() if selection.ratio else None
         return choose(Splits(stats, None, scores), candidates, selection, of=of.index, num_valid=num_valid)
-    return pick(scores, stats, sink_logit, selection, wide, slots, selection.width(slots), sets, of=of).index
+    return pick(scores, stats, sink_logit, selection, wide, slots, sets, of=of).index
 
 
 def _has_own_scores(mask: Tensor | None) -> bool:
     """Whether tokens of one page may differ."""
     return mask is not None and mask.is_floating_point()
-
-
-def _takes_turns(selection: Selection, num_sets: int, num_heads: int) -> bool:
-    """Whether heads choose in turn."""
-    return selection.pool == "union" and num_sets < num_heads

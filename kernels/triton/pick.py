@@ -328,7 +328,7 @@ class Picked(NamedTuple):
 
 
 def pick(
-    scores: Tensor, stats: Tensor, sink_logit: Tensor | None, selection: Selection, units: int, slots: int, width: int,
+    scores: Tensor, stats: Tensor, sink_logit: Tensor | None, selection: Selection, units: int, slots: int,
     num_sets: int, page: int = 1, counts: Tensor | None = None, valid: Tensor | None = None,
     mask: Tensor | None = None, length: Tensor | None = None, of: Picked | None = None,
 ) -> Picked:  # fmt: skip
@@ -338,7 +338,7 @@ def pick(
     live `length`; or the tokens of the sets `of` an earlier choice. `mask`: none, or bool.
     """
     batch, num_heads, stride_s = scores.shape
-    members, splits = num_heads // num_sets, stats.shape[2]
+    members, splits, width = num_heads // num_sets, stats.shape[2], selection.width(slots)
 
     def empty(*shape: int) -> Tensor:
         return scores.new_empty(batch, *shape, dtype=torch.int32)

@@ -24,6 +24,11 @@ def choose_by_scores(call: Call[Tensor], selection: Selection) -> Tensor:
     return choose(scan(call, write_scores=True, values=False), call, selection)
 
 
+def takes_turns(selection: Selection, num_sets: int, num_heads: int) -> bool:
+    """Whether the heads that share a token set choose in turn."""
+    return selection.pool == "union" and num_sets < num_heads
+
+
 def choose(
     splits: Splits, call: Call[Tensor], selection: Selection, out: Tensor | None = None, page: int = 0,
     of: Tensor | None = None, num_valid: Tensor | None = None,
@@ -39,7 +44,7 @@ def choose(
     num_sets = selection.num_sets(num_heads, num_kv_heads)
     given = {"slots": slots, "width": width, "page": page, "num_valid": num_valid}
     by_token = given | {"of": of}
-    if num_sets == num_heads or selection.pool != "union":
+    if not takes_turns(selection, num_sets, num_heads):
         pool = "score" if num_sets == num_heads else selection.pool
         prepared = merge_and_prepare(splits, call, num_sets, slots, out)
         return choose_tokens(splits.scores, prepared, call.length, selection, pool, **by_token)

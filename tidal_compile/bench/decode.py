@@ -234,15 +234,20 @@ def expected_logits(
     forward = model.forward
     if case.policy is not None:
         forward = torch.compile(forward, backend=reference_backend(case.policy), fullgraph=True)
-    embeddings = model.get_input_embeddings()(token)
-    noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0)).to(embeddings)
-    tokens = {"inputs_embeds": embeddings * (1 + nudge * noise)} if nudge else {"input_ids": token}
+    tokens = {"inputs_embeds": _nudged(model, token, nudge)} if nudge else {"input_ids": token}
     expected = []
     for length in lengths:
         rewind(cache, length, saved)
         with _restored(cache, length):
             expected.append(forward(**tokens, **with_cache(model, cache)).logits[:, -1].clone())
     return expected
+
+
+def _nudged(model: nn.Module, token: Tensor, nudge: float) -> Tensor:
+    """The embeddings of `token [B, 1]` with noise of this relative size, the same each time."""
+    embeddings = model.get_input_embeddings()(token)
+    noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0)).to(embeddings)
+    return embeddings * (1 + nudge * noise)
 
 
 @contextlib.contextmanager

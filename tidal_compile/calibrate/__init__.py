@@ -163,7 +163,6 @@ def calibrate(
     ground = _prepare(model, tokenizer, text, about, [] if selections is None else [selections], report)
     goal = Goal(_default_selections(ground.layers)) if goal == Goal() else goal
     policies = _search_budgets(ground, memories, [goal], settings, lambda *_: name, report)
-    _some_fit(policies, settings)
     reaching = [policy for policy in policies if policy.calibration["reached"]]
     if goal.to_reach is None or (policies[-1].calibration["interrupted"] and not reaching):
         return policies[-1]
@@ -199,19 +198,7 @@ def calibrate_curve(
     def policy_name(budget: int, number: int) -> str:
         return f"{name}-{budget}-{number}"
 
-    policies = _search_budgets(ground, memories, goals, settings, policy_name, report)
-    _some_fit(policies, settings)
-    return policies
-
-
-def _some_fit(policies: Sequence[Policy], settings: CalibrationSettings) -> None:
-    """Raise `TidalError` if no policy was found, since none reads as few bytes as the settings ask for."""
-    if not policies:
-        raise TidalError(
-            f"calibrate: no policy reads at most {settings.max_bytes:,} bytes at "
-            f"{settings.max_bytes_at or settings.context:,} tokens; fewer selections, a smaller budget, by pages or no "
-            "dense layers (dense 0) read less"
-        )
+    return _search_budgets(ground, memories, goals, settings, policy_name, report)
 
 
 def check_settings(budgets: Sequence[int], settings: CalibrationSettings, goals: Sequence[Goal]) -> None:
@@ -252,6 +239,7 @@ def _search_budgets(
     """Return the best policy at each budget for each goal; once one reaches a quality, only cheaper ones are tried.
 
     An interrupt ends all of the searches. The policies found so far are returned; if there are none, it is raised.
+    Raises `TidalError` if no policy reads as few bytes as the settings ask for.
     """
     policies: list[Policy] = []
     try:
@@ -271,6 +259,12 @@ def _search_budgets(
     except KeyboardInterrupt:
         if not policies:
             raise
+    if not policies:
+        raise TidalError(
+            f"calibrate: no policy reads at most {settings.max_bytes:,} bytes at "
+            f"{settings.max_bytes_at or settings.context:,} tokens; fewer selections, a smaller budget, by pages or no "
+            "dense layers (dense 0) read less"
+        )
     return policies
 
 
@@ -516,7 +510,7 @@ def _make_policy(
     for number, layer in enumerate(candidate.selections):
         budget = {"budget": candidate.budgets[number]} if candidate.budgets else {}
         output = {"output": "sparse"} if layer in candidate.sparse else {}
-        page, keep = candidate.forms[number] if candidate.forms else EXACT
+        page, keep = candidate.every_form[number]
         form = {"by": "pages", "output": "sparse", "page": page, "keep": keep} if page else {}
         layers[layer] = {"role": "select", **budget, **output, **form}
     for layer, source in sources(candidate, statistics.losses, ground.layers).items():

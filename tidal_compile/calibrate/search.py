@@ -52,6 +52,11 @@ class Candidate:
     sparse: tuple[int, ...] = ()
     forms: tuple[Form, ...] = ()
 
+    @property
+    def every_form(self) -> tuple[Form, ...]:
+        """How each selection chooses, one by one."""
+        return self.forms or (EXACT,) * len(self.selections)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -140,6 +145,7 @@ def explore(
     """
     best: Found | None = None
     limit = math.inf if settings.max_bytes is None else settings.max_bytes
+    cost = functools.cache(cost)  # it makes a policy of the candidate
 
     def fits(candidate: Candidate) -> bool:
         return cost(candidate) <= limit
@@ -172,15 +178,14 @@ def explore(
         for budgets in _shifts(best.candidate, losses, layers, budget, least):
             yield from refine(budgets=budgets)
     for number, selection in enumerate(best.candidate.selections):
-        now = best.candidate.forms or (EXACT,) * selections
-        for form in forms if len(forms) > 1 else []:
+        now = best.candidate.every_form
+        for form in forms:
             if form != now[number]:
                 kept = tuple(one for one in best.candidate.sparse if one != selection)
                 yield from refine(forms=(*now[:number], form, *now[number + 1 :]), sparse=kept)
     if settings.output == "auto":
-        for number, selection in enumerate(best.candidate.selections):
-            is_exact = not best.candidate.forms or best.candidate.forms[number] == EXACT
-            if is_exact and selection not in best.candidate.sparse:
+        for selection, form in zip(best.candidate.selections, best.candidate.every_form, strict=True):
+            if form == EXACT and selection not in best.candidate.sparse:
                 yield from refine(sparse=(*best.candidate.sparse, selection))
 
 
