@@ -82,9 +82,31 @@ def small_bench(policy=None):
 @pytest.mark.parametrize("policy", [None, "flat"])
 def test_wrong_logits_are_not_timed(monkeypatch, policy):
     model, shape, case, cache, token = small_bench(policy)
-    monkeypatch.setattr(decode, "expected_logits", lambda *_, **__: [torch.ones(1, 128, device=DEVICE)])
-    with pytest.raises(Exception, match=f"logits of {case.name} after 50 tokens are off"):
-        list(decode.run_case(model, shape, case, cache, [50], token, 4, 1e9, {}))
+    right = decode.expected_results
+    for wrong, what in ((-1, "the logits"), (2, "the keys of layer 2")):
+
+        def broken(*args, wrong=wrong, **options):
+            results = right(*args, **options)
+            results[0][wrong] += results[0][wrong].abs().max()
+            return results
+
+        monkeypatch.setattr(decode, "expected_results", broken)
+        with pytest.raises(Exception, match=f"{what} of {case.name} after 50 tokens are off"):
+            list(decode.run_case(model, shape, case, cache, [50], token, 4, 1e9, {}))
+
+
+def test_what_a_rounding_may_do_to_a_policy_is_not_judged():
+    """Results beyond a layer that magnifies roundings say nothing; those before it are still judged."""
+    case = small_bench("flat")[2]
+    right = [torch.ones(1, 4)] * 5
+    near = [torch.ones(1, 4)] * 2 + [torch.ones(1, 4) * 1.4] * 3
+    far = [torch.ones(1, 4)] * 2 + [torch.ones(1, 4) * 1.9] * 3
+    checked = decode.check(case, 4, torch.float32, 50, far, right, near)
+    assert checked["layers_checked"] == 2 and checked["relative_error"] == pytest.approx(0.9)
+    with pytest.raises(Exception, match="keys of layer 1"):
+        decode.check(case, 4, torch.float32, 50, [far[0], far[4], *far[2:]], right, near)
+    with pytest.raises(Exception, match="logits .* aren't finite"):
+        decode.check(case, 4, torch.float32, 50, [*far[:4], far[4] * torch.nan], right, near)
 
 
 def test_how_far_a_rounding_leads():
@@ -92,7 +114,7 @@ def test_how_far_a_rounding_leads():
     model, _, case, cache, token = small_bench("flat")
     before = cache.layers[0].keys.clone()
     exact, same, nudged, far = (
-        decode.expected_logits(model, case, cache, [50], token, {}, nudge)[0] for nudge in (0.0, 0.0, 1e-6, 0.3)
+        decode.expected_results(model, case, cache, [50], token, {}, nudge)[0][-1] for nudge in (0.0, 0.0, 1e-6, 0.3)
     )
     assert torch.equal(exact, same) and 0 < relative_error(nudged, exact) < 1e-4 < relative_error(far, exact)
     assert torch.equal(cache.layers[0].keys, before)

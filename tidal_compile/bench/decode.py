@@ -7,6 +7,7 @@ of a policy with its rewritten graph over the reference ops.
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import time
@@ -142,12 +143,10 @@ def run_case(
     `make_cache`. Raises `TidalError` where the logits are wrong; a recompilation while steps are timed raises, too.
     """
     lengths = sorted(lengths, reverse=True)  # longest first: steps write beyond their length, where no later one reads
-    expected = expected_logits(model, case, cache, lengths, token, saved)
-    limits = [tolerance(case, shape.num_layers, model.dtype)] * len(lengths)
+    expected = expected_results(model, case, cache, lengths, token, saved)
+    nudged = expected
     if case.is_sparse:
-        nudged = expected_logits(model, case, cache, lengths, token, saved, nudge=torch.finfo(model.dtype).eps)
-        spread = [2 * relative_error(*pair) for pair in zip(nudged, expected, strict=True)]
-        limits = [max(limit, min(twice, WRONG)) for limit, twice in zip(limits, spread, strict=True)]
+        nudged = expected_results(model, case, cache, lengths, token, saved, nudge=torch.finfo(model.dtype).eps)
     torch._dynamo.reset()
     start = time.perf_counter()
     with _as_baseline(model, case, lengths[0] + 1) as forward:
@@ -158,15 +157,11 @@ def run_case(
             return step(input_ids=token, **with_cache(model, cache)).logits
 
         compile_seconds = None
-        for length, logits, limit in zip(lengths, expected, limits, strict=True):
+        for length, right, near in zip(lengths, expected, nudged, strict=True):
             rewind(cache, length, saved)
-            error = relative_error(decode_step()[:, -1], logits)
+            found = _results(decode_step(), cache, length)
             compile_seconds = compile_seconds or time.perf_counter() - start
-            if not error <= limit:
-                raise TidalError(
-                    f"bench: the logits of {case.name} after {length} tokens are off by a relative error of "
-                    f"{error:.3g}; at most {limit:.3g} is expected"
-                )
+            checked = check(case, shape.num_layers, model.dtype, length, found, right, near)
             for _ in range(WARM_UP - 1):
                 decode_step()
             yield {
@@ -174,20 +169,47 @@ def run_case(
                 "batch": len(token),
                 "context": length + 1,
                 **_timed(decode_step, shape, case, length, len(token), steps, rate, model.device),
-                "relative_error": error,
-                "relative_error_limit": limit,
+                **checked,
                 "compile_s": compile_seconds,
                 "policy": case.policy and case.policy.to_dict(),
             }
 
 
+def check(
+    case: Variant, num_layers: int, dtype: torch.dtype, length: int,
+    found: Sequence[Tensor], right: Sequence[Tensor], near: Sequence[Tensor],
+) -> dict[str, Any]:  # fmt: skip
+    """Compare a step's results with the `right` ones, layer after layer: what a record says of it.
+
+    `near`: the right results of embeddings that differ by a rounding. Random weights attend almost evenly, so that a
+    rounding also moves tokens in and out of a token set, and where the first layers choose already, every later layer
+    goes on from there. So twice as much as such a rounding makes is allowed, and where that is more than `WRONG`, which
+    other tokens would make too, nothing can be said. Raises `TidalError` where a result is off by more.
+    """
+    judged = 0
+    error = limit = 0.0
+    for number, results in enumerate(zip(found, right, near, strict=True)):
+        if not results[0].numel():  # a layer that forgets tokens
+            continue
+        is_last = number == len(found) - 1
+        error, spread = (relative_error(result, results[1]) for result in (results[0], results[2]))
+        limit = max(tolerance(case, num_layers if is_last else number + 1, dtype), 2 * spread)
+        if limit <= WRONG and not error <= limit:
+            raise TidalError(
+                f"bench: {'the logits' if is_last else f'the keys of layer {number}'} of {case.name} after {length} "
+                f"tokens are off by a relative error of {error:.3g}; at most {limit:.3g} is expected"
+            )
+        judged += limit <= WRONG and not is_last
+    if not math.isfinite(error):
+        raise TidalError(f"bench: the logits of {case.name} after {length} tokens aren't finite")
+    return {"relative_error": error, "relative_error_limit": limit, "layers_checked": judged}
+
+
 def tolerance(case: Variant, num_layers: int, dtype: torch.dtype) -> float:
     """The relative error between two right runs, at most: rounding in layers adds up as a random walk does.
 
-    A sparse policy gets three times as much: random weights attend almost evenly, so that rounding also moves tokens in
-    and out of a token set. Where its first layers choose already, that is not enough, since every later layer goes on
-    from there: `run_case` also asks how far a rounding of the embeddings leads, and allows twice that, up to `WRONG`.
-    Wrong sets, or wrong attention, are off by more: the logits of different policies by 0.6 to 1.3.
+    A sparse policy gets three times as much. Wrong sets, or wrong attention, are off by more: the logits of different
+    policies by 0.6 to 1.3.
     """
     return ROUNDING[dtype] * num_layers**0.5 * (3 if case.is_sparse else 1)
 
@@ -222,11 +244,11 @@ def _timed(
 
 
 @torch.no_grad()
-def expected_logits(
+def expected_results(
     model: nn.Module, case: Variant, cache: Any, lengths: Sequence[int], token: Tensor, saved: dict[int, Any],
     nudge: float = 0.0,
-) -> list[Tensor]:  # fmt: skip
-    """The last logits `[B, V]` at each length, uncompiled: eager for dense cases, the reference ops for a policy.
+) -> list[list[Tensor]]:  # fmt: skip
+    """A step's results at each length, uncompiled: eager for dense cases, the reference ops for a policy.
 
     `nudge`: the relative size of noise that is added to the embeddings.
     """
@@ -239,8 +261,20 @@ def expected_logits(
     for length in lengths:
         rewind(cache, length, saved)
         with _restored(cache, length):
-            expected.append(forward(**tokens, **with_cache(model, cache)).logits[:, -1].clone())
+            expected.append(_results(forward(**tokens, **with_cache(model, cache)).logits, cache, length))
     return expected
+
+
+def _results(logits: Tensor, cache: Any, slot: int) -> list[Tensor]:
+    """What a step leaves: the keys `[B, H, 1, D]` that each layer wrote to this slot, and the last logits `[B, V]`."""
+    keys = [layer.keys[:, :, slot : slot + 1].clone() for layer in cache.layers if _is_static(layer)]
+    return [*keys, logits[:, -1].clone()]
+
+
+def _is_static(layer: Any) -> bool:
+    """Whether a cache layer holds keys by slots `[B, H, S, D]`."""
+    keys = getattr(layer, "keys", None)
+    return keys is not None and keys.dim() == 4
 
 
 def _nudged(model: nn.Module, token: Tensor, nudge: float) -> Tensor:
