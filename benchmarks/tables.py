@@ -7,6 +7,8 @@ measured at: in a column of its own or, where all rows share one, in the lines a
 import json
 from pathlib import Path
 
+from tidal_compile.bench.figures import METHODS as METHOD_LINES
+from tidal_compile.bench.figures import attention_shares
 from tidal_compile.bench.markdown import DECODE_COLUMNS, KERNEL_COLUMNS, about, decode_rows, kernel_rows, markdown
 from tidal_compile.policy import Policy, resolve
 
@@ -109,6 +111,28 @@ def method_summary():
             shares = (f"{us[op]:.1f} ({us[op] / us['dense']:.2f})" for op in METHODS)
             rows.append((size, f"{us['dense']:.1f}", *shares, result["commit"]))
     return markdown(("us", "dense", *METHODS.values(), "commit"), rows)
+
+
+def paper_summary():
+    """TidalDecode's Figures 1 and 2 as a table: a row a budget and context, for TidalDecode and Quest."""
+    (result,) = results("figures").values()
+    ms = {(one["name"], one["context"]): one["ms"]["median"] for one in result["decode"]}
+    depths = 32, 64
+    shares = {(by, depth): attention_shares(result["kernels"], depth, by) for by in METHOD_LINES for depth in depths}
+    rows = []
+    for context, budget in sorted(shares["tidal", 32]):
+        dense = ms["tidal: full", context]
+        cells = []
+        for by in METHOD_LINES:
+            step = ms[f"tidal: {by} {budget}", context]
+            cells.append(f"{step:.2f} ({dense / step:.2f})")
+            cells += [f"{shares[by, depth][context, budget]:.3f}" for depth in depths]
+        rows.append((f"{context:,}", f"{budget:,}", f"{dense:.2f}", *cells))
+    names = [
+        f"{by}, {what}" for by in METHOD_LINES for what in ("step", *(f"attention, {one} layers" for one in depths))
+    ]
+    table = markdown(("context", "budget", "`full`, step", *names), rows)
+    return f"{table}\nSource: `figures-random-llama-2-7b-nvidia-h200.json`, commit {result['commit']}.\n"
 
 
 def full_tables(kinds, columns, rows):
@@ -275,6 +299,7 @@ def index():
 SECTIONS = {
     "headline": headline_caption, "quality summary": quality_summary, "demo": demo,
     "decode summary": decode_summary, "kernel summary": kernel_summary, "method summary": method_summary,
+    "paper summary": paper_summary,
     "decode tables": decode_tables, "kernel tables": kernel_tables,
     "needle summary": needle_summary, "flat summary": flat_summary, "steps summary": steps_summary, "index": index,
 }  # fmt: skip
