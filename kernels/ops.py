@@ -3,7 +3,8 @@
     full_attention    (call)                          -> out
     select_attention  (call, selection)               -> out, index       full attention, and the best tokens by scores
     sparse_attention  (call, index)                   -> out
-    choose_by_<name>  (call, selection, method keys, what it keeps)  -> index      one for each of `methods`
+    choose_by_<name>  (call, selection, method keys, what it keeps)  -> index      one for each of `methods`,
+    attend_by_<name>  (call, selection, method keys, what it keeps)  -> out        or for one that attends by itself
     linear            (x, weights, biases)            -> out
 
 `call` are the fields of a `Call`, `selection` those of a `Selection`, in their order: see `call` for shapes and dtypes.
@@ -134,12 +135,13 @@ sparse_attention = _define(
     "sparse_attention", (Call,), "Tensor index", "Tensor", _sparse_on_gpu, reference.sparse_attention, _empty_out,
     check=_check_index,
 )  # fmt: skip
-choose_by = {
+by_method = {
     name: _define(
-        f"choose_by_{name}", (Call, Selection, kind),
+        f"{'attend' if kind.attends else 'choose'}_by_{name}", (Call, Selection, kind),
         ", ".join(f"Tensor(a{number}!) {kept}" for number, kept in enumerate(kind.keeps)), "Tensor",
-        lambda call, selection, method, *kept: method.choose_on_gpu(call, selection, *kept),
-        lambda call, selection, method, *kept: method.step(call, selection, *kept), _empty_index,
+        lambda call, selection, method, *kept: method.step_on_gpu(call, selection, *kept),
+        lambda call, selection, method, *kept: method.step(call, selection, *kept),
+        _empty_out if kind.attends else _empty_index,
     )
     for name, kind in METHODS.items()
 }  # fmt: skip

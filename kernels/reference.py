@@ -19,7 +19,7 @@ HIDES = -9000.0  # leaves no weight to a score that it is added to; above -9984,
 def full_attention(call: Call[Tensor]) -> Tensor:
     """Attend to every live token: -> `[B, Hq, T, D]`."""
     scores = score_live_tokens(call)
-    return _weigh_live_tokens(call, scores)
+    return weigh_live_tokens(call, scores)
 
 
 def select_attention(call: Call[Tensor], selection: Selection) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def select_attention(call: Call[Tensor], selection: Selection) -> tuple[Tensor, 
     TidalDecode's selection layer (https://arxiv.org/abs/2410.05076). See `choose_by_scores` for which ones.
     """
     scores = score_live_tokens(call)
-    return _weigh_live_tokens(call, scores), _choose(call, selection, scores)
+    return weigh_live_tokens(call, scores), _choose(call, selection, scores)
 
 
 def choose_by_scores(call: Call[Tensor], selection: Selection) -> Tensor:
@@ -207,7 +207,7 @@ def _choose(call: Call[Tensor], selection: Selection, scores: Tensor) -> Tensor:
     return pick(worth, valid, selection, call.key.shape[2])
 
 
-def _weigh_live_tokens(call: Call[Tensor], scores: Tensor) -> Tensor:
+def weigh_live_tokens(call: Call[Tensor], scores: Tensor) -> Tensor:
     """The live values, weighted by scores `[B, Hkv, g, T, n]`: `[B, Hq, T, D]`."""
     values = call.value[:, :, : scores.shape[-1]].float()
     if call.mask is not None:

@@ -97,9 +97,12 @@ def kv_share(plan: Plan, length: int) -> float:
 
     Dense is 1. See `LayerRole.tokens_read`.
     """
-    read = [
-        decision.role.tokens_read(length, decision.call.num_heads // decision.call.num_kv_heads)
-        for decision in plan.decisions
-        if decision.role is not None
-    ]
+    read = []
+    for decision in plan.decisions:
+        if decision.role is not None:
+            key, group = (
+                decision.call.call.key.meta["example_value"],
+                decision.call.num_heads // decision.call.num_kv_heads,
+            )
+            read.append(decision.role.tokens_read(length, group, key.shape[3] * key.itemsize))
     return sum(read) / (len(read) * length) if read else 1.0

@@ -57,16 +57,17 @@ class LayerRole:
         keys = [f"{one.name} {getattr(self.method, one.name)}" for one in fields(self.method)]
         return ", ".join([self.by, *keys])
 
-    def tokens_read(self, length: int, group: int) -> float:
+    def tokens_read(self, length: int, group: int, key_bytes: int) -> float:
         """How many tokens' keys and values a decode step reads at `length` live tokens, for each kv head.
 
-        `group`: query heads a kv head. Token sets of query heads count as if they had no token in common.
+        `group`: query heads a kv head; `key_bytes`: of a token's key. Token sets of query heads count as if they had no
+        token in common.
         """
         if not self.is_sparse:
             return length
-        sets = group if self.selection.share == "query_head" else 1
-        chosen = min(length, sets * self.selection.keep(length))
-        scanned = self.method.keys_read(self.selection, length) if self.role == "select" else 0
+        sets = group if self.selection.share == "query_head" or self.method.attends else 1
+        chosen = min(length, sets * self.method.tokens_kept(self.selection, length))
+        scanned = self.method.keys_read(self.selection, length, key_bytes) if self.role == "select" else 0
         return min(length, scanned / 2 + chosen)
 
 
@@ -95,6 +96,8 @@ def follow(role: LayerRole, call: Call[T], sets: Sets, run: Run, kept: Sequence[
         return run(operator.getitem, both, 0)
     if role.role == "select":
         settings = (*arguments(role.selection), *arguments(role.method), *kept)
+        if role.method.attends:
+            return run(f"attend_by_{role.by}", *arguments(call), *settings)
         index = run(f"choose_by_{role.by}", *arguments(call), *settings)
         chosen = sets[role.layer, None] = TokenSet(index, call.mask)
     else:

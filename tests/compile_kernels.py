@@ -14,7 +14,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from tidal_compile.kernels.call import Call, Selection
-from tidal_compile.kernels.triton import dense, linear, pages, pick, select, sparse, split, topk
+from tidal_compile.kernels.methods.lsh import Lsh
+from tidal_compile.kernels.triton import dense, linear, lsh, pages, pick, select, sparse, split, topk
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
@@ -75,6 +76,8 @@ def compile_attention():
             picked = pages.choose_pages(call, selection, bounds, page)
             pages.choose_again(call, selection, picked)
             sparse.sparse_attention(call, picked.index)
+        method = (Lsh(), Lsh(8, 75, threshold=1), Lsh(9, 5, threshold=4, decoded="exact"))[(of_kind + of_mask) % 3]
+        lsh.attend(call, selection, method, *method.summarize(k))
 
 
 def compile_more_pages_than_a_program_holds():
@@ -87,7 +90,7 @@ def compile_more_pages_than_a_program_holds():
 
 def main():
     JITFunction.run = compile_instead
-    for module in (dense, linear, pages, pick, sparse, split, topk):
+    for module in (dense, linear, lsh, pages, pick, sparse, split, topk):
         module.num_splits = lambda *_, **__: 70  # more than are merged at once
         module.overlap = lambda _: {"PDL": True, "launch_pdl": True}
     compile_linears()

@@ -8,6 +8,7 @@ import contextlib
 import math
 from fractions import Fraction
 
+import oracle_lsh
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
@@ -184,8 +185,9 @@ def choose_by_pages(q, k, scores, valid, scale, softcap, sink, settings):
 class OracleModel:
     """A Hugging Face model, run eagerly, whose decode steps attend by the roles `{layer: (role, source, settings)}`."""
 
-    def __init__(self, model, roles):
-        self.model, self.roles, self.sets = model, roles, {}
+    def __init__(self, model, roles, planes=None):
+        """`planes(settings, head_dim)`: the hyperplanes `[L, K, D]` of a layer that samples by LSH."""
+        self.model, self.roles, self.sets, self.planes, self.began = model, roles, {}, planes, {}
         AttentionInterface.register("oracle", self._attention)
         AttentionMaskInterface.register("oracle", sdpa_mask)
 
@@ -216,6 +218,8 @@ class OracleModel:
         mask = None if attention_mask is None else attention_mask[..., :n].expand(query.shape[0], 1, 1, n)
         scores, valid = scores_of(query, key, n, mask, scale, softcap or 0.0)
         role, source, settings = self.roles[module.layer_idx]
+        if settings.get("by") == "lsh":
+            return self._sample(module.layer_idx, query, key, value, mask, scale, softcap or 0.0, s_aux, settings), None
         allowed = None
         if role == "select":
             if settings.get("by") == "pages":
@@ -232,6 +236,21 @@ class OracleModel:
                 allowed = torch.cat([allowed[:, group * head : group * (head + 1)] for head in settings["heads"]], 1)
         return attend(scores, value, allowed, s_aux).to(query.dtype).transpose(1, 2), None
 
+    def _sample(self, layer, q, k, v, mask, scale, softcap, sink, settings):
+        """MagicPIG's layer `[B, 1, Hq, D]`: the mean is that of the first decode step, and decoded tokens follow it."""
+        n, sizes = k.shape[2], (settings["sinks"], settings["recent"])
+        if layer not in self.began:
+            _, dynamic, _ = oracle_lsh.roles(n, mask, len(k), n, *sizes)
+            rows = zip(k.double(), dynamic, strict=True)
+            means = [keys[:, own].sum(1) / max(1, int(own.sum())) for keys, own in rows]
+            self.began[layer] = torch.stack(means), n - 1
+        mean, since = self.began[layer]
+        out = oracle_lsh.layer(
+            q, k, v, n, mask, self.planes(settings, q.shape[3]), scale, *sizes, settings.get("threshold", 2),
+            settings.get("epsilon", 1e-4), mean, since if settings.get("decoded") == "exact" else None, softcap, sink,
+        )  # fmt: skip
+        return out.to(q.dtype).transpose(1, 2)
+
     @staticmethod
     def _choose(scores, valid, num_kv_heads, settings, sink):
         """The sets of a selection, by its method."""
@@ -245,7 +264,7 @@ class OracleModel:
     @torch.no_grad()
     def logits(self, prompt, tokens, mask=None):
         """Prefill prompt `[B, n]` (2-D mask for padding), then feed tokens `[B, T]`: logits `[B, T, vocab]`."""
-        cache, rows = DynamicCache(config=self.model.config), []
+        cache, rows, self.began = DynamicCache(config=self.model.config), [], {}
         with self._installed():
             self.model(input_ids=prompt, attention_mask=mask, past_key_values=cache, use_cache=True)
             for i in range(tokens.shape[1]):
@@ -270,6 +289,6 @@ def roles_of(policy):
             budget = settings["budget"]
             settings["ratio"] = budget["ratio"] if isinstance(budget, dict) else 0
             settings["budget"] = budget["min"] if isinstance(budget, dict) else budget
-            last = layer if entry["role"] == "select" else last
+            last = layer if entry["role"] == "select" and settings.get("by") != "lsh" else last
             roles[layer] = (entry["role"], entry.get("from", last), settings)
     return roles

@@ -309,7 +309,7 @@ def test_opcheck():
             torch.library.opcheck(ops.select_attention, (*arguments(call), *one))
         for number, (name, kind) in enumerate(METHODS.items(), turn):
             of_method = (*chosen[number % 3], *arguments(kind()), *kind().summarize(call.key))
-            torch.library.opcheck(ops.choose_by[name], (*arguments(call), *of_method))
+            torch.library.opcheck(ops.by_method[name], (*arguments(call), *of_method))
         index = ops.select_attention(*arguments(call), *arguments(Selection(24)))[1]
         torch.library.opcheck(ops.sparse_attention, (*arguments(call), index))
     x, weights, biases = torch.ones(1, 8), [torch.ones(4, 8), torch.ones(6, 8)], [torch.ones(4), torch.ones(6)]
@@ -335,7 +335,7 @@ def test_bad_arguments_are_named():
     ]
     bad += [
         (op, (*arguments(call), *arguments(replace(selection, **changes))), message)
-        for op in (ops.select_attention, ops.choose_by["scores"])
+        for op in (ops.select_attention, ops.by_method["scores"])
         for changes, message in (
             ({"share": "head"}, "share must be one of"),
             ({"pool": "mean"}, "pool must be one of sum, max, union"),

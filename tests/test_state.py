@@ -10,6 +10,7 @@ from recorder import Recorder
 from transformers import StaticCache
 
 import tidal_compile as tc
+from tidal_compile.kernels.call import Call, Selection
 from tidal_compile.kernels.methods import METHODS
 from tidal_compile.models import with_cache
 from tidal_compile.passes import state
@@ -206,13 +207,12 @@ def test_memory_goes_when_the_cache_goes(step):
 
 def test_what_is_kept_follows_from_the_keys():
     """Updated step by step from any start, bounds equal those of all keys in the pages that were passed."""
-    from tidal_compile.kernels.call import Call
-
     method, key = METHODS["pages"](page=8), torch.randn(2, 3, 45, 16)
     (bounds,) = method.summarize(torch.zeros_like(key))
     assert bounds.shape == (2, 3, 5, 2, 16)
     for length in range(1, 46):
-        method.update(Call(torch.randn(2, 3, 1, 16), key, key, torch.tensor(length), None, 1.0), bounds)
+        call = Call(torch.randn(2, 3, 1, 16), key, key, torch.tensor(length), None, 1.0)
+        method.update(call, Selection(8), bounds)
     assert torch.equal(bounds, method.summarize(key)[0])
     for page in range(5):
         rows = key[:, :, 8 * page : 8 * page + 8]

@@ -344,13 +344,15 @@ def _role(layer: int, key: str, entry: Layer, defaults: Defaults, earlier: dict[
         return LayerRole(layer, "full")
     if entry.role == "select":
         return _select(layer, f"layers.{key}", entry, defaults.model_copy(update=settings), defaults)
-    selections = [role.layer for role in earlier.values() if role.role == "select"]
+    selections = [role.layer for role in earlier.values() if role.role == "select" and not role.method.attends]
+    alone = [name for name, method in METHODS.items() if method.attends]
+    unless = f" (what {' or '.join(f'by: {name}' for name in alone)} samples can't be reused)" if alone else ""
     if not selections:
-        raise ValueError(f"layers.{key}: layer {layer} reuses tokens, but no layer before it selects any")
+        raise ValueError(f"layers.{key}: layer {layer} reuses tokens, but no layer before it selects any{unless}")
     if entry.source is not None and entry.source not in selections:
         raise ValueError(
             f"layers.{key}.from: layer {entry.source} is no selection before layer {layer}; "
-            f"selections are: {', '.join(map(str, selections))}"
+            f"selections are: {', '.join(map(str, selections))}{unless}"
         )
     source = earlier[selections[-1] if entry.source is None else entry.source]
     if entry.heads is not None and source.selection.share != "kv_head":

@@ -20,7 +20,9 @@ class Variant:
     @property
     def chooses(self) -> bool:
         """Whether a selection chooses tokens, so that a budget means something."""
-        return self.policy is not None and any(role.role == "select" for role in self.policy.roles)
+        return self.policy is not None and any(
+            role.role == "select" and not role.method.attends for role in self.policy.roles
+        )
 
     @property
     def is_sparse(self) -> bool:

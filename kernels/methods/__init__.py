@@ -2,8 +2,9 @@
 
 A file `key_norm.py` holds a frozen dataclass `KeyNorm`, a `Method`: its fields, with their types and defaults, are the
 method's own keys in a policy file, and its `choose` is its definition. Nothing else needs to know of it: `METHODS` is
-what is in this folder, `ops` makes an operator `tidal::choose_by_<name>` of each, and policies, `explain`, calibration
-and evaluation take the rest from here. Policy files are read without torch: methods import it where they need it.
+what is in this folder, `ops` makes an operator `tidal::choose_by_<name>` (or `attend_by_<name>`) of each, and policies,
+`explain`, calibration and evaluation take the rest from here. Policy files are read without torch: methods import it
+where they need it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ class Method:
 
     `outputs`: what a selection layer may return, the default first. `sparse`: attention to the tokens that it chose;
     `full`, to all tokens, is for `scores` alone, whose op does both in one pass.
+    `attends`: whether it attends by itself instead of choosing a token set that other layers could reuse.
     `by_slot`: whether a choice depends on the slots in which tokens stand, not only on their order.
     `keeps`: names of the tensors that it keeps beside the keys of a layer, so as not to read all of these at each step.
     They follow from the keys and from nothing else: `summarize` makes them, and `update` takes in the keys of a step.
     """
 
     outputs: ClassVar[tuple[str, ...]] = ("sparse",)
+    attends: ClassVar[bool] = False
     by_slot: ClassVar[bool] = False
     keeps: ClassVar[tuple[str, ...]] = ()
 
@@ -42,26 +45,34 @@ class Method:
         """
         raise NotImplementedError
 
-    def choose_on_gpu(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
-        """`step` as kernels, for T = 1."""
-        return self.step(call, selection, *kept)
+    def attend(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
+        """In place of `choose`, for a method that `attends`: its attention `[B, Hq, T, D]`."""
+        raise NotImplementedError
 
     def step(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
-        """`update` what is kept, if it is given, and then `choose`."""
+        """`update` what is kept, if it is given, and then `choose` or `attend`."""
         if kept:
-            self.update(call, *kept)
-        return self.choose(call, selection, *kept)
+            self.update(call, selection, *kept)
+        return (self.attend if self.attends else self.choose)(call, selection, *kept)
+
+    def step_on_gpu(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
+        """`step` as kernels, for T = 1."""
+        return self.step(call, selection, *kept)
 
     def summarize(self, key: Tensor) -> tuple[Tensor, ...]:
         """What it keeps, made of the keys of a layer `[B, Hkv, S, D]`. Slots that aren't live may hold anything."""
         return ()
 
-    def update(self, call: Call[Tensor], *kept: Tensor) -> None:
+    def update(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> None:
         """Take the keys of a decode step's new token into what is kept, in place."""
 
-    def keys_read(self, selection: Selection, length: int) -> int:
-        """How many tokens' keys are read to choose, of so many live ones: for floors, and the bytes of a step."""
+    def keys_read(self, selection: Selection, length: int, key_bytes: int) -> float:
+        """How many keys, of `key_bytes` each, are read to choose, of so many live ones: for the bytes of a step."""
         raise NotImplementedError
+
+    def tokens_kept(self, selection: Selection, length: int) -> int:
+        """How many tokens a set has, of so many live ones."""
+        return selection.keep(length)
 
 
 METHODS: dict[str, type[Method]] = {

@@ -43,7 +43,7 @@ class Pages(Method):
         if self.keep != 0.0 and not 1.0 <= self.keep <= 1024.0:
             raise ValueError(f"keep must be 0 for one level, or 1 to 1024 times the budget; found {self.keep}")
 
-    def choose_on_gpu(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
+    def step_on_gpu(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
         """A scan of the bounds, and a search for the best; with `keep`, exact scores and another search."""
         from ..triton import pages
 
@@ -67,7 +67,7 @@ class Pages(Method):
         by_page = key[:, :, : pages * self.page].unflatten(2, (pages, self.page))
         return (torch.stack([by_page.amin(3), by_page.amax(3)], 3),)
 
-    def update(self, call: Call[Tensor], *kept: Tensor) -> None:
+    def update(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> None:
         """The bounds of the page in which the newest token stands."""
         import torch
 
@@ -102,7 +102,7 @@ class Pages(Method):
         chosen = reference.pick(worth, live, selection, call.key.shape[2], num_valid).view(*index.shape[:3], -1)
         return reference.as_index(index.gather(3, chosen.clamp(min=0).long()).where(chosen >= 0, -1))
 
-    def keys_read(self, selection: Selection, length: int) -> int:
+    def keys_read(self, selection: Selection, length: int, key_bytes: int) -> int:
         """Two bounds a page; with `keep`, the keys of the tokens that they keep."""
         kept = min(length, math.ceil(self.keep * selection.keep(length)))
         return min(length, 2 * math.ceil(length / self.page) + kept)

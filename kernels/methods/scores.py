@@ -29,12 +29,12 @@ class Scores(Method):
 
         return reference.choose_by_scores(call, selection)
 
-    def choose_on_gpu(self, call: Call[Tensor], selection: Selection) -> Tensor:
+    def step_on_gpu(self, call: Call[Tensor], selection: Selection) -> Tensor:
         """A scan of the keys, and a search for the best."""
         from ..triton import select
 
         return select.choose_by_scores(call, selection)
 
-    def keys_read(self, selection: Selection, length: int) -> int:
+    def keys_read(self, selection: Selection, length: int, key_bytes: int) -> int:
         """All of them."""
         return length

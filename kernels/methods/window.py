@@ -35,6 +35,6 @@ class Window(Method):
         num_sets = selection.num_sets(call.query.shape[1], call.key.shape[1])
         return reference.as_index(index[:, :, None].expand(-1, -1, num_sets, -1))
 
-    def keys_read(self, selection: Selection, length: int) -> int:
+    def keys_read(self, selection: Selection, length: int, key_bytes: int) -> int:
         """None."""
         return 0

@@ -35,14 +35,14 @@ def _tile(first, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _running_sum(x):
+def running_sum(x):
     """`tl.cumsum` over a tile, row after row."""
     of_row = tl.sum(x, 1)
     return tl.cumsum(x, 1) + (tl.cumsum(of_row, 0) - of_row)[:, None]
 
 
 @triton.jit
-def _sum(x):
+def tile_sum(x):
     """The sum of a whole tile."""
     return tl.sum(tl.sum(x, 1), 0)
 
@@ -114,8 +114,8 @@ def _weigh(
         if num_valid == length:  # no token is masked
             until = tl.minimum((unit + 1) * PAGE, length)
         else:
-            until = before + _running_sum(count)
-            before += _sum(count)
+            until = before + running_sum(count)
+            before += tile_sum(count)
         importance = tl.where((count > 0) & (until == num_valid), HIGHEST, importance)  # the newest token's page
     num_sinks, num_recent = _special_tokens(until - count, count, num_valid, sinks, recent)
     return encode(importance), _makeup(num_sinks, num_recent, count - num_sinks - num_recent), before
@@ -126,11 +126,11 @@ def _list_candidates(code, makeup, low, first, live, listed, codes, makeups, uni
     """Append units that have special tokens, or ordinary ones and a code from `low` up, to the list: -> its length."""
     unit = _tile(first, BLOCK)
     is_candidate = (unit < live) & (((makeup & 0xFFFF) > 0) | ((makeup > 0xFFFF) & (code >= low)))
-    entry = listed + _running_sum(is_candidate.to(tl.int32)) - 1
+    entry = listed + running_sum(is_candidate.to(tl.int32)) - 1
     tl.store(codes + entry, code, mask=is_candidate)
     tl.store(makeups + entry, makeup, mask=is_candidate)
     tl.store(units + entry, unit, mask=is_candidate)
-    return listed + _sum(is_candidate.to(tl.int32))
+    return listed + tile_sum(is_candidate.to(tl.int32))
 
 
 @triton.jit
@@ -229,13 +229,13 @@ def _pick(
         tl.debug_barrier()
 
     # Sift: whoever is below `low` isn't needed, since enough tokens of the best units reach it
-    reach = _sum(worth)
+    reach = tile_sum(worth)
     low = tl.min(tl.min(tl.where(worth > 0, best, HIGHEST_CODE - 1), 1), 0).to(tl.int64)
     high = tl.max(tl.max(tl.where(worth > 0, best, LOWEST_CODE), 1), 0).to(tl.int64)
     low = tl.where(reach < wanted, low * 0 + LOWEST_CODE, low)
     while (low < high) & (reach > FINE * PAGE * 3 // 4) & (reach >= wanted + PAGE):
         middle = high - (high - low) // 2
-        reached = _sum(tl.where(best >= middle.to(tl.int32), worth, 0))
+        reached = tile_sum(tl.where(best >= middle.to(tl.int32), worth, 0))
         enough = reached >= wanted
         reach = tl.where(enough, reached, reach)
         low = tl.where(enough, middle, low)

@@ -18,6 +18,7 @@ from ..errors import TidalError
 from ..kernels import ops, reference
 from ..kernels.call import Call, Selection, arguments, fitting
 from ..kernels.methods import METHODS, Method
+from ..kernels.methods.lsh import Lsh
 from ..kernels.methods.pages import Pages
 from .timing import relative_error, summary, time_calls
 
@@ -57,6 +58,8 @@ class Size:
 # Every method with its default keys, and what is worth a look beside these
 TIMED: dict[str, Method] = {name: kind() for name, kind in METHODS.items()}
 TIMED["pages, keep 4"] = Pages(keep=4.0)
+TIMED["lsh, 9 bits, 120 tables"] = Lsh(k=9, l=120)
+TIMED["lsh, 8 bits, 75 tables"] = Lsh(k=8, l=75)
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,10 @@ def _bytes_moved(name: str, scanned: int, gathered: int, size: Size) -> int:
     """Bytes of keys and values that a variant reads: everything is `scanned` bytes, the chosen tokens `gathered`."""
     if name.startswith("by "):
         method = TIMED[name.removeprefix("by ").removesuffix(", sparse output")]
-        keys = method.keys_read(size.selection, size.context)
+        keys = method.keys_read(size.selection, size.context, 2 * size.head_dim)
+        if method.attends:
+            sampled = size.heads // size.kv_heads * method.tokens_kept(size.selection, size.context)
+            gathered = round(scanned * min(1.0, sampled / size.context))
         return round(scanned / 2 * keys / size.context) + gathered
     return gathered if name.startswith("sparse") else 0 if name.startswith("top-k") else scanned
 
@@ -146,7 +152,8 @@ def variants(size: Size, device: torch.device) -> dict[str, Callable[[Inputs], o
             )
 
     def choose_and_attend(x: Inputs, name: str) -> Tensor:
-        return ops.sparse_attention(*arguments(x.unmasked), _choose(x, size, name))
+        result = _by_method(x, size, name)
+        return result if TIMED[name].attends else ops.sparse_attention(*arguments(x.unmasked), result)
 
     timed = {
         "dense": lambda x: ops.full_attention(*arguments(x.call)),
@@ -173,10 +180,10 @@ def variants(size: Size, device: torch.device) -> dict[str, Callable[[Inputs], o
     return timed
 
 
-def _choose(x: Inputs, size: Size, name: str) -> Tensor:
-    """The index by a method of `TIMED`."""
+def _by_method(x: Inputs, size: Size, name: str) -> Tensor:
+    """What a method of `TIMED` chooses, or its attention."""
     by, keys = name.partition(",")[0], arguments(TIMED[name])
-    return ops.choose_by[by](*arguments(x.call), *arguments(size.selection), *keys, *x.kept[name])
+    return ops.by_method[by](*arguments(x.call), *arguments(size.selection), *keys, *x.kept[name])
 
 
 def _dense_and_topk(x: Inputs, size: Size) -> tuple[Tensor, Tensor]:
@@ -206,8 +213,11 @@ def _check(size: Size, x: Inputs, dtype: torch.dtype) -> None:
         "tokens": _count_unexpected(index, expected_index) / expected_index.numel(),
     }
     for name, method in TIMED.items():
-        expected = method.choose(x.call, size.selection)
-        errors[f"tokens by {name}"] = _count_unexpected(_choose(x, size, name), expected) / expected.numel()
+        found, expected = _by_method(x, size, name), method.step(x.call, size.selection)
+        if method.attends:
+            errors[f"by {name}"] = relative_error(found, expected)
+        else:
+            errors[f"tokens by {name}"] = _count_unexpected(found, expected) / expected.numel()
     limits = {name: 0.01 if name.startswith("tokens") else TOLERANCE[dtype] for name in errors}
     for name, error in errors.items():
         if not error <= limits[name]:

@@ -135,6 +135,33 @@ def flat(num_layers: int, model: str | None = None, budget: Any = None) -> Prese
     return Preset(["reuse" if entry == "reuse" else select for entry in tidal(num_layers, model).layers])
 
 
+def magicpig(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
+    """MagicPIG, (10, 150): layers 0, 16, 32... stay dense; others attend to a sample, drawn by 150 hashes of 10 bits.
+
+    https://arxiv.org/abs/2410.16179. 4 sinks and 64 recent tokens. Each layer has hyperplanes of its own, and decoded
+    tokens are hashed, too. Left out: its cache in host memory. `budget` has no say: how many are sampled is random.
+    """
+    return _by_hashes(num_layers, 10, 150)
+
+
+def magicpig_9_120(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
+    """MagicPIG, (9, 120): as `magicpig`, with 120 hashes of 9 bits."""
+    return _by_hashes(num_layers, 9, 120)
+
+
+def magicpig_8_75(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
+    """MagicPIG, (8, 75): as `magicpig`, with 75 hashes of 8 bits. The one that reads the fewest bytes on a GPU."""
+    return _by_hashes(num_layers, 8, 75)
+
+
+def _by_hashes(num_layers: int, k: int, l: int) -> Preset:
+    layers = [
+        "full" if layer % 16 == 0 else {"role": "select", "by": "lsh", "k": k, "l": l, "seed": layer}
+        for layer in range(num_layers)
+    ]
+    return Preset(layers, {"sinks": 4, "recent": 64})
+
+
 def _published(table: dict[str, Any], model: str | None) -> list[Any]:
     """What is published for models with this name."""
     name = (model or "").lower()
@@ -142,5 +169,7 @@ def _published(table: dict[str, Any], model: str | None) -> list[Any]:
 
 
 PRESETS: dict[str, Callable[..., Preset]] = {
-    make.__name__: make for make in (full, tidal, topk, window, quest, lessismore, kascade, omnikv, flat)
-}
+    make.__name__: make for make in (
+        full, tidal, topk, window, quest, lessismore, kascade, omnikv, flat, magicpig, magicpig_9_120, magicpig_8_75
+    )
+}  # fmt: skip

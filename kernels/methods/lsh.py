@@ -1,0 +1,190 @@
+"""`by: lsh`: attention to a random sample of tokens, with weights that make up for those left out.
+
+MagicPIG (https://arxiv.org/abs/2410.16179). `l` tables of `k` random hyperplanes give each key, less the mean of all
+keys, `l` codes of `k` bits, and each query head as many. A token is sampled by a query head if at least `threshold` of
+their codes are equal. Let c be the cosine of query and key, less that mean; then a code is equal with probability
+t = (1 - arccos(c) / pi)^k, and a token is sampled with u = P[Binomial(l, t) >= threshold]. Its score is lowered by
+log(u + epsilon), so that both sums of softmax are those of all tokens in expectation, but for `epsilon`, which bounds
+what one token can weigh. Sinks and recent tokens are attended to as they are. There is no budget: how many tokens are
+sampled is random, and every query head has a sample of its own, so that no other layer can reuse it.
+
+The mean is that of a row's tokens at the first step after a prefill, without sinks and recent ones, and then stays; any
+other one would do, since softmax doesn't change if all scores do, but a good one lets keys differ in direction. Decoded
+tokens are hashed as they come. Keys stay as they are in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from . import Method
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from ..call import Call, Selection
+
+WORD = 32  # tokens whose bits of one hyperplane stand in one int32
+DECODED = ("sampled", "exact")
+
+
+@dataclass(frozen=True)
+class Lsh(Method):
+    """`k`: bits of a code, 1 to 16. `l`: tables. `threshold`: equal codes that it takes to be sampled, 1 to 4.
+
+    `seed`: of the hyperplanes; layers of one seed err alike. `epsilon`: 0 for the unbiased estimator. `decoded`:
+    whether tokens decoded after the prefill are `sampled` like others, or attended to as they are (`exact`).
+    """
+
+    attends: ClassVar[bool] = True
+    keeps: ClassVar[tuple[str, ...]] = ("planes", "center", "codes", "since")
+
+    k: int = 10
+    l: int = 150
+    threshold: int = 2
+    seed: int = 0
+    epsilon: float = 1e-4
+    decoded: str = "sampled"
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("k", 1, 16), ("l", 1, 1024), ("threshold", 1, min(4, self.l)), ("seed", 0, 2**31)):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be {least} to {most}; found {getattr(self, name)}")
+        if not 0.0 <= self.epsilon < 1.0:
+            raise ValueError(f"epsilon must be at least 0, and below 1; found {self.epsilon}")
+        if self.decoded not in DECODED:
+            raise ValueError(f"decoded must be {' or '.join(DECODED)}; found {self.decoded}")
+
+    def summarize(self, key: Tensor) -> tuple[Tensor, ...]:
+        """Hyperplanes `[l, k, D]`, and room for what the next step makes of the keys, since it knows which are live.
+
+        The mean `[B, Hkv, D]` float32; of each hyperplane, on which side of it the keys are, a bit a slot
+        `[B, Hkv, l, k, S / 32]` int32; and the live slots at the first step, 0 before it: `[1]` int32.
+        """
+        batch, num_kv_heads, slots, head_dim = key.shape
+        words = -(-slots // WORD)
+        return (
+            _torch().tensor(normals(self.l, self.k, head_dim, self.seed), device=key.device, dtype=key.dtype),
+            key.new_zeros(batch, num_kv_heads, head_dim, dtype=_torch().float32),
+            key.new_zeros(batch, num_kv_heads, self.l, self.k, words, dtype=_torch().int32),
+            key.new_zeros(1, dtype=_torch().int32),
+        )
+
+    def update(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> None:
+        """At the first step the mean, and the bits of all live keys; then those of the newest one."""
+        planes, center, codes, since = kept
+        from .. import reference
+
+        live = min(int(call.length), call.key.shape[2])
+        begin = max(0, live - 1) // WORD * WORD
+        if int(since) == 0 and live:
+            begin = 0
+            seen = reference.seen(call)[:, 0, :live]  # [B, n], of the first query
+            dynamic = (seen & ~reference.always_kept(seen, selection))[:, None, :, None]
+            total = call.key[:, :, :live].float().masked_fill(~dynamic, 0.0).sum(2)
+            center.copy_(total / dynamic.sum(2).clamp(min=1))
+            since.fill_(int(seen.nonzero()[:, 1].max()) + 1 if seen.any() else live)
+        keys, flat = call.key[:, :, begin:live].float(), planes.flatten(0, 1).float()  # [l k, D]
+        sides = flat @ keys.mT > (center @ flat.mT)[..., None]  # [B, Hkv, l k, n]
+        sides = _torch().nn.functional.pad(sides, (0, -sides.shape[3] % WORD)).unflatten(3, (-1, WORD))
+        words = (sides.long() << _torch().arange(WORD, device=sides.device)).sum(4).int()
+        codes.flatten(2, 3)[..., begin // WORD : begin // WORD + words.shape[3]] = words
+
+    def attend(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
+        """Attention to the sample, sinks and recent tokens: `[B, Hq, T, D]`."""
+        from .. import reference
+
+        if not kept:
+            kept = self.summarize(call.key)
+            self.update(call, selection, *kept)
+        planes, center, codes, since = kept
+        scores = reference.score_live_tokens(call)  # [B, Hkv, g, T, n]
+        n = scores.shape[4]
+        seen = reference.seen(call)[..., :n]
+        static = seen & reference.always_kept(seen, selection)  # [B, T, n]
+        if self.decoded == "exact":
+            static |= seen & (_torch().arange(n, device=seen.device) >= since - 1)
+        sampled = self._sampled(call, planes, codes, n) & (seen & ~static)[:, None, None]
+        chances = self.inclusion(_cosines(call, center, n)[sampled]) + self.epsilon
+        scores = scores.masked_fill(~sampled & ~static[:, None, None], -math.inf)
+        scores[sampled] -= chances.log().float()
+        return reference.weigh_live_tokens(call, scores)
+
+    def step_on_gpu(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
+        """A scan of the bits, which attends to what it finds as it goes."""
+        from ..triton import lsh
+
+        return lsh.attend(call, selection, self, *kept)
+
+    def inclusion(self, cosine: Tensor) -> Tensor:
+        """The probability to be sampled, by the cosine."""
+        t = (1.0 - cosine.double().clamp(-1.0, 1.0).arccos() / math.pi).clamp(0.0, 1.0 - 1e-12) ** self.k
+        odds = t / (1.0 - t)
+        fewer = sum(math.comb(self.l, hits) * odds**hits for hits in range(1, self.threshold))
+        return -(self.l * (-t).log1p() + _torch().as_tensor(fewer, device=t.device).double().log1p()).expm1()
+
+    def keys_read(self, selection: Selection, length: int, key_bytes: int) -> float:
+        """The bits, as so many keys."""
+        return length * self.k * self.l / 8 / key_bytes
+
+    def tokens_kept(self, selection: Selection, length: int) -> int:
+        """An estimate: the sample of keys that point nowhere in particular, with heads of 128."""
+        static = min(length, selection.sinks + selection.recent)
+        return static + math.ceil((length - static) * self._typical_share())
+
+    @functools.lru_cache  # noqa: B019
+    def _typical_share(self) -> float:
+        cosine = _torch().linspace(-0.5, 0.5, 1001)
+        weight = (-(cosine**2) * 64).exp()
+        return float((self.inclusion(cosine) * weight).sum() / weight.sum())
+
+    def _sampled(self, call: Call[Tensor], planes: Tensor, codes: Tensor, n: int) -> Tensor:
+        """Which tokens each query head samples, of all live ones: `[B, Hkv, g, T, n]` bool."""
+        torch = _torch()
+        batch, num_heads, num_tokens, head_dim = call.query.shape
+        num_kv_heads, words = call.key.shape[1], -(-n // WORD)
+        rows = call.query.float().reshape(batch, num_kv_heads, -1, head_dim)  # [B, Hkv, g T, D]
+        sides = -(torch.einsum("lkd,bhrd->bhrlk", planes.float(), rows) > 0).int()  # 0, or all bits
+        levels = [torch.zeros(*rows.shape[:3], words, dtype=torch.int32, device=rows.device)] * self.threshold
+        for table in range(self.l):
+            miss = torch.zeros_like(levels[0])
+            for bit in range(self.k):
+                miss |= codes[:, :, None, table, bit, :words] ^ sides[..., table, bit, None]
+            hit = ~miss
+            for level in range(self.threshold - 1, 0, -1):  # one more hit where there were `level` before
+                levels[level] = levels[level] | (levels[level - 1] & hit)
+            levels[0] = levels[0] | hit
+        bits = (levels[-1][..., None] >> torch.arange(WORD, device=rows.device)) & 1
+        sampled = bits.flatten(3).bool()[..., :n]
+        return sampled.view(batch, num_kv_heads, num_heads // num_kv_heads, num_tokens, n)
+
+
+def _cosines(call: Call[Tensor], center: Tensor, n: int) -> Tensor:
+    """The cosines of queries and the first n keys, less the mean: `[B, Hkv, g, T, n]`; 0 with a vector of zeros."""
+    batch, num_heads, num_tokens, head_dim = call.query.shape
+    num_kv_heads = call.key.shape[1]
+    keys = call.key[:, :, :n].float() - center[:, :, None]
+    rows = call.query.float().reshape(batch, num_kv_heads, -1, head_dim)
+    norms = rows.norm(dim=-1)[..., None] * keys.norm(dim=-1)[:, :, None]
+    cosines = ((rows @ keys.mT) / norms).where(norms > 0.0, 0.0)
+    return cosines.view(batch, num_kv_heads, num_heads // num_kv_heads, num_tokens, n)
+
+
+@functools.lru_cache(maxsize=128)
+def normals(tables: int, bits: int, head_dim: int, seed: int) -> np.ndarray:
+    """Normal vectors `[l, k, D]` float32, which bfloat16 and float16 can hold, too."""
+    import numpy as np
+
+    normal = np.random.default_rng(seed).standard_normal((tables, bits, head_dim), dtype=np.float32)
+    rounded = ((normal.view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32)  # 7 bits after the first
+    return np.where(np.abs(rounded) > 2.0**-14, rounded, np.float32(0.0))
+
+
+def _torch():
+    import torch
+
+    return torch

@@ -1,0 +1,361 @@
+"""`by: lsh` in Triton: attention to a random sample of tokens. Definition: `methods/lsh.py`.
+
+prepare    which tokens are neither sinks nor recent; at the first step also their mean key
+hash       on which side of each hyperplane the queries are, and the newest key (at the first step: all keys)
+sample     for 32 tokens at once, in how many tables a query head's code equals theirs; attends to those it finds
+merge      joins the splits
+
+A key takes a bit for each hyperplane, stored by hyperplane: one int32 holds that bit of 32 tokens. A code equals the
+query's where no bit of it differs, and "in at least two tables" takes two such words, so that a table costs an
+instruction or two a bit for 32 tokens and a query head. Nothing is gathered to look for tokens, and no list has a
+length that data could exceed: a program lists what it finds among its own tokens.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..call import Call, Selection, arguments
+from ..methods.lsh import WORD, Lsh
+from .pick import running_sum, tile_sum
+from .split import (
+    LOG2E,
+    Splits,
+    after_previous,
+    cap,
+    check_rows,
+    dot,
+    load_group,
+    load_keys,
+    load_values,
+    mask_args,
+    mask_tile,
+    merge,
+    num_splits,
+    overlap,
+    padded_dim,
+    padded_rows,
+    store_split,
+    tile_tokens,
+    weigh_tile,
+)
+
+BITS = tl.constexpr(WORD)
+STATIC = tl.constexpr(-(2**31))  # of a listed token: every head attends to it as it is
+MOST_HEADS = 16  # query heads of a program: a listed token has a bit for each
+
+
+@triton.jit
+def _edges(masks, stride_mn, length, sinks, recent, BLOCK: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr):
+    """The slots from which on, and up to which, tokens are neither sinks nor recent."""
+    lane = tl.arange(0, BLOCK)
+    first, last, start, left = length * 0, length, length * 0, sinks
+    while (left > 0) & (start < length):
+        valid, _ = mask_tile(masks, (start + lane) * stride_mn, start + lane < length, MASK, HIDES)
+        count = tl.cumsum(valid.to(tl.int32), 0)
+        first = start + tl.sum((count < left).to(tl.int32), 0) + 1
+        left -= tl.max(count, 0)
+        start += BLOCK
+    end, left = length, recent
+    while (left > 0) & (end > 0):
+        token = end - 1 - lane
+        valid, _ = mask_tile(masks, token * stride_mn, token >= 0, MASK, HIDES)
+        count = tl.cumsum(valid.to(tl.int32), 0)
+        last = end - 1 - tl.sum((count < left).to(tl.int32), 0)
+        left -= tl.max(count, 0)
+        end -= BLOCK
+    first = tl.minimum(first, length)
+    return first, tl.maximum(last, first)
+
+
+@triton.jit
+def _prepare(
+    k_ptr, mask_ptr, length_ptr, since_ptr, center_ptr, edge_ptr, slots, stride_kb, stride_kh, stride_kn, stride_mb,
+    stride_mn, sinks, recent,
+    NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
+    HIDES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: one kv head."""
+    after_previous(PDL)
+    kv_head = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+    masks = mask_ptr
+    if MASK != "none":
+        masks += batch * stride_mb
+    first, last = _edges(masks, stride_mn, length, sinks, recent, 256, MASK, HIDES)
+    if kv_head == 0:
+        tl.store(edge_ptr + batch * 2, first)
+        tl.store(edge_ptr + batch * 2 + 1, last)
+    if tl.load(since_ptr) == 0:
+        total = tl.zeros([BLOCK_D], tl.float32)
+        count = length * 0
+        keys = k_ptr + batch * stride_kb + kv_head.to(tl.int64) * stride_kh
+        for start in range(first, last, BLOCK_N):
+            token = start + tl.arange(0, BLOCK_N)
+            valid, _ = mask_tile(masks, token * stride_mn, token < last, MASK, HIDES)
+            k = load_keys(keys, token.to(tl.int64) * stride_kn, valid, D, BLOCK_D)
+            total += tl.sum(k.to(tl.float32), 1)
+            count += tl.sum(valid.to(tl.int32), 0)
+        dim = tl.arange(0, BLOCK_D)
+        center = total / tl.maximum(count, 1).to(tl.float32)
+        tl.store(center_ptr + (batch * NUM_KV_HEADS + kv_head) * D + dim, center, mask=dim < D)
+
+
+@triton.jit
+def _hash(
+    q_ptr, k_ptr, plane_ptr, center_ptr, length_ptr, since_ptr, code_ptr, side_ptr, slots, words, num_planes,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: PLANES hyperplanes, and one kv head with its query heads."""
+    after_previous(PDL)
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    group = batch * NUM_KV_HEADS + kv_head
+    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+    plane = tl.program_id(0) * PLANES + tl.arange(0, PLANES)
+    there = plane < num_planes
+    dim = tl.arange(0, BLOCK_D)
+    normal = tl.load(plane_ptr + plane[:, None] * D + dim[None, :], mask=there[:, None] & (dim[None, :] < D), other=0.0)
+    center = tl.load(center_ptr + group * D + dim, mask=dim < D, other=0.0)
+    offset = tl.sum(normal.to(tl.float32) * center[None, :], 1)  # [PLANES]: keys beyond it are on the positive side
+
+    row = tl.arange(0, ROWS)
+    queries = q_ptr + batch * stride_qb + kv_head.to(tl.int64) * GROUP * stride_qh
+    q = load_group(queries, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D)
+    side = -(dot(normal, tl.trans(q)) > 0.0).to(tl.int32)  # all bits, or none
+    sides = side_ptr + (group * GROUP + row[None, :]) * num_planes + plane[:, None]
+    tl.store(sides, side, mask=there[:, None] & (row[None, :] < GROUP))
+
+    keys = k_ptr + batch * stride_kb + kv_head.to(tl.int64) * stride_kh
+    codes = code_ptr + group * num_planes * words + plane.to(tl.int64) * words
+    if tl.load(since_ptr) == 0:
+        bit = tl.arange(0, BITS)
+        for start in range(0, length, BLOCK_N):
+            token = start + tl.arange(0, BLOCK_N)
+            k = load_keys(keys, token.to(tl.int64) * stride_kn, token < length, D, BLOCK_D)
+            positive = (dot(normal, k) > offset[:, None]) & (token < length)[None, :]
+            by_word = positive.to(tl.int32).reshape(PLANES, BLOCK_N // BITS, BITS) << bit[None, None, :]
+            word = start // BITS + tl.arange(0, BLOCK_N // BITS)
+            tl.store(codes[:, None] + word[None, :], tl.sum(by_word, 2), mask=there[:, None] & (word < words)[None, :])
+    elif length > 0:
+        newest = length - 1
+        k = tl.load(keys + newest.to(tl.int64) * stride_kn + dim, mask=dim < D, other=0.0)
+        positive = (tl.sum(normal.to(tl.float32) * k.to(tl.float32)[None, :], 1) > offset).to(tl.int32)
+        place = codes + newest // BITS
+        word = tl.load(place, mask=there, other=0) & ~(1 << newest % BITS)
+        tl.store(place, word | (positive << newest % BITS), mask=there)
+
+
+@triton.jit
+def _arccos(x):
+    """For x from 0 to 1, within 2e-8: Abramowitz and Stegun, 4.4.46."""
+    series = -0.0012624911 * x + 0.0066700901
+    series = series * x - 0.0170881256
+    series = series * x + 0.0308918810
+    series = series * x - 0.0501743046
+    series = series * x + 0.0889789874
+    series = series * x - 0.2145988016
+    series = series * x + 1.5707963050
+    return tl.sqrt(1.0 - x) * series
+
+
+@triton.jit
+def _inclusion(cosine, K: tl.constexpr, L: tl.constexpr, THRESHOLD: tl.constexpr):
+    """The probability that at least THRESHOLD of L codes of K bits are equal."""
+    angle = _arccos(tl.minimum(tl.abs(cosine), 1.0)) * 0.3183098861837907  # of pi
+    equal = tl.where(cosine < 0.0, angle, 1.0 - angle)
+    t = equal
+    for _ in tl.static_range(1, K):
+        t *= equal
+    t = tl.minimum(t, 1.0 - 1e-6)
+    odds = t / (1.0 - t)
+    term = odds * 0.0 + 1.0  # P[so many hits] / P[no hit]
+    fewer = term
+    for hits in tl.static_range(1, THRESHOLD):
+        term *= odds * ((L - hits + 1) / hits)
+        fewer += term
+    enough = term * 0.0
+    for hits in tl.static_range(THRESHOLD, THRESHOLD + 12):
+        term *= odds * ((L - hits + 1) / hits)
+        enough += term
+    none = tl.exp2(L * tl.log2(1.0 - t))
+    return tl.where(L * t < 2.0, none * enough, 1.0 - none * fewer)  # each where it loses no digits
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _sample_words(
+    codes, sides, word, inside, words, num_planes,
+    GROUP: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr, L: tl.constexpr, THRESHOLD: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+):  # fmt: skip
+    """For each query head and word of 32 tokens, whose codes are equal in THRESHOLD tables: `[MEMBERS, NUM_WORDS]`."""
+    member = tl.arange(0, MEMBERS)
+    once = tl.zeros([MEMBERS, NUM_WORDS], tl.int32)
+    twice = once
+    thrice = once
+    often = once
+    for table in range(0, L):
+        miss = tl.zeros([MEMBERS, NUM_WORDS], tl.int32)
+        for bit in tl.static_range(0, K):
+            plane = table * K + bit
+            code = tl.load(codes + plane.to(tl.int64) * words + word, mask=inside, other=0)
+            side = tl.load(sides + member * num_planes + plane, mask=member < GROUP, other=0)
+            miss |= code[None, :] ^ side[:, None]
+        hit = ~miss
+        if THRESHOLD > 3:
+            often |= thrice & hit
+        if THRESHOLD > 2:
+            thrice |= twice & hit
+        if THRESHOLD > 1:
+            twice |= once & hit
+        once |= hit
+    return once if THRESHOLD == 1 else twice if THRESHOLD == 2 else thrice if THRESHOLD == 3 else often
+
+
+@triton.jit
+def _sample(
+    q_ptr, k_ptr, v_ptr, center_ptr, code_ptr, side_ptr, since_ptr, edge_ptr, mask_ptr, length_ptr, list_ptr, who_ptr,
+    acc_ptr, stat_ptr, scale, epsilon, slots, words, splits, listed_slots,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb,
+    stride_mn,
+    PAIRS: tl.constexpr, PAIRS_PER_KV_HEAD: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    THRESHOLD: tl.constexpr, EXACT: tl.constexpr, NUM_WORDS: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
+    HIDES: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: GROUP query heads of one kv head, and one split of its tokens."""
+    after_previous(PDL)
+    split = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    kv_head = pair // PAIRS_PER_KV_HEAD
+    group = batch * (PAIRS // PAIRS_PER_KV_HEAD) + kv_head
+    head = (batch * PAIRS + pair) * GROUP
+    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+    first_dynamic = tl.load(edge_ptr + batch * 2)
+    first_recent = tl.load(edge_ptr + batch * 2 + 1)
+    since = tl.load(since_ptr)
+    since = tl.where(since == 0, length, since)
+    if (split == 0) & (pair == 0) & (batch == 0):
+        tl.store(since_ptr, since)  # whoever reads it meanwhile reads 0, which means the same here
+
+    q = load_group(q_ptr + batch * stride_qb + pair * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D)
+    dim = tl.arange(0, BLOCK_D)
+    center = tl.load(center_ptr + group * D + dim, mask=dim < D, other=0.0)
+    query = q.to(tl.float32)
+    query_norm = tl.sqrt(tl.sum(query * query, 1))  # [ROWS]
+    query_center = tl.sum(query * center[None, :], 1)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    row = tl.arange(0, ROWS)
+    bit = tl.arange(0, BITS)
+    member = tl.arange(0, MEMBERS)
+    keys = k_ptr + batch * stride_kb + kv_head * stride_kh
+    values = v_ptr + batch * stride_vb + kv_head * stride_vh
+    codes = code_ptr + group * L * K * words
+    sides = side_ptr + head * L * K
+    masks = mask_ptr
+    if MASK != "none":
+        masks += batch * stride_mb
+
+    live = tl.cdiv(length, BITS)
+    chunk = tl.cdiv(tl.cdiv(live, NUM_WORDS), splits) * NUM_WORDS
+    end = tl.minimum(split * chunk + chunk, live)
+    for start in range(split * chunk, end, NUM_WORDS):
+        # Look for tokens, and list them
+        word = start + tl.arange(0, NUM_WORDS)
+        sampled = _sample_words(
+            codes, sides, word, word < end, words, L * K, GROUP, MEMBERS, K, L, THRESHOLD, NUM_WORDS
+        )  # [MEMBERS, NUM_WORDS]
+        token = word[:, None] * BITS + bit[None, :]  # [NUM_WORDS, 32]
+        valid, _unbiased = mask_tile(masks, token * stride_mn, (token < length) & (word < end)[:, None], MASK, HIDES)
+        is_static = (token < first_dynamic) | (token >= first_recent)
+        if EXACT:
+            is_static |= token >= since - 1
+        by_member = ((sampled[:, :, None] >> bit[None, None, :]) & 1) << member[:, None, None]
+        who = tl.where(is_static, STATIC, tl.sum(by_member, 0))
+        found = valid & (who != 0)
+        place = (batch * PAIRS + pair) * listed_slots + start * BITS
+        entry = place + running_sum(found.to(tl.int32)) - 1
+        tl.store(list_ptr + entry, token, mask=found)
+        tl.store(who_ptr + entry, who, mask=found)
+        listed = tile_sum(found.to(tl.int32))
+        tl.debug_barrier()
+
+        # Attend to them
+        for at in range(0, listed, BLOCK_N):
+            listing = at + tl.arange(0, BLOCK_N)
+            inside = listing < listed
+            found_token = tl.load(list_ptr + place + listing, mask=inside, other=0)
+            found_by = tl.load(who_ptr + place + listing, mask=inside, other=0)
+            cache_row = found_token.to(tl.int64)
+            k = load_keys(keys, cache_row * stride_kn, inside, D, BLOCK_D)
+            v = load_values(values, cache_row * stride_vn, inside, D, BLOCK_D)
+            _visible, bias = mask_tile(masks, found_token * stride_mn, inside, MASK, HIDES)
+            product = dot(q, k)
+            score = (cap(product * scale, CAP) + bias[None, :]) * LOG2E
+            from_center = k.to(tl.float32) - center[:, None]
+            norms = query_norm[:, None] * tl.sqrt(tl.sum(from_center * from_center, 0))[None, :]
+            cosine = tl.where(norms > 0.0, (product - query_center[:, None]) / norms, 0.0)
+            chance = _inclusion(cosine, K, L, THRESHOLD)
+            weighted = score - tl.log2(tl.maximum(chance, 1e-30) + epsilon)
+            mine = inside[None, :] & (((found_by[None, :] >> row[:, None]) & 1) != 0)
+            score = tl.where((inside & (found_by == STATIC))[None, :], score, tl.where(mine, weighted, float("-inf")))
+            m, l, acc = weigh_tile(score, v, inside, m, l, acc, "none")
+    store_split(m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, True)
+
+
+def attend(
+    call: Call[Tensor], selection: Selection, method: Lsh, planes: Tensor, center: Tensor, codes: Tensor, since: Tensor
+) -> Tensor:
+    """Attention to a sample `[B, Hq, 1, D]`. Also brings what is kept up to date: see `Lsh.summarize`."""
+    q, k, v, length, mask, scale, sink_logit, softcap = arguments(call)
+    check_rows(k, v)
+    batch, num_heads, _, head_dim = q.shape
+    num_kv_heads, slots = k.shape[1:3]
+    group, words, num_planes = num_heads // num_kv_heads, codes.shape[4], method.l * method.k
+    block_d, device = padded_dim(head_dim), q.device
+    (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
+
+    edges = q.new_empty(batch, 2, dtype=torch.int32)
+    _prepare[(num_kv_heads, batch)](
+        k, mask_data, length, since, center, edges, slots, *k.stride()[:3], *stride_m, selection.sinks,
+        selection.recent, NUM_KV_HEADS=num_kv_heads, D=head_dim, BLOCK_D=block_d, BLOCK_N=64, **mask_kind,
+        num_warps=4, **overlap(device),
+    )  # fmt: skip
+    sides = q.new_empty(batch, num_heads, num_planes, dtype=torch.int32)
+    block_n = max(WORD, tile_tokens(k, stage_bytes=2**16))
+    _hash[(triton.cdiv(num_planes, 64), num_kv_heads, batch)](
+        q, k, planes, center, length, since, codes, sides, slots, words, num_planes,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3],
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, ROWS=padded_rows(group), D=head_dim, BLOCK_D=block_d, PLANES=64,
+        BLOCK_N=block_n, num_warps=4, num_stages=2, **overlap(device),
+    )  # fmt: skip
+    heads = max(few for few in range(1, MOST_HEADS + 1) if group % few == 0)
+    pairs, num_words = num_heads // heads, 64 if heads <= 4 else 32
+    splits = num_splits(device, batch * pairs, triton.cdiv(words, num_words), per_processor=4)
+    listed = q.new_empty(2, batch, pairs, words * WORD, dtype=torch.int32)
+    acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
+    stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
+    _sample[(splits, pairs, batch)](
+        q, k, v, center, codes, sides, since, edges, mask_data, length, listed[0], listed[1], acc, stats, scale,
+        method.epsilon, slots, words, splits, words * WORD,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m,
+        PAIRS=pairs, PAIRS_PER_KV_HEAD=pairs // num_kv_heads, GROUP=heads, MEMBERS=triton.next_power_of_2(heads),
+        ROWS=padded_rows(heads), D=head_dim, BLOCK_D=block_d, K=method.k, L=method.l, THRESHOLD=method.threshold,
+        EXACT=method.decoded == "exact", NUM_WORDS=num_words, BLOCK_N=min(64, tile_tokens(k, stage_bytes=2**15)),
+        **mask_kind, CAP=softcap, num_warps=4, num_stages=1, **overlap(device),
+    )  # fmt: skip
+    out = q.new_empty(q.shape)
+    merge(Splits(stats, acc), sink_logit, out)
+    return out
