@@ -1,9 +1,12 @@
 """What only a GPU shows: CUDA graphs without a skip, one launch a step, and large shapes against the reference ops."""
 
+import copy
+
 import pytest
 import torch
 from families import FAMILIES
 from models import decode_logits, family_model, family_pair, prefilled, random_tokens, tiny_model
+from recorder import Recorder
 from torch._dynamo.utils import counters
 
 import tidal_compile as tc
@@ -89,33 +92,40 @@ def test_every_method_is_captured_and_equals_the_reference_ops(name, cudagraph_o
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_what_is_kept_follows_the_cache(cudagraph_or_error):
-    """Pages in one and two levels: two caches in turn, filled again, set back, and reordered, against the definitions."""
-    model = tiny_model(device="cuda", num_hidden_layers=3)
-    layers = {"0": {"role": "select", "page": 8}, "1": "reuse", "2": {"role": "select", "keep": 2.0, "share": "layer"}}
-    defaults = {"by": "pages", "budget": 24, "sinks": 2, "recent": 3}
-    policy = tc.Policy.from_dict({"num_layers": 3, "layers": layers, "defaults": defaults})
+KEPT = {
+    "pages": {"0": {"role": "select", "page": 8}, "1": "reuse", "2": {"role": "select", "keep": 2.0, "share": "layer"}},
+    "lsh": {"0": {"role": "select", "k": 4, "l": 30}, "1": {"role": "select", "k": 3, "l": 20, "decoded": "exact"}, "2": "full"},
+}  # fmt: skip
 
-    def logits(step):
-        found = []
+
+@pytest.mark.parametrize("by", KEPT)
+def test_what_is_kept_follows_the_cache(by, cudagraph_or_error):
+    """Pages in one and two levels, and hashes: two caches in turn, filled again, set back, and reordered, as on a CPU."""
+    defaults = {"by": by, "budget": 24, "sinks": 2, "recent": 3}
+    policy = tc.Policy.from_dict({"num_layers": 3, "layers": KEPT[by], "defaults": defaults})
+
+    def logits(model, step):
+        found, device = [], model.device
         with torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True):
-            caches = [prefilled(model, on_gpu(random_tokens(2, 60, seed=seed)), 128) for seed in (1, 2)]
+            caches = [prefilled(model, random_tokens(2, 60, seed=seed).to(device), 128) for seed in (1, 2)]
             for turn in range(6):
-                found.append(decode_logits(step, caches[turn % 2], on_gpu(random_tokens(2, 5, seed=turn))))
+                found.append(decode_logits(step, caches[turn % 2], random_tokens(2, 5, seed=turn).to(device)))
             with torch.no_grad():
                 caches[0].reset()
-                model(input_ids=on_gpu(random_tokens(2, 75, seed=3)), past_key_values=caches[0], use_cache=True)
-            found.append(decode_logits(step, caches[0], on_gpu(random_tokens(2, 9, seed=7))))
+                model(input_ids=random_tokens(2, 75, seed=3).to(device), past_key_values=caches[0], use_cache=True)
+            found.append(decode_logits(step, caches[0], random_tokens(2, 9, seed=7).to(device)))
             for layer in caches[0].layers:
                 layer.cumulative_length.fill_(75)
-            found.append(decode_logits(step, caches[0], on_gpu(random_tokens(2, 9, seed=8))))
-            caches[0].reorder_cache(on_gpu(torch.tensor([1, 0])))
-            found.append(decode_logits(step, caches[0], on_gpu(random_tokens(2, 9, seed=9))))
+            found.append(decode_logits(step, caches[0], random_tokens(2, 9, seed=8).to(device)))
+            caches[0].reorder_cache(torch.tensor([1, 0], device=device))
+            found.append(decode_logits(step, caches[0], random_tokens(2, 9, seed=9).to(device)))
         torch._dynamo.reset()
-        return torch.cat(found, 1)
+        return torch.cat(found, 1).cpu()
 
-    got = logits(torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy}))
-    expected = logits(torch.compile(model, backend=reference_backend(policy), fullgraph=True))
+    model = tiny_model(device="cuda", num_hidden_layers=3)
+    same = copy.deepcopy(model).cpu()
+    got = logits(model, torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy}))
+    expected = logits(same, torch.compile(same, backend=Recorder(policy=policy), fullgraph=True))
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 

@@ -63,10 +63,10 @@ class Lsh(Method):
         """Hyperplanes `[l, k, D]`, and room for what the next step makes of the keys, since it knows which are live.
 
         The mean `[B, Hkv, D]` float32; of each hyperplane, on which side of it the keys are, a bit a slot
-        `[B, Hkv, l, k, S / 32]` int32; and the live slots at the first step, 0 before it: `[1]` int32.
+        `[B, Hkv, l, k, >= S / 32]` int32; and the live slots at the first step, 0 before it: `[1]` int32.
         """
         batch, num_kv_heads, slots, head_dim = key.shape
-        words = -(-slots // WORD)
+        words = -(-slots // (16 * WORD)) * 16  # rows are aligned, for wide loads
         return (
             _torch().tensor(normals(self.l, self.k, head_dim, self.seed), device=key.device, dtype=key.dtype),
             key.new_zeros(batch, num_kv_heads, head_dim, dtype=_torch().float32),

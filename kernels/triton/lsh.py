@@ -42,6 +42,7 @@ from .split import (
 )
 
 BITS = tl.constexpr(WORD)
+PARTS = tl.constexpr(8)  # of the tables: each of as many warps takes one
 STATIC = tl.constexpr(-(2**31))  # of a listed token: every head attends to it as it is
 MOST_HEADS = 16  # query heads of a program: a listed token has a bit for each
 
@@ -105,40 +106,45 @@ def _prepare(
 
 @triton.jit
 def _hash(
-    q_ptr, k_ptr, plane_ptr, center_ptr, length_ptr, since_ptr, code_ptr, side_ptr, slots, words, num_planes,
+    q_ptr, k_ptr, plane_ptr, center_ptr, length_ptr, since_ptr, code_ptr, query_code_ptr, slots, words,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PLANES: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, L: tl.constexpr, TABLES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: PLANES hyperplanes, and one kv head with its query heads."""
+    """One program: the hyperplanes of TABLES tables, and one kv head with its query heads."""
     after_previous(PDL)
     kv_head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     group = batch * NUM_KV_HEADS + kv_head
     length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
-    plane = tl.program_id(0) * PLANES + tl.arange(0, PLANES)
-    there = plane < num_planes
+    number = tl.arange(0, TABLES * BLOCK_K)
+    table, bit = tl.program_id(0) * TABLES + number // BLOCK_K, number % BLOCK_K
+    there = (table < L) & (bit < K)
+    plane = table * K + bit
     dim = tl.arange(0, BLOCK_D)
     normal = tl.load(plane_ptr + plane[:, None] * D + dim[None, :], mask=there[:, None] & (dim[None, :] < D), other=0.0)
     center = tl.load(center_ptr + group * D + dim, mask=dim < D, other=0.0)
-    offset = tl.sum(normal.to(tl.float32) * center[None, :], 1)  # [PLANES]: keys beyond it are on the positive side
+    offset = tl.sum(normal.to(tl.float32) * center[None, :], 1)  # keys beyond it are on the positive side
 
     row = tl.arange(0, ROWS)
     queries = q_ptr + batch * stride_qb + kv_head.to(tl.int64) * GROUP * stride_qh
     q = load_group(queries, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D)
-    side = -(dot(normal, tl.trans(q)) > 0.0).to(tl.int32)  # all bits, or none
-    sides = side_ptr + (group * GROUP + row[None, :]) * num_planes + plane[:, None]
-    tl.store(sides, side, mask=there[:, None] & (row[None, :] < GROUP))
+    bits = (dot(normal, tl.trans(q)) > 0.0).to(tl.int32) << bit[:, None]  # [TABLES BLOCK_K, ROWS]
+    code = tl.sum(bits.reshape(TABLES, BLOCK_K, ROWS), 1)
+    of = tl.program_id(0) * TABLES + tl.arange(0, TABLES)[:, None]
+    code_at = query_code_ptr + (group * GROUP + row[None, :]) * L + of
+    tl.store(code_at, code, mask=(of < L) & (row[None, :] < GROUP))
 
     keys = k_ptr + batch * stride_kb + kv_head.to(tl.int64) * stride_kh
-    codes = code_ptr + group * num_planes * words + plane.to(tl.int64) * words
+    codes = code_ptr + (group * L * K + plane.to(tl.int64)) * words
     if tl.load(since_ptr) == 0:
-        bit = tl.arange(0, BITS)
+        lane = tl.arange(0, BITS)
         for start in range(0, length, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
             k = load_keys(keys, token.to(tl.int64) * stride_kn, token < length, D, BLOCK_D)
             positive = (dot(normal, k) > offset[:, None]) & (token < length)[None, :]
-            by_word = positive.to(tl.int32).reshape(PLANES, BLOCK_N // BITS, BITS) << bit[None, None, :]
+            by_word = positive.to(tl.int32).reshape(TABLES * BLOCK_K, BLOCK_N // BITS, BITS) << lane[None, None, :]
             word = start // BITS + tl.arange(0, BLOCK_N // BITS)
             tl.store(codes[:, None] + word[None, :], tl.sum(by_word, 2), mask=there[:, None] & (word < words)[None, :])
     elif length > 0:
@@ -187,29 +193,42 @@ def _inclusion(cosine, K: tl.constexpr, L: tl.constexpr, THRESHOLD: tl.constexpr
 
 
 @triton.jit
-def _or(a, b):
-    return a | b
+def _hits_of_both(a1, a2, a3, a4, b1, b2, b3, b4):
+    """Who has 1, 2, 3 and 4 hits or more, from who has as many in some tables and in others."""
+    return (
+        a1 | b1,
+        a2 | b2 | (a1 & b1),
+        a3 | b3 | (a2 & b1) | (a1 & b2),
+        a4 | b4 | (a3 & b1) | (a2 & b2) | (a1 & b3),
+    )
 
 
 @triton.jit
 def _sample_words(
-    codes, sides, word, inside, words, num_planes,
+    codes, queries, word, words,
     GROUP: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr, L: tl.constexpr, THRESHOLD: tl.constexpr,
     NUM_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """For each query head and word of 32 tokens, whose codes are equal in THRESHOLD tables: `[MEMBERS, NUM_WORDS]`."""
-    member = tl.arange(0, MEMBERS)
-    once = tl.zeros([MEMBERS, NUM_WORDS], tl.int32)
+    """For each query head and word of 32 tokens, whose codes are equal in THRESHOLD tables: `[MEMBERS, NUM_WORDS]`.
+
+    Each warp looks at a part of the tables. Codes are loaded as `[PARTS, 1, NUM_WORDS]`, so that a thread has all heads
+    of its words, loads them once, and takes no barrier.
+    """
+    part = tl.arange(0, PARTS)[:, None, None]
+    member = tl.arange(0, MEMBERS)[None, :, None]
+    there = (word // 16 * 16 < words)[None, None, :]  # rows have a multiple of 16: so that loads are wide
+    once = tl.zeros([PARTS, MEMBERS, NUM_WORDS], tl.int32)
     twice = once
     thrice = once
     often = once
-    for table in range(0, L):
-        miss = tl.zeros([MEMBERS, NUM_WORDS], tl.int32)
+    for first in range(0, L, PARTS):
+        table = first + part
+        query = tl.load(queries + member * L + table, mask=(member < GROUP) & (table < L), other=0)  # its code
+        miss = tl.zeros([PARTS, MEMBERS, NUM_WORDS], tl.int32) - (table >= L).to(tl.int32)
         for bit in tl.static_range(0, K):
-            plane = table * K + bit
-            code = tl.load(codes + plane.to(tl.int64) * words + word, mask=inside, other=0)
-            side = tl.load(sides + member * num_planes + plane, mask=member < GROUP, other=0)
-            miss |= code[None, :] ^ side[:, None]
+            plane = codes + (table * K + bit).to(tl.int64) * words
+            code = tl.load(plane + word[None, None, :], mask=there & (table < L), other=0)
+            miss |= code ^ (0 - ((query >> bit) & 1))
         hit = ~miss
         if THRESHOLD > 3:
             often |= thrice & hit
@@ -218,13 +237,14 @@ def _sample_words(
         if THRESHOLD > 1:
             twice |= once & hit
         once |= hit
+    once, twice, thrice, often = tl.reduce((once, twice, thrice, often), 0, _hits_of_both)
     return once if THRESHOLD == 1 else twice if THRESHOLD == 2 else thrice if THRESHOLD == 3 else often
 
 
 @triton.jit
 def _sample(
-    q_ptr, k_ptr, v_ptr, center_ptr, code_ptr, side_ptr, since_ptr, edge_ptr, mask_ptr, length_ptr, list_ptr, who_ptr,
-    acc_ptr, stat_ptr, scale, epsilon, slots, words, splits, listed_slots,
+    q_ptr, k_ptr, v_ptr, center_ptr, code_ptr, query_code_ptr, since_ptr, edge_ptr, mask_ptr, length_ptr, list_ptr,
+    who_ptr, acc_ptr, stat_ptr, scale, epsilon, slots, words, splits, listed_slots,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb,
     stride_mn,
     PAIRS: tl.constexpr, PAIRS_PER_KV_HEAD: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr,
@@ -263,7 +283,7 @@ def _sample(
     keys = k_ptr + batch * stride_kb + kv_head * stride_kh
     values = v_ptr + batch * stride_vb + kv_head * stride_vh
     codes = code_ptr + group * L * K * words
-    sides = side_ptr + head * L * K
+    queries = query_code_ptr + head * L
     masks = mask_ptr
     if MASK != "none":
         masks += batch * stride_mb
@@ -275,7 +295,7 @@ def _sample(
         # Look for tokens, and list them
         word = start + tl.arange(0, NUM_WORDS)
         sampled = _sample_words(
-            codes, sides, word, word < end, words, L * K, GROUP, MEMBERS, K, L, THRESHOLD, NUM_WORDS
+            codes, queries, word, words, GROUP, MEMBERS, K, L, THRESHOLD, NUM_WORDS
         )  # [MEMBERS, NUM_WORDS]
         token = word[:, None] * BITS + bit[None, :]  # [NUM_WORDS, 32]
         valid, _unbiased = mask_tile(masks, token * stride_mn, (token < length) & (word < end)[:, None], MASK, HIDES)
@@ -323,7 +343,7 @@ def attend(
     check_rows(k, v)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
-    group, words, num_planes = num_heads // num_kv_heads, codes.shape[4], method.l * method.k
+    group, words = num_heads // num_kv_heads, codes.shape[4]
     block_d, device = padded_dim(head_dim), q.device
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
 
@@ -333,28 +353,32 @@ def attend(
         selection.recent, NUM_KV_HEADS=num_kv_heads, D=head_dim, BLOCK_D=block_d, BLOCK_N=64, **mask_kind,
         num_warps=4, **overlap(device),
     )  # fmt: skip
-    sides = q.new_empty(batch, num_heads, num_planes, dtype=torch.int32)
-    block_n = max(WORD, tile_tokens(k, stage_bytes=2**16))
-    _hash[(triton.cdiv(num_planes, 64), num_kv_heads, batch)](
-        q, k, planes, center, length, since, codes, sides, slots, words, num_planes,
+    query_codes = q.new_empty(batch, num_heads, method.l, dtype=torch.int32)
+    block_k = triton.next_power_of_2(method.k)
+    tables = 64 // block_k
+    _hash[(triton.cdiv(method.l, tables), num_kv_heads, batch)](
+        q, k, planes, center, length, since, codes, query_codes, slots, words,
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3],
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, ROWS=padded_rows(group), D=head_dim, BLOCK_D=block_d, PLANES=64,
-        BLOCK_N=block_n, num_warps=4, num_stages=2, **overlap(device),
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, ROWS=padded_rows(group), D=head_dim, BLOCK_D=block_d, K=method.k,
+        L=method.l, TABLES=tables, BLOCK_K=block_k, BLOCK_N=max(WORD, tile_tokens(k, stage_bytes=2**16)), num_warps=4,
+        num_stages=2, **overlap(device),
     )  # fmt: skip
     heads = max(few for few in range(1, MOST_HEADS + 1) if group % few == 0)
-    pairs, num_words = num_heads // heads, 64 if heads <= 4 else 32
+    pairs, members = num_heads // heads, triton.next_power_of_2(heads)
+    num_words = 128 if members <= 4 else 64 if members <= 8 else WORD
     splits = num_splits(device, batch * pairs, triton.cdiv(words, num_words), per_processor=4)
     listed = q.new_empty(2, batch, pairs, words * WORD, dtype=torch.int32)
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
     _sample[(splits, pairs, batch)](
-        q, k, v, center, codes, sides, since, edges, mask_data, length, listed[0], listed[1], acc, stats, scale,
+        q, k, v, center, codes, query_codes, since, edges, mask_data, length, listed[0], listed[1], acc, stats, scale,
         method.epsilon, slots, words, splits, words * WORD,
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m,
-        PAIRS=pairs, PAIRS_PER_KV_HEAD=pairs // num_kv_heads, GROUP=heads, MEMBERS=triton.next_power_of_2(heads),
+        PAIRS=pairs, PAIRS_PER_KV_HEAD=pairs // num_kv_heads, GROUP=heads, MEMBERS=members,
         ROWS=padded_rows(heads), D=head_dim, BLOCK_D=block_d, K=method.k, L=method.l, THRESHOLD=method.threshold,
         EXACT=method.decoded == "exact", NUM_WORDS=num_words, BLOCK_N=min(64, tile_tokens(k, stage_bytes=2**15)),
-        **mask_kind, CAP=softcap, num_warps=4, num_stages=1, **overlap(device),
+        **mask_kind, CAP=softcap, num_warps=PARTS.value, num_stages=1, maxnreg=128,
+        **overlap(device),
     )  # fmt: skip
     out = q.new_empty(q.shape)
     merge(Splits(stats, acc), sink_logit, out)
