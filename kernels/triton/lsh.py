@@ -365,7 +365,7 @@ def attend(
     )  # fmt: skip
     heads = max(few for few in range(1, MOST_HEADS + 1) if group % few == 0)
     pairs, members = num_heads // heads, triton.next_power_of_2(heads)
-    num_words = 128 if members <= 4 else 64 if members <= 8 else WORD
+    num_words = 64 if members <= 4 else WORD
     splits = num_splits(device, batch * pairs, triton.cdiv(words, num_words), per_processor=4)
     listed = q.new_empty(2, batch, pairs, words * WORD, dtype=torch.int32)
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
@@ -377,7 +377,7 @@ def attend(
         PAIRS=pairs, PAIRS_PER_KV_HEAD=pairs // num_kv_heads, GROUP=heads, MEMBERS=members,
         ROWS=padded_rows(heads), D=head_dim, BLOCK_D=block_d, K=method.k, L=method.l, THRESHOLD=method.threshold,
         EXACT=method.decoded == "exact", NUM_WORDS=num_words, BLOCK_N=min(64, tile_tokens(k, stage_bytes=2**15)),
-        **mask_kind, CAP=softcap, num_warps=PARTS.value, num_stages=1, maxnreg=128,
+        **mask_kind, CAP=softcap, num_warps=PARTS.value, num_stages=1,
         **overlap(device),
     )  # fmt: skip
     out = q.new_empty(q.shape)
