@@ -1,8 +1,8 @@
-"""Policies of every way to choose tokens that read as many bytes a step: SmolLM2, 4,096 tokens, a quarter of the cache.
+"""Policies of every way to choose tokens that read as many bytes a step: a quarter of the cache, SmolLM2, 4,096 tokens.
 
-`python benchmarks/equal_bytes.py` writes them to benchmarks/policies/equal-bytes/. Each is a preset, or a shipped policy,
-with the largest budget at which its step reads no more than `SHARE` of the keys and values; without one that reads so
-little at any budget, as where half the cache is scanned in every layer, there is none. To compare them:
+`python benchmarks/equal_bytes.py` writes them to benchmarks/policies/equal-bytes/. Each is a preset or a shipped policy
+with the largest budget at which its step reads no more than `SHARE` of the keys and values. There is none of what reads
+more at any budget: `topk` scans half the cache, `omnikv` has too many dense layers. To compare them:
 
     tidal-compile eval perplexity --model smollm2 --length 4096 --seeds 2 $(printf -- '--policy %s ' \
         benchmarks/policies/equal-bytes/*.yaml)
@@ -38,9 +38,7 @@ def main() -> None:
 
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
-        fitting = [
-            budget for budget in range(16, LENGTH, 16) if share(at_budget(name, budget, num_layers)) <= SHARE
-        ]
+        fitting = [budget for budget in range(16, LENGTH, 16) if share(at_budget(name, budget, num_layers)) <= SHARE]
         if not fitting:
             print(f"{name}: none; at a budget of 16 it reads {share(at_budget(name, 16, num_layers)):.0%}")
             continue

@@ -228,6 +228,22 @@ def flat_summary():
     return f"{table}\nSources: answers from {needle_source}; KL from {prediction_source}.\n"
 
 
+def equal_bytes_summary():
+    """Every way to choose tokens at as many bytes a step: what dense answers that a policy answers too, and its KL."""
+    needles, needle_source = evaluation("equal-bytes-needle")
+    predictions, prediction_source = evaluation("equal-bytes-perplexity")
+    rows = []
+    for one in predictions:
+        name, _, budget = one["subject"].partition(" @")
+        if one["task"] == "text" and budget:
+            kl = [_row(predictions, task, LENGTH, None, name, budget)["kl"] for task in ("text", "answers")]
+            kept = _kept_by_task(needles, name, budget)
+            rows.append((f"`{name}`", budget, f"{one['kv_share']:.0%}", *kept, *(f"{far:.4f}" for far in kl)))
+    rows.sort(key=lambda row: float(row[-2]))
+    table = markdown(("policy", "budget", *QUALITY), rows)
+    return f"{table}\nSources: answers from {needle_source}; KL from {prediction_source}.\n"
+
+
 QUALITY = ("KV cache read", "pass keys kept", "needles kept", "KL on prose", "KL on answers")
 NEEDLES = {"passkey": "pass key", "needle": "needle in a text"}
 ASKED = {"dense": "with the prompt", "sparse": "decoded"}
@@ -301,7 +317,8 @@ SECTIONS = {
     "decode summary": decode_summary, "kernel summary": kernel_summary, "method summary": method_summary,
     "paper summary": paper_summary,
     "decode tables": decode_tables, "kernel tables": kernel_tables,
-    "needle summary": needle_summary, "flat summary": flat_summary, "steps summary": steps_summary, "index": index,
+    "needle summary": needle_summary, "flat summary": flat_summary,
+    "equal bytes summary": equal_bytes_summary, "steps summary": steps_summary, "index": index,
 }  # fmt: skip
 
 

@@ -82,6 +82,8 @@ def _row(decision: Decision) -> Row:
         return Row(decision.layer, "full", None, "all", "", kv_heads, "", output="full")
     selection = role.selection
     budget = f"max({selection.budget}, {selection.ratio:g} x live)" if selection.ratio else str(selection.budget)
+    if role.method.attends:
+        budget = "sampled"
     share = selection.share + ("" if selection.pool == "sum" else f", {selection.pool}")
     return Row(
         decision.layer, role.role, role.source, budget, share, kv_heads, "", role.heads, role.describe_method(),

@@ -94,7 +94,7 @@ def cases_of(
         policy, plan = followed(calls, shape.num_layers, options)
         case = Variant(f"tidal: {policy.name}", policy, plan)
         for chosen in [policy.with_budget(budget) for budget in budgets] if case.chooses and budgets else [policy]:
-            own = {role.selection.budget for role in chosen.roles if role.role == "select"}
+            own = {role.selection.budget for role in chosen.roles if role.role == "select" and not role.method.attends}
             name = case.name + (f" {max(own)}" if own else "")
             cases.append(Variant(name, chosen, make_plan(calls, chosen.roles)))
     return cases
