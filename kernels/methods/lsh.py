@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..call import Call, Selection
 
 WORD = 32  # tokens whose bits of one hyperplane stand in one int32
+MOST_WORDS = 2**22  # that the definition looks at in one go
 DECODED = ("sampled", "exact")
 
 
@@ -149,18 +150,36 @@ class Lsh(Method):
         num_kv_heads, words = call.key.shape[1], -(-n // WORD)
         rows = call.query.float().reshape(batch, num_kv_heads, -1, head_dim)  # [B, Hkv, g T, D]
         sides = -(torch.einsum("lkd,bhrd->bhrlk", planes.float(), rows) > 0).int()  # 0, or all bits
-        levels = [torch.zeros(*rows.shape[:3], words, dtype=torch.int32, device=rows.device)] * self.threshold
-        for table in range(self.l):
-            miss = torch.zeros_like(levels[0])
+        levels: list[Tensor] = []
+        at_once = max(1, MOST_WORDS // max(1, batch * num_kv_heads * rows.shape[2] * words))  # tables
+        for first in range(0, self.l, at_once):
+            some = slice(first, first + at_once)
+            miss = torch.zeros(1, dtype=torch.int32, device=rows.device)
             for bit in range(self.k):
-                miss |= codes[:, :, None, table, bit, :words] ^ sides[..., table, bit, None]
-            hit = ~miss
-            for level in range(self.threshold - 1, 0, -1):  # one more hit where there were `level` before
-                levels[level] = levels[level] | (levels[level - 1] & hit)
-            levels[0] = levels[0] | hit
+                miss = miss | (codes[:, :, None, some, bit, :words] ^ sides[..., some, bit, None])
+            hits = [~miss]  # [B, Hkv, g T, tables, words]
+            while hits[0].shape[3] > 1:  # of every two tables
+                hits = [torch.nn.functional.pad(one, (0, 0, 0, one.shape[3] % 2)) for one in hits]
+                hits = _hits_of_both(*([one[..., half::2, :] for one in hits] for half in (0, 1)), self.threshold)
+            levels = _hits_of_both(levels, [one[..., 0, :] for one in hits], self.threshold)
+        if len(levels) < self.threshold:
+            levels.append(torch.zeros_like(levels[0]))
         bits = (levels[-1][..., None] >> torch.arange(WORD, device=rows.device)) & 1
         sampled = bits.flatten(3).bool()[..., :n]
         return sampled.view(batch, num_kv_heads, num_heads // num_kv_heads, num_tokens, n)
+
+
+def _hits_of_both(some: list[Tensor], others: list[Tensor], most: int) -> list[Tensor]:
+    """Words of who has 1, 2, ... hits or more, up to `most`, from those of some tables and those of others."""
+    levels = []
+    for hits in range(1, min(most, len(some) + len(others)) + 1):
+        both = [
+            some[one - 1] & others[hits - one - 1]
+            for one in range(max(1, hits - len(others)), min(hits, len(some) + 1))
+        ]
+        alone = [levels_of[hits - 1] for levels_of in (some, others) if len(levels_of) >= hits]
+        levels.append(functools.reduce(lambda one, other: one | other, [*both, *alone]))
+    return levels
 
 
 def _cosines(call: Call[Tensor], center: Tensor, n: int) -> Tensor:
