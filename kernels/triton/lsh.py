@@ -2,7 +2,8 @@
 
 prepare    which tokens are neither sinks nor recent; at the first step also their mean key
 hash       on which side of each hyperplane the queries are, and the newest key (at the first step: all keys)
-sample     for 32 tokens at once, in how many tables a query head's code equals theirs; attends to those it finds
+sample     for 32 tokens at once, whether a query head's code equals theirs in enough tables: a bit a token
+attend     to whom these bits name, to sinks and to recent tokens
 merge      joins the splits
 
 A key takes a bit for each hyperplane, stored by hyperplane: one int32 holds that bit of 32 tokens. A code equals the
@@ -204,16 +205,27 @@ def _hits_of_both(a1, a2, a3, a4, b1, b2, b3, b4):
 
 
 @triton.jit
-def _sample_words(
-    codes, queries, word, words,
-    GROUP: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr, L: tl.constexpr, THRESHOLD: tl.constexpr,
-    NUM_WORDS: tl.constexpr,
+def _sample(
+    code_ptr, query_code_ptr, length_ptr, sampled_ptr, slots, words,
+    PAIRS: tl.constexpr, PAIRS_PER_KV_HEAD: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr,
+    K: tl.constexpr, L: tl.constexpr, THRESHOLD: tl.constexpr, NUM_WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """For each query head and word of 32 tokens, whose codes are equal in THRESHOLD tables: `[MEMBERS, NUM_WORDS]`.
+    """One program: GROUP query heads of one kv head, and NUM_WORDS words of 32 tokens: who is sampled, a bit a token.
 
     Each warp looks at a part of the tables. Codes are loaded as `[PARTS, 1, NUM_WORDS]`, so that a thread has all heads
     of its words, loads them once, and takes no barrier.
     """
+    after_previous(PDL)
+    pair = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    group = batch * (PAIRS // PAIRS_PER_KV_HEAD) + pair // PAIRS_PER_KV_HEAD
+    head = (batch * PAIRS + pair) * GROUP
+    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+    word = tl.program_id(0) * NUM_WORDS + tl.arange(0, NUM_WORDS)
+    if tl.program_id(0) * NUM_WORDS * BITS >= length:
+        return
+    codes = code_ptr + group * L * K * words
+    queries = query_code_ptr + head * L
     part = tl.arange(0, PARTS)[:, None, None]
     member = tl.arange(0, MEMBERS)[None, :, None]
     there = (word // 16 * 16 < words)[None, None, :]  # rows have a multiple of 16: so that loads are wide
@@ -238,13 +250,16 @@ def _sample_words(
             twice |= once & hit
         once |= hit
     once, twice, thrice, often = tl.reduce((once, twice, thrice, often), 0, _hits_of_both)
-    return once if THRESHOLD == 1 else twice if THRESHOLD == 2 else thrice if THRESHOLD == 3 else often
+    sampled = once if THRESHOLD == 1 else twice if THRESHOLD == 2 else thrice if THRESHOLD == 3 else often
+    member = tl.arange(0, MEMBERS)[:, None]
+    into = sampled_ptr + (head + member) * words + word[None, :]
+    tl.store(into, sampled, mask=(member < GROUP) & (word < words)[None, :])
 
 
 @triton.jit
-def _sample(
-    q_ptr, k_ptr, v_ptr, center_ptr, code_ptr, query_code_ptr, since_ptr, edge_ptr, mask_ptr, length_ptr, list_ptr,
-    who_ptr, acc_ptr, stat_ptr, scale, epsilon, slots, words, splits, listed_slots,
+def _attend(
+    q_ptr, k_ptr, v_ptr, center_ptr, sampled_ptr, since_ptr, edge_ptr, mask_ptr, length_ptr, list_ptr, who_ptr, acc_ptr,
+    stat_ptr, scale, epsilon, slots, words, splits,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb,
     stride_mn,
     PAIRS: tl.constexpr, PAIRS_PER_KV_HEAD: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr,
@@ -252,7 +267,7 @@ def _sample(
     THRESHOLD: tl.constexpr, EXACT: tl.constexpr, NUM_WORDS: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
     HIDES: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: GROUP query heads of one kv head, and one split of its tokens."""
+    """One program: GROUP query heads of one kv head, and one split of its tokens, of which it lists those to read."""
     after_previous(PDL)
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -282,8 +297,6 @@ def _sample(
     member = tl.arange(0, MEMBERS)
     keys = k_ptr + batch * stride_kb + kv_head * stride_kh
     values = v_ptr + batch * stride_vb + kv_head * stride_vh
-    codes = code_ptr + group * L * K * words
-    queries = query_code_ptr + head * L
     masks = mask_ptr
     if MASK != "none":
         masks += batch * stride_mb
@@ -292,11 +305,12 @@ def _sample(
     chunk = tl.cdiv(tl.cdiv(live, NUM_WORDS), splits) * NUM_WORDS
     end = tl.minimum(split * chunk + chunk, live)
     for start in range(split * chunk, end, NUM_WORDS):
-        # Look for tokens, and list them
+        # List whom anybody reads
         word = start + tl.arange(0, NUM_WORDS)
-        sampled = _sample_words(
-            codes, queries, word, words, GROUP, MEMBERS, K, L, THRESHOLD, NUM_WORDS
-        )  # [MEMBERS, NUM_WORDS]
+        sampled = tl.load(
+            sampled_ptr + (head + member[:, None]) * words + word[None, :],
+            mask=(member < GROUP)[:, None] & (word < end)[None, :], other=0,
+        )  # fmt: skip
         token = word[:, None] * BITS + bit[None, :]  # [NUM_WORDS, 32]
         valid, _unbiased = mask_tile(masks, token * stride_mn, (token < length) & (word < end)[:, None], MASK, HIDES)
         is_static = (token < first_dynamic) | (token >= first_recent)
@@ -305,7 +319,7 @@ def _sample(
         by_member = ((sampled[:, :, None] >> bit[None, None, :]) & 1) << member[:, None, None]
         who = tl.where(is_static, STATIC, tl.sum(by_member, 0))
         found = valid & (who != 0)
-        place = (batch * PAIRS + pair) * listed_slots + start * BITS
+        place = ((batch * PAIRS + pair) * words + start) * BITS
         entry = place + running_sum(found.to(tl.int32)) - 1
         tl.store(list_ptr + entry, token, mask=found)
         tl.store(who_ptr + entry, who, mask=found)
@@ -365,20 +379,26 @@ def attend(
     )  # fmt: skip
     heads = max(few for few in range(1, MOST_HEADS + 1) if group % few == 0)
     pairs, members = num_heads // heads, triton.next_power_of_2(heads)
-    num_words = 64 if members <= 4 else WORD
+    sizes = {"PAIRS": pairs, "PAIRS_PER_KV_HEAD": pairs // num_kv_heads, "GROUP": heads, "MEMBERS": members}
+    sizes |= {"K": method.k, "L": method.l, "THRESHOLD": method.threshold}
+    sampled = q.new_empty(batch, num_heads, words, dtype=torch.int32)
+    num_words = 128 if members <= 4 else 64 if members <= 8 else WORD
+    _sample[(triton.cdiv(words, num_words), pairs, batch)](
+        codes, query_codes, length, sampled, slots, words, **sizes, NUM_WORDS=num_words, num_warps=PARTS.value,
+        **overlap(device),
+    )  # fmt: skip
+    num_words = 64 if members <= 8 else WORD
     splits = num_splits(device, batch * pairs, triton.cdiv(words, num_words), per_processor=4)
     listed = q.new_empty(2, batch, pairs, words * WORD, dtype=torch.int32)
     acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
-    _sample[(splits, pairs, batch)](
-        q, k, v, center, codes, query_codes, since, edges, mask_data, length, listed[0], listed[1], acc, stats, scale,
-        method.epsilon, slots, words, splits, words * WORD,
+    _attend[(splits, pairs, batch)](
+        q, k, v, center, sampled, since, edges, mask_data, length, listed[0], listed[1], acc, stats, scale,
+        method.epsilon, slots, words, splits,
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m,
-        PAIRS=pairs, PAIRS_PER_KV_HEAD=pairs // num_kv_heads, GROUP=heads, MEMBERS=members,
-        ROWS=padded_rows(heads), D=head_dim, BLOCK_D=block_d, K=method.k, L=method.l, THRESHOLD=method.threshold,
-        EXACT=method.decoded == "exact", NUM_WORDS=num_words, BLOCK_N=min(64, tile_tokens(k, stage_bytes=2**15)),
-        **mask_kind, CAP=softcap, num_warps=PARTS.value, num_stages=1,
-        **overlap(device),
+        **sizes, ROWS=padded_rows(heads), D=head_dim, BLOCK_D=block_d, EXACT=method.decoded == "exact",
+        NUM_WORDS=num_words, BLOCK_N=min(64, tile_tokens(k, stage_bytes=2**15)), **mask_kind, CAP=softcap,
+        num_warps=4, num_stages=1, **overlap(device),
     )  # fmt: skip
     out = q.new_empty(q.shape)
     merge(Splits(stats, acc), sink_logit, out)
