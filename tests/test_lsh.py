@@ -301,7 +301,7 @@ def test_policies():
     assert explained.rows[1].by.startswith("lsh, k 4, l 20") and explained.rows[2].source == 0
     assert explained.rows[1].kept_bytes > 0
     wrong = {
-        "samples can't be reused": {"0": {"role": "select", "by": "lsh"}, "1": "reuse"},
+        "what by: lsh attends to can't be reused": {"0": {"role": "select", "by": "lsh"}, "1": "reuse"},
         "k must be 1 to 16; found 17": {"0": {"role": "select", "by": "lsh", "k": 17}, "1": "full"},
         "threshold must be 1 to 4; found 5": {"0": {"role": "select", "by": "lsh", "threshold": 5}, "1": "full"},
         "decoded must be sampled or exact; found no": {"0": {"role": "select", "by": "lsh", "decoded": "no"}, "1": "full"},

@@ -345,8 +345,8 @@ def _role(layer: int, key: str, entry: Layer, defaults: Defaults, earlier: dict[
     if entry.role == "select":
         return _select(layer, f"layers.{key}", entry, defaults.model_copy(update=settings), defaults)
     selections = [role.layer for role in earlier.values() if role.role == "select" and not role.method.attends]
-    alone = [name for name, method in METHODS.items() if method.attends]
-    unless = f" (what {' or '.join(f'by: {name}' for name in alone)} samples can't be reused)" if alone else ""
+    alone = sorted({role.by for role in earlier.values() if role.method.attends})
+    unless = f" (what by: {', '.join(alone)} attends to can't be reused)" if alone else ""
     if not selections:
         raise ValueError(f"layers.{key}: layer {layer} reuses tokens, but no layer before it selects any{unless}")
     if entry.source is not None and entry.source not in selections:
