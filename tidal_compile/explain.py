@@ -82,9 +82,9 @@ def _row(decision: Decision) -> Row:
         return Row(decision.layer, "full", None, "all", "", kv_heads, "", output="full")
     selection = role.selection
     budget = f"max({selection.budget}, {selection.ratio:g} x live)" if selection.ratio else str(selection.budget)
-    if role.method.attends:
-        budget = "sampled"
     share = selection.share + ("" if selection.pool == "sum" else f", {selection.pool}")
+    if role.method.attends:
+        budget, share = "sampled", "query_head"
     return Row(
         decision.layer, role.role, role.source, budget, share, kv_heads, "", role.heads, role.describe_method(),
         role.output, _kept_bytes(decision),
@@ -95,11 +95,12 @@ def _kept_bytes(decision: Decision) -> float:
     """What a selection's method keeps beside its cache, in bytes for each slot of a sequence."""
     if not decision.role.keeps:
         return 0.0
-    key, slots = decision.call.call.key.meta["example_value"], 4096
-    kept = decision.role.method.summarize(
-        torch.empty(1, key.shape[1], slots, key.shape[3], dtype=key.dtype, device="meta")
-    )
-    return sum(tensor.nbytes for tensor in kept) / slots
+    key, slots = decision.call.call.key.meta["example_value"], 8192
+    sizes = []
+    for size in (slots, 2 * slots):
+        empty = torch.empty(1, key.shape[1], size, key.shape[3], dtype=key.dtype, device="meta")
+        sizes.append(sum(tensor.nbytes for tensor in decision.role.method.summarize(empty)))
+    return (sizes[1] - sizes[0]) / slots
 
 
 def decode_calls(model: PreTrainedModel) -> tuple[list[AttentionSite | Unmatched], int]:

@@ -110,8 +110,14 @@ def windows(cache: Any) -> dict[int, Any]:
 
 
 def rewind(cache: Any, length: int, saved: Mapping[int, Any] = MappingProxyType({})) -> None:
-    """Make a static cache hold its first `length` tokens only; `saved` are its `windows` at that length."""
+    """Make a static cache hold its first `length` tokens only; `saved` are its `windows` at that length.
+
+    What methods keep beside it is made anew, as after any write to its keys.
+    """
     for number, layer in enumerate(cache.layers):
+        keys = getattr(layer, "keys", None)
+        if torch.is_tensor(keys) and not keys.is_inference():
+            keys[:0].zero_()  # a write of nothing, which is counted
         if number in saved:
             cache.layers[number] = copy.deepcopy(saved[number])
         elif hasattr(layer, "cumulative_length"):

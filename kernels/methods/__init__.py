@@ -29,7 +29,7 @@ class Method:
     `attends`: whether it attends by itself instead of choosing a token set that other layers could reuse.
     `by_slot`: whether a choice depends on the slots in which tokens stand, not only on their order.
     `keeps`: names of the tensors that it keeps beside the keys of a layer, so as not to read all of these at each step.
-    They follow from the keys and from nothing else: `summarize` makes them, and `update` takes in the keys of a step.
+    `summarize` makes them of the keys, and `update` takes in what a step knows: its keys, and which slots are live.
     """
 
     outputs: ClassVar[tuple[str, ...]] = ("sparse",)

@@ -38,7 +38,8 @@ class Lsh(Method):
     """`k`: bits of a code, 1 to 16. `l`: tables. `threshold`: equal codes that it takes to be sampled, 1 to 4.
 
     `seed`: of the hyperplanes; layers of one seed err alike. `epsilon`: 0 for the unbiased estimator. `decoded`:
-    whether tokens decoded after the prefill are `sampled` like others, or attended to as they are (`exact`).
+    whether tokens decoded after the prefill are `sampled` like others, or attended to as they are (`exact`). A prefill
+    ends with the first step after somebody else wrote to the cache.
     """
 
     attends: ClassVar[bool] = True
@@ -52,7 +53,12 @@ class Lsh(Method):
     decoded: str = "sampled"
 
     def __post_init__(self) -> None:
-        for name, least, most in (("k", 1, 16), ("l", 1, 1024), ("threshold", 1, min(4, self.l)), ("seed", 0, 2**31)):
+        for name, least, most in (
+            ("k", 1, 16),
+            ("l", 1, 1024),
+            ("threshold", 1, min(4, self.l)),
+            ("seed", 0, 2**31 - 1),
+        ):
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be {least} to {most}; found {getattr(self, name)}")
         if not 0.0 <= self.epsilon < 1.0:
@@ -64,7 +70,8 @@ class Lsh(Method):
         """Hyperplanes `[l, k, D]`, and room for what the next step makes of the keys, since it knows which are live.
 
         The mean `[B, Hkv, D]` float32; of each hyperplane, on which side of it the keys are, a bit a slot
-        `[B, Hkv, l, k, >= S / 32]` int32; and the live slots at the first step, 0 before it: `[1]` int32.
+        `[B, Hkv, l, k, >= S / 32]` int32; and the live slots at the first step, 0 before it, and how many slots have
+        their bits: `[2]` int32.
         """
         batch, num_kv_heads, slots, head_dim = key.shape
         words = -(-slots // (16 * WORD)) * 16  # rows are aligned, for wide loads
@@ -72,23 +79,30 @@ class Lsh(Method):
             _torch().tensor(normals(self.l, self.k, head_dim, self.seed), device=key.device, dtype=key.dtype),
             key.new_zeros(batch, num_kv_heads, head_dim, dtype=_torch().float32),
             key.new_zeros(batch, num_kv_heads, self.l, self.k, words, dtype=_torch().int32),
-            key.new_zeros(1, dtype=_torch().int32),
+            key.new_zeros(2, dtype=_torch().int32),
         )
 
     def update(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> None:
-        """At the first step the mean, and the bits of all live keys; then those of the newest one."""
-        planes, center, codes, since = kept
+        """At the first step the mean, and the bits of all live keys; then those of keys that have none yet.
+
+        That is the newest one, and more of them where a counter was set forth. One that was set back counts anew.
+        """
         from .. import reference
 
+        planes, center, codes, since = kept
         live = min(int(call.length), call.key.shape[2])
-        begin = max(0, live - 1) // WORD * WORD
-        if int(since) == 0 and live:
-            begin = 0
+        if int(since[0]) == 0 and live:
             seen = reference.seen(call)[:, 0, :live]  # [B, n], of the first query
             dynamic = (seen & ~reference.always_kept(seen, selection))[:, None, :, None]
             total = call.key[:, :, :live].float().masked_fill(~dynamic, 0.0).sum(2)
             center.copy_(total / dynamic.sum(2).clamp(min=1))
-            since.fill_(int(seen.nonzero()[:, 1].max()) + 1 if seen.any() else live)
+            since[0] = live
+            if call.query.shape[2] > 1 and seen.any():  # up to the first query, as only its mask says
+                since[0] = int(seen.nonzero()[:, 1].max()) + 1
+            since[1] = 0
+        begin = max(0, min(int(since[1]), live - 1)) // WORD * WORD
+        since[0].clamp_(max=live)
+        since[1] = live
         keys, flat = call.key[:, :, begin:live].float(), planes.flatten(0, 1).float()  # [l k, D]
         sides = flat @ keys.mT > (center @ flat.mT)[..., None]  # [B, Hkv, l k, n]
         sides = _torch().nn.functional.pad(sides, (0, -sides.shape[3] % WORD)).unflatten(3, (-1, WORD))
@@ -108,7 +122,7 @@ class Lsh(Method):
         seen = reference.seen(call)[..., :n]
         static = seen & reference.always_kept(seen, selection)  # [B, T, n]
         if self.decoded == "exact":
-            static |= seen & (_torch().arange(n, device=seen.device) >= since - 1)
+            static |= seen & (_torch().arange(n, device=seen.device) >= since[0] - 1)
         sampled = self._sampled(call, planes, codes, n) & (seen & ~static)[:, None, None]
         chances = self.inclusion(_cosines(call, center, n)[sampled]) + self.epsilon
         scores = scores.masked_fill(~sampled & ~static[:, None, None], -math.inf)
@@ -116,7 +130,7 @@ class Lsh(Method):
         return reference.weigh_live_tokens(call, scores)
 
     def step_on_gpu(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
-        """A scan of the bits, which attends to what it finds as it goes."""
+        """A scan of the bits, and attention to whom it finds."""
         from ..triton import lsh
 
         return lsh.attend(call, selection, self, *kept)
@@ -126,7 +140,8 @@ class Lsh(Method):
         t = (1.0 - cosine.double().clamp(-1.0, 1.0).arccos() / math.pi).clamp(0.0, 1.0 - 1e-12) ** self.k
         odds = t / (1.0 - t)
         fewer = sum(math.comb(self.l, hits) * odds**hits for hits in range(1, self.threshold))
-        return -(self.l * (-t).log1p() + _torch().as_tensor(fewer, device=t.device).double().log1p()).expm1()
+        missed = self.l * (-t).log1p() + _torch().as_tensor(fewer, device=t.device).double().log1p()
+        return -missed.expm1().clamp(max=-1e-30)  # what is left of the smallest chances is rounding
 
     def keys_read(self, selection: Selection, length: int, key_bytes: int) -> float:
         """The bits, as so many keys."""

@@ -1,7 +1,8 @@
 """`by: lsh` in Triton: attention to a random sample of tokens. Definition: `methods/lsh.py`.
 
 prepare    which tokens are neither sinks nor recent; at the first step also their mean key
-hash       on which side of each hyperplane the queries are, and the newest key (at the first step: all keys)
+hash       on which side of each hyperplane the queries are, and the newest key (at the first step: all keys; and those
+           that have no bits yet, where a counter was set forth)
 sample     for 32 tokens at once, whether a query head's code equals theirs in enough tables: a bit a token
 attend     to whom these bits name, to sinks and to recent tokens
 merge      joins the splits
@@ -139,9 +140,11 @@ def _hash(
 
     keys = k_ptr + batch * stride_kb + kv_head.to(tl.int64) * stride_kh
     codes = code_ptr + (group * L * K + plane.to(tl.int64)) * words
-    if tl.load(since_ptr) == 0:
+    first = tl.load(since_ptr) == 0
+    hashed = tl.where(first, 0, tl.load(since_ptr + 1))
+    if first | (hashed < length - 1):
         lane = tl.arange(0, BITS)
-        for start in range(0, length, BLOCK_N):
+        for start in range(hashed // BLOCK_N * BLOCK_N, length, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
             k = load_keys(keys, token.to(tl.int64) * stride_kn, token < length, D, BLOCK_D)
             positive = (dot(normal, k) > offset[:, None]) & (token < length)[None, :]
@@ -279,9 +282,10 @@ def _attend(
     first_dynamic = tl.load(edge_ptr + batch * 2)
     first_recent = tl.load(edge_ptr + batch * 2 + 1)
     since = tl.load(since_ptr)
-    since = tl.where(since == 0, length, since)
+    since = tl.where(since == 0, length, tl.minimum(since, length))
     if (split == 0) & (pair == 0) & (batch == 0):
-        tl.store(since_ptr, since)  # whoever reads it meanwhile reads 0, which means the same here
+        tl.store(since_ptr, since)  # whoever reads it before or after comes to the same
+        tl.store(since_ptr + 1, length)
 
     q = load_group(q_ptr + batch * stride_qb + pair * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D)
     dim = tl.arange(0, BLOCK_D)
