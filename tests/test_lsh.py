@@ -62,7 +62,7 @@ def test_the_definition_and_the_kernels_equal_the_oracle(case):
     """From the keys alone, with what is kept, at the first step and at the next one."""
     call = as_call(case)
     there = Call(*(on_device([one])[0] for one in arguments(call)))
-    for number, method in enumerate(SIZES if case in ("no-mask", "padding-sink") else SIZES[:1]):
+    for number, method in enumerate(SIZES if case == "no-mask" else SIZES[:1]):
         selection = Selection(12, 0.0, 0, 0) if (case, number) == ("no-mask", 1) else SELECTION
         right = expected(call, method, selection)
         check(method.step(call, selection), right, call.query.dtype)
@@ -82,7 +82,7 @@ def test_decoded_tokens_are_hashed_as_they_come_or_kept():
         kept = [method.summarize(on_device([call.key])[0]) for _ in range(2)]
         key = call.key.clone()
         key[:, :, 90:] = torch.randn(key[:, :, 90:].shape, generator=torch.Generator().manual_seed(7))
-        for number, length in enumerate([123, 124, 125, 124, *range(125, 131)]):
+        for number, length in enumerate([126, 127, 126, 127, 128, 129]):
             key[:, :, length - 1] = torch.randn(2, 2, key.shape[3], generator=torch.Generator().manual_seed(number))
             mask = call.mask.clone()
             mask[..., 90:length] = True
@@ -91,10 +91,10 @@ def test_decoded_tokens_are_hashed_as_they_come_or_kept():
             if number == 0:
                 _, dynamic, _ = oracle_lsh.roles(length, mask, 2, key.shape[2], 3, 5)
                 mean = torch.stack([key[b, :, dynamic[b]].double().mean(1) for b in range(2)])
-            right = expected(now, method, mean=mean, exact_from=122 if method.decoded == "exact" else None)
+            right = expected(now, method, mean=mean, exact_from=125 if method.decoded == "exact" else None)
             check(method.step(there, SELECTION, *kept[0]), right, torch.float32)
             check(method.step_on_gpu(there, SELECTION, *kept[1]), right, torch.float32)
-        assert torch.equal(kept[0][2], kept[1][2]) and kept[1][3].tolist() == kept[0][3].tolist() == [123, 130]
+        assert torch.equal(kept[0][2], kept[1][2]) and kept[1][3].tolist() == kept[0][3].tolist() == [126, 129]
 
 
 def test_who_is_sampled():
@@ -202,7 +202,7 @@ def test_extremes_are_finite():
     }  # fmt: skip
     for name, (method, q, k, hides) in cases.items():
         call = Call(*on_device([q, k, k.clone(), torch.tensor(90), hides]), 0.25)
-        for sizes in ((0, 0), (2, 3)):
+        for sizes in ((0, 0), (2, 3)) if name in ("nobody", "no-token") else ((0, 0),):
             selection = Selection(5, 0.0, *sizes)
             for run in (method.step, method.step_on_gpu):
                 out = run(call, selection, *method.summarize(call.key)).cpu()
@@ -302,6 +302,7 @@ def test_policies():
     assert explained.rows[1].kept_bytes > 0
     wrong = {
         "what by: lsh attends to can't be reused": {"0": {"role": "select", "by": "lsh"}, "1": "reuse"},
+        "budget: by: lsh attends by itself and has no budget; its own keys are k, l": {"0": {"role": "select", "by": "lsh", "budget": 90}, "1": "full"},
         "k must be 1 to 16; found 17": {"0": {"role": "select", "by": "lsh", "k": 17}, "1": "full"},
         "threshold must be 1 to 4; found 5": {"0": {"role": "select", "by": "lsh", "threshold": 5}, "1": "full"},
         "decoded must be sampled or exact; found no": {"0": {"role": "select", "by": "lsh", "decoded": "no"}, "1": "full"},

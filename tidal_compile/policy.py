@@ -378,6 +378,13 @@ def _select(layer: int, where: str, entry: Layer, chosen: Defaults, defaults: De
     by, default_by = chosen.by or "scores", defaults.by or "scores"
     inherited = defaults.model_extra or {} if by == default_by else {}
     method = _method(where, by, inherited | (entry.model_extra or {}), Layer)
+    if method.attends:
+        for name in ("budget", "share", "pool"):
+            if getattr(entry, name) is not None:
+                own = ", ".join(_method_keys(by))
+                raise ValueError(
+                    f"{where}.{name}: by: {by} attends by itself and has no {name}; its own keys are {own}"
+                )
     output = chosen.output or method.outputs[0]
     if output not in method.outputs:
         raise ValueError(f"{where}.output: by: {by} returns {' or '.join(method.outputs)}, found {output}")
