@@ -216,30 +216,26 @@ def quality_summary():
 
 def flat_summary():
     """What a policy without a scan costs beside the calibrated one that scans, at two budgets."""
-    needles, needle_source = evaluation("flat-needle")
-    predictions, prediction_source = evaluation("flat-perplexity")
-    rows = []
-    for name in ("smollm2", "smollm2-flat"):
-        for budget in (BUDGET, 2 * BUDGET):
-            kl = [_row(predictions, task, LENGTH, None, name, budget) for task in ("text", "answers")]
-            share, far = f"{kl[0]['kv_share']:.0%}", (f"{one['kl']:.4f}" for one in kl)
-            rows.append((f"`{name}`", f"{budget}", share, *_kept_by_task(needles, name, budget), *far))
-    table = markdown(("policy", "budget", *QUALITY), rows)
-    return f"{table}\nSources: answers from {needle_source}; KL from {prediction_source}.\n"
+    return _quality_table("flat", [(name, n * BUDGET) for name in ("smollm2", "smollm2-flat") for n in (1, 2)])
 
 
 def equal_bytes_summary():
-    """Every way to choose tokens at as many bytes a step: what dense answers that a policy answers too, and its KL."""
-    needles, needle_source = evaluation("equal-bytes-needle")
-    predictions, prediction_source = evaluation("equal-bytes-perplexity")
+    """Every way to choose tokens at as many bytes a step, the nearest to the dense model's prose first."""
+    found, _ = evaluation("equal-bytes-perplexity")
+    policies = [one for one in found if one["task"] == "text" and one["subject"] != "dense"]
+    policies.sort(key=lambda one: one["kl"])  # of the text
+    return _quality_table("equal-bytes", [one["subject"].split(" @") for one in policies])
+
+
+def _quality_table(name, policies):
+    """What dense answers that each of the policies (name, budget) answers too, and its KL, from two evaluations."""
+    needles, needle_source = evaluation(f"{name}-needle")
+    predictions, prediction_source = evaluation(f"{name}-perplexity")
     rows = []
-    for one in predictions:
-        name, _, budget = one["subject"].partition(" @")
-        if one["task"] == "text" and budget:
-            kl = [_row(predictions, task, LENGTH, None, name, budget)["kl"] for task in ("text", "answers")]
-            kept = _kept_by_task(needles, name, budget)
-            rows.append((f"`{name}`", budget, f"{one['kv_share']:.0%}", *kept, *(f"{far:.4f}" for far in kl)))
-    rows.sort(key=lambda row: float(row[-2]))
+    for policy, budget in policies:
+        kl = [_row(predictions, task, LENGTH, None, policy, budget) for task in ("text", "answers")]
+        share, far = f"{kl[0]['kv_share']:.0%}", (f"{one['kl']:.4f}" for one in kl)
+        rows.append((f"`{policy}`", f"{budget}", share, *_kept_by_task(needles, policy, budget), *far))
     table = markdown(("policy", "budget", *QUALITY), rows)
     return f"{table}\nSources: answers from {needle_source}; KL from {prediction_source}.\n"
 

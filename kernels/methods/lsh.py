@@ -73,13 +73,15 @@ class Lsh(Method):
         `[B, Hkv, l, k, >= S / 32]` int32; and the live slots at the first step, 0 before it, and how many slots have
         their bits: `[2]` int32.
         """
+        import torch
+
         batch, num_kv_heads, slots, head_dim = key.shape
         words = -(-slots // (16 * WORD)) * 16  # rows are aligned, for wide loads
         return (
-            _torch().tensor(normals(self.l, self.k, head_dim, self.seed), device=key.device, dtype=key.dtype),
-            key.new_zeros(batch, num_kv_heads, head_dim, dtype=_torch().float32),
-            key.new_zeros(batch, num_kv_heads, self.l, self.k, words, dtype=_torch().int32),
-            key.new_zeros(2, dtype=_torch().int32),
+            torch.tensor(normals(self.l, self.k, head_dim, self.seed), device=key.device, dtype=key.dtype),
+            key.new_zeros(batch, num_kv_heads, head_dim, dtype=torch.float32),
+            key.new_zeros(batch, num_kv_heads, self.l, self.k, words, dtype=torch.int32),
+            key.new_zeros(2, dtype=torch.int32),
         )
 
     def update(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> None:
@@ -87,6 +89,8 @@ class Lsh(Method):
 
         That is the newest one, and more of them where a counter was set forth. One that was set back counts anew.
         """
+        import torch
+
         from .. import reference
 
         planes, center, codes, since = kept
@@ -105,12 +109,14 @@ class Lsh(Method):
         since[1] = live
         keys, flat = call.key[:, :, begin:live].float(), planes.flatten(0, 1).float()  # [l k, D]
         sides = flat @ keys.mT > (center @ flat.mT)[..., None]  # [B, Hkv, l k, n]
-        sides = _torch().nn.functional.pad(sides, (0, -sides.shape[3] % WORD)).unflatten(3, (-1, WORD))
-        words = (sides.long() << _torch().arange(WORD, device=sides.device)).sum(4).int()
+        sides = torch.nn.functional.pad(sides, (0, -sides.shape[3] % WORD)).unflatten(3, (-1, WORD))
+        words = (sides.long() << torch.arange(WORD, device=sides.device)).sum(4).int()
         codes.flatten(2, 3)[..., begin // WORD : begin // WORD + words.shape[3]] = words
 
     def attend(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
         """Attention to the sample, sinks and recent tokens: `[B, Hq, T, D]`."""
+        import torch
+
         from .. import reference
 
         if not kept:
@@ -122,7 +128,7 @@ class Lsh(Method):
         seen = reference.seen(call)[..., :n]
         static = seen & reference.always_kept(seen, selection)  # [B, T, n]
         if self.decoded == "exact":
-            static |= seen & (_torch().arange(n, device=seen.device) >= since[0] - 1)
+            static |= seen & (torch.arange(n, device=seen.device) >= since[0] - 1)
         sampled = self._sampled(call, planes, codes, n) & (seen & ~static)[:, None, None]
         chances = self.inclusion(_cosines(call, center, n)[sampled]) + self.epsilon
         scores = scores.masked_fill(~sampled & ~static[:, None, None], -math.inf)
@@ -137,10 +143,12 @@ class Lsh(Method):
 
     def inclusion(self, cosine: Tensor) -> Tensor:
         """The probability to be sampled, by the cosine."""
+        import torch
+
         t = (1.0 - cosine.double().clamp(-1.0, 1.0).arccos() / math.pi).clamp(0.0, 1.0 - 1e-12) ** self.k
         odds = t / (1.0 - t)
         fewer = sum(math.comb(self.l, hits) * odds**hits for hits in range(1, self.threshold))
-        missed = self.l * (-t).log1p() + _torch().as_tensor(fewer, device=t.device).double().log1p()
+        missed = self.l * (-t).log1p() + torch.as_tensor(fewer, device=t.device).double().log1p()
         return -missed.expm1().clamp(max=-1e-30)  # what is left of the smallest chances is rounding
 
     def keys_read(self, selection: Selection, length: int, key_bytes: int) -> float:
@@ -154,13 +162,16 @@ class Lsh(Method):
 
     @functools.lru_cache  # noqa: B019
     def _typical_share(self) -> float:
-        cosine = _torch().linspace(-0.5, 0.5, 1001)
+        import torch
+
+        cosine = torch.linspace(-0.5, 0.5, 1001)
         weight = (-(cosine**2) * 64).exp()
         return float((self.inclusion(cosine) * weight).sum() / weight.sum())
 
     def _sampled(self, call: Call[Tensor], planes: Tensor, codes: Tensor, n: int) -> Tensor:
         """Which tokens each query head samples, of all live ones: `[B, Hkv, g, T, n]` bool."""
-        torch = _torch()
+        import torch
+
         batch, num_heads, num_tokens, head_dim = call.query.shape
         num_kv_heads, words = call.key.shape[1], -(-n // WORD)
         rows = call.query.float().reshape(batch, num_kv_heads, -1, head_dim)  # [B, Hkv, g T, D]
@@ -216,9 +227,3 @@ def normals(tables: int, bits: int, head_dim: int, seed: int) -> np.ndarray:
     normal = np.random.default_rng(seed).standard_normal((tables, bits, head_dim), dtype=np.float32)
     rounded = ((normal.view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32)  # 7 bits after the first
     return np.where(np.abs(rounded) > 2.0**-14, rounded, np.float32(0.0))
-
-
-def _torch():
-    import torch
-
-    return torch

@@ -267,14 +267,13 @@ def expected_results(
 
 def _results(logits: Tensor, cache: Any, slot: int) -> list[Tensor]:
     """What a step leaves: the keys `[B, H, 1, D]` that each layer wrote to this slot, and the last logits `[B, V]`."""
-    keys = [layer.keys[:, :, slot : slot + 1].clone() for layer in cache.layers if _is_static(layer)]
-    return [*keys, logits[:, -1].clone()]
+    return [*(keys.clone() for keys in _at_slot(cache, slot, "keys")), logits[:, -1].clone()]
 
 
-def _is_static(layer: Any) -> bool:
-    """Whether a cache layer holds keys by slots `[B, H, S, D]`."""
-    keys = getattr(layer, "keys", None)
-    return keys is not None and keys.dim() == 4
+def _at_slot(cache: Any, slot: int, *names: str) -> list[Tensor]:
+    """What cache layers hold in one slot `[B, H, 1, D]`: their `keys`, or `values`. No slot of those with fewer."""
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in names]
+    return [tensor[:, :, slot : slot + 1] for tensor in tensors if tensor is not None and tensor.dim() == 4]
 
 
 def _nudged(model: nn.Module, token: Tensor, nudge: float) -> Tensor:
@@ -287,8 +286,7 @@ def _nudged(model: nn.Module, token: Tensor, nudge: float) -> Tensor:
 @contextlib.contextmanager
 def _restored(cache: Any, slot: int) -> Iterator[None]:
     """Restore one slot of a static cache at the end, whatever a step writes to it."""
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    views = [tensor[:, :, slot : slot + 1] for tensor in tensors if tensor is not None and tensor.dim() == 4]
+    views = _at_slot(cache, slot, "keys", "values")
     copies = [view.clone() for view in views]
     yield
     for view, copy in zip(views, copies, strict=True):
