@@ -41,7 +41,7 @@ def apply_plan(gm: fx.GraphModule, plan: Plan) -> list[KeptInput]:
 
         kept: tuple[fx.Node, ...] = ()
         if decision.role.keeps:
-            added.append(add_inputs(gm, decision.call.call.key, decision.role.method))
+            added.append(add_inputs(gm, decision.call.call, decision.role.selection, decision.role.method))
             kept = added[-1].nodes
         with gm.graph.inserting_before(replaced):
             out = follow(decision.role, decision.call.call, sets, insert, kept)

@@ -9,9 +9,10 @@ and `around` wraps the compiled graph into a function that hands these tensors o
 method, made at the first step. It lives as long as the cache's key tensor, whose memory it stays beside, so CUDA graphs
 find both at the same addresses.
 
-What is kept follows from the keys alone (`Method.summarize`). A tensor's version counts the writes to it: when
-somebody else has written to the keys since our last step (a prefill, a reset, a reorder), it is made anew, on the
-device. Writes that PyTorch doesn't count, by way of `.data` or of raw pointers, can't be seen.
+What is kept follows from the keys alone (`Method.summarize`), or from the call that the next step will make
+(`Method.prepare`), whose mask is computed ahead by a copy of the nodes that lead to it. A tensor's version counts the
+writes to it: when somebody else has written to the keys since our last step (a prefill, a reset, a reorder), it is made
+anew, on the device. Writes that PyTorch doesn't count, by way of `.data` or of raw pointers, can't be seen.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,17 +23,23 @@ import torch
 from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..kernels.call import Call, Selection
 from ..kernels.methods import Method
 from .compat import mark_static_input
 
 
 @dataclass(frozen=True)
 class KeptInput:
-    """What a method keeps beside the keys that are input number `key` of the graph: the inputs `nodes`."""
+    """What a method keeps beside the keys that are input number `key` of the graph: the inputs `nodes`.
+
+    `call`: of the graph's inputs, the call that the step will make, for a method that `prepares`.
+    """
 
     key: int
     method: Method
+    selection: Selection
     nodes: tuple[fx.Node, ...]
+    call: Callable[..., Call[Tensor]] | None
 
 
 @dataclass
@@ -46,10 +53,12 @@ class _Kept:
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of each key tensor: {method: _Kept}
 
 
-def add_inputs(gm: fx.GraphModule, key: fx.Node, method: Method) -> KeptInput:
-    """Add an input for each tensor that the method keeps beside these keys, behind all that the graph has."""
+def add_inputs(gm: fx.GraphModule, call: Call[fx.Node], selection: Selection, method: Method) -> KeptInput:
+    """Add an input for each tensor that the method keeps beside the keys of a call, behind all that the graph has."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    key = call.key
     example = key.meta["example_value"]
+    ahead = _call_ahead(gm, call, inputs) if method.prepares else None
     with example.fake_mode:
         values = method.summarize(example)
     nodes = []
@@ -59,7 +68,33 @@ def add_inputs(gm: fx.GraphModule, key: fx.Node, method: Method) -> KeptInput:
         node.meta["example_value"] = value
         mark_static_input(node)
         nodes.append(node)
-    return KeptInput(inputs.index(key), method, tuple(nodes))
+    return KeptInput(inputs.index(key), method, selection, tuple(nodes), ahead)
+
+
+def _call_ahead(gm: fx.GraphModule, call: Call[fx.Node], inputs: list[fx.Node]) -> Callable[..., Call[Tensor]]:
+    """A function of the graph's inputs: the call that a step will make. The query is as large as it will be."""
+    wanted = (call.key, call.value, call.length, call.mask, call.sink_logit)
+    needed, queue = set(), [node for node in wanted if node is not None]
+    while queue:
+        node = queue.pop()
+        if node not in needed:
+            needed.add(node)
+            queue += node.all_input_nodes
+    graph, copies = fx.Graph(), {}
+    for node in gm.graph.nodes:
+        if node in needed:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(None if node is None else copies[node] for node in wanted))
+    ahead = fx.GraphModule(gm, graph)
+    taken = [number for number, node in enumerate(inputs) if node in needed]
+    query_shape = tuple(call.query.meta["example_value"].shape)
+
+    def call_of(*values: Any) -> Call[Tensor]:
+        key, value, length, mask, sink_logit = ahead(*(values[number] for number in taken))
+        query = torch.empty(query_shape, dtype=key.dtype, device=key.device)
+        return Call(query, key, value, length + 1, mask, call.scale, sink_logit, call.softcap)
+
+    return call_of
 
 
 def examples(kept: Sequence[KeptInput]) -> list[Tensor]:
@@ -85,7 +120,7 @@ def around(kept: Sequence[KeptInput], compiled: Callable) -> Callable:
         return compiled
 
     def run(*inputs: Any) -> Any:
-        beside = [_up_to_date(inputs[one.key], one.method) for one in kept]
+        beside = [_up_to_date(one, inputs) for one in kept]
         out = compiled(*inputs, *(tensor for each in beside for tensor in each.tensors))
         for one, each in zip(kept, beside, strict=True):
             each.version = inputs[one.key]._version
@@ -95,19 +130,23 @@ def around(kept: Sequence[KeptInput], compiled: Callable) -> Callable:
 
 
 @torch.no_grad()
-def _up_to_date(key: Tensor, method: Method) -> _Kept:
-    """What the method keeps beside these keys, as the keys are now."""
+def _up_to_date(one: KeptInput, inputs: tuple) -> _Kept:
+    """What the method keeps beside the keys, as these are now."""
+    key, method = inputs[one.key], one.method
     if key.is_inference():
         raise RuntimeError(
             "tidal: the cache was made under torch.inference_mode(), where PyTorch doesn't count writes to it, so "
             "nobody can tell when what is kept beside it is out of date; prefill and decode under torch.no_grad()"
         )
     methods = _kept.setdefault(key, {})
-    if method not in methods:
+    made_now = method not in methods
+    if made_now:
         methods[method] = _Kept(method.summarize(key), key._version)
     kept = methods[method]
-    if kept.version != key._version:
+    if one.call is not None and (made_now or kept.version != key._version):
+        method.prepare(one.call(*inputs), one.selection, *kept.tensors)
+    elif kept.version != key._version:
         for tensor, now in zip(kept.tensors, method.summarize(key), strict=True):
             tensor.copy_(now)
-        kept.version = key._version
+    kept.version = key._version
     return kept

@@ -105,7 +105,7 @@ def test_who_is_sampled():
     call = Call(query, keys, keys, torch.tensor(700), None, 1.0)
     counts = []
     for method in (Lsh(4, 50), Lsh(8, 100), Lsh(6, 30, threshold=3), Lsh(1, 1, threshold=1)):
-        planes, center, codes, _ = kept = method.summarize(keys)
+        planes, center, codes, *_ = kept = method.summarize(keys)
         method.update(call, Selection(1), *kept)
         found = method._sampled(call, planes, codes, 700)[0, :, :, 0].flatten(0, 1)
         for head in range(6):

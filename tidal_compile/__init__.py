@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .calibrate import calibrate, calibrate_curve
     from .evaluate import evaluate
     from .explain import explain
+    from .host_cache import HostCache
     from .policy import Policy
     from .settings import CalibrationSettings, EvaluationSettings
 
@@ -28,6 +29,7 @@ __version__ = "0.2.0"
 __all__ = [
     "CalibrationSettings",
     "EvaluationSettings",
+    "HostCache",
     "Policy",
     "PolicyError",
     "TidalError",
@@ -43,6 +45,7 @@ __all__ = [
 _HOMES = {
     "CalibrationSettings": "settings",
     "EvaluationSettings": "settings",
+    "HostCache": "host_cache",
     "Policy": "policy",
     "calibrate": "calibrate",
     "calibrate_curve": "calibrate",

@@ -48,7 +48,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("keys", "values", "starts", "ids", "span", "query", "codes", "mean")),
-        *((name, ctypes.c_void_p) for name in ("valid", "corrections", "out", "lse")),
+        *((name, ctypes.c_void_p) for name in ("filled", "valid", "bias", "corrections", "out", "lse")),
         *((name, ctypes.c_int64) for name in ("batch", "query_heads", "kv_heads", "slots", "head_dim", "tables")),
         *((name, ctypes.c_int64) for name in ("bits", "tau", "keys_bf16", "query_bf16", "wide", "threads", "path")),
         *((name, ctypes.c_double) for name in ("scale", "softcap")),
@@ -185,6 +185,7 @@ def fill(
 def attend(
     store: Store, query: Tensor, query_codes: Tensor, mean: Tensor, valid: Tensor | None, out: Tensor, lse: Tensor,
     scale: float, softcap: float = 0.0, tau: int = 2, epsilon: float = 1e-4, threads: int = 1, path: str | None = None,
+    bias: Tensor | None = None, span: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attention of each query head to the valid tokens that share its code in `tau` tables or more.
 
@@ -208,13 +209,16 @@ def attend(
         epsilon: 0 for an unbiased sum; 1e-4 in the paper's code. It bounds the weight of an unlikely token.
         threads: any number.
         path: one of `paths`. The last one of them, if it isn't given.
+        bias: `[B, S]` float32, added to the scores after the softcap.
+        span: `[B, 2]` int64: the first slot of interest, and the one after the last, of those that are indexed. If it
+            isn't given, all of these.
 
     Raises:
         ValueError: An argument is wrong. It names the argument.
         MemoryError: A thread has no room for the tokens that it finds.
     """
     call = arguments(
-        store, query, query_codes, mean, valid, out, lse, scale, softcap, tau, epsilon, threads, path,
+        store, query, query_codes, mean, valid, out, lse, scale, softcap, tau, epsilon, threads, path, bias, span,
     )  # fmt: skip
     library().tidal_lsh_attend(ctypes.byref(call))
     _raise_for(call.status, "")
@@ -223,6 +227,7 @@ def attend(
 def arguments(
     store: Store, query: Tensor, query_codes: Tensor, mean: Tensor, valid: Tensor | None, out: Tensor, lse: Tensor,
     scale: float, softcap: float = 0.0, tau: int = 2, epsilon: float = 1e-4, threads: int = 1, path: str | None = None,
+    bias: Tensor | None = None, span: Tensor | None = None,
 ) -> Arguments:  # fmt: skip
     """What `attend` gives to the `entry_point`, checked: with it, a step needs no Python. Its `status` is 0 if done."""
     batch, kv_heads, slots, head_dim = store.keys.shape
@@ -234,6 +239,10 @@ def arguments(
     _check("mean", mean, (batch, kv_heads, head_dim), (torch.float32,))
     if valid is not None:
         _check("valid", valid, (batch, slots), (torch.bool, torch.uint8))
+    if bias is not None:
+        _check("bias", bias, (batch, slots), (torch.float32,))
+    span = store.span if span is None else span
+    _check("span", span, (batch, 2), (torch.int64,))
     _check("out", out, (batch, heads, head_dim), (torch.float32,))
     _check("lse", lse, (batch, heads), (torch.float32,))
     _check_number("tau", tau, 1, min(MAX_TAU, store.tables))
@@ -248,8 +257,8 @@ def arguments(
         raise ValueError(f"path: {path!r}; valid on this processor: {', '.join(paths())}")
     corrections = _corrections(store.bits, store.tables, tau, float(epsilon))
     tensors = (
-        *(store.keys, store.values, store.starts, store.ids, store.span, query, query_codes, mean),
-        *(valid, corrections, out, lse),
+        *(store.keys, store.values, store.starts, store.ids, span, query, query_codes, mean),
+        *(store.span, valid, bias, corrections, out, lse),
     )
     call = Arguments(
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),

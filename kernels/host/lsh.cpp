@@ -35,6 +35,7 @@ constexpr int64_t AHEAD = 8;        // rows, or buckets, that are fetched before
 constexpr int64_t LINE = 64;        // bytes of a cache line
 constexpr int64_t TILE = 16;        // tables whose codes `fill` reads at once: half a cache line of a token's codes
 constexpr int64_t STEPS = 1 << 14;  // of the table of -log(u + epsilon): it errs less than a float32 cosine does
+constexpr int64_t NEAR = 4096;      // indexed tokens behind the last one of interest: a bucket has few, or is bisected
 constexpr int64_t SHORTEST = 512;   // tokens of a part: shorter ones would only bisect
 constexpr float PI = 3.14159265358979323846f;
 
@@ -59,11 +60,13 @@ struct TidalLshAttend {
     const void* values;        // as the keys
     const uint32_t* starts;    // [B, Hkv, L, 2^bits + 1]
     const void* ids;           // [B, Hkv, L, S] uint16 or uint32
-    const int64_t* span;       // [B, 2]
+    const int64_t* span;       // [B, 2]: the slots of interest
     const void* query;         // [B, Hq, D] bfloat16 or float32
     const int16_t* codes;      // [B, Hq, L]
     const float* mean;         // [B, Hkv, D]
+    const int64_t* filled;     // [B, 2]: the slots that are indexed, `span` or more
     const uint8_t* valid;      // [B, S], or null: all are
+    const float* bias;         // [B, S]: added to the scores, or null
     const float* corrections;  // [STEPS + 2]: of tidal_lsh_corrections, for these bits, tables, tau and epsilon
     float* out;                // [B, Hq, D]
     float* lse;                // [B, Hq]
@@ -157,6 +160,11 @@ float correction(double agreement, int64_t bits, int64_t tables, int64_t tau, do
     return static_cast<float>(-log(std::max(u + epsilon, static_cast<double>(FLT_MIN))));
 }
 
+// Tokens of interest of a batch row.
+int64_t length_of(const TidalLshAttend& call, int64_t row) {
+    return std::max(call.span[2 * row + 1] - call.span[2 * row], int64_t(0));
+}
+
 // What a unit of work reads and writes. `dots` become logits, and logits weights.
 struct Unit {
     const TidalLshAttend* call;
@@ -177,7 +185,8 @@ template <class Id> void look_up(Unit& unit) {
     const int16_t* codes = call.codes + (unit.row * call.query_heads + unit.head) * call.tables;
     const Id** bucket = reinterpret_cast<const Id**>(unit.bucket);
     const Id** bucket_end = reinterpret_cast<const Id**>(unit.bucket_end);
-    const bool whole = unit.begin <= call.span[2 * unit.row] && unit.end >= call.span[2 * unit.row + 1];
+    const int64_t beyond = call.filled[2 * unit.row + 1] - unit.end;
+    const bool from_first = unit.begin <= call.filled[2 * unit.row], to_last = beyond <= NEAR;
     const uint8_t tau = static_cast<uint8_t>(call.tau);
     uint8_t* counts = unit.counts;
     uint32_t* found = unit.found;
@@ -195,10 +204,9 @@ template <class Id> void look_up(Unit& unit) {
     for (int64_t l = 0; l < call.tables; ++l) {
         if (l + AHEAD < call.tables)
             fetch(bucket[l + AHEAD], (bucket_end[l + AHEAD] - bucket[l + AHEAD]) * int64_t(sizeof(Id)));
-        if (!whole) {
-            bucket[l] = std::lower_bound(bucket[l], bucket_end[l], unit.begin, before);
-            bucket_end[l] = std::lower_bound(bucket[l], bucket_end[l], unit.end, before);
-        }
+        if (!from_first) bucket[l] = std::lower_bound(bucket[l], bucket_end[l], unit.begin, before);
+        if (!to_last) bucket_end[l] = std::lower_bound(bucket[l], bucket_end[l], unit.end, before);
+        while (bucket[l] < bucket_end[l] && !before(bucket_end[l][-1], unit.end)) --bucket_end[l];
         walked += bucket_end[l] - bucket[l];
         for (const Id* id = bucket[l]; id < bucket_end[l]; ++id) {
             uint8_t& count = counts[*id - unit.begin];
@@ -285,6 +293,7 @@ INLINE void weigh(Unit& unit) {
     const float scale = static_cast<float>(call.scale), cap = static_cast<float>(call.softcap);
     float *dots = unit.dots, *agreements = unit.squares;
     const float* corrections = call.corrections;
+    const float* bias = call.bias ? call.bias + unit.row * call.slots : nullptr;
 
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
@@ -311,6 +320,7 @@ INLINE void weigh(Unit& unit) {
         const float of_token = corrections[step] + (at - step) * (corrections[step + 1] - corrections[step]);
         float score = std::min(std::max(dots[j] * scale, -FLT_MAX / 2), FLT_MAX / 2);
         if (cap > 0) score = cap * tanhf(score / cap);
+        if (bias) score += bias[unit.found[j]];
         dots[j] = score + of_token;
         highest = std::max(highest, dots[j]);
     }
@@ -592,7 +602,7 @@ void tidal_lsh_attend(void* args) {
     const int64_t heads = call.batch * call.query_heads, group = call.query_heads / call.kv_heads;
     int64_t longest = 0;
     for (int64_t row = 0; row < call.batch; ++row)
-        longest = std::max(longest, call.span[2 * row + 1] - call.span[2 * row]);
+        longest = std::max(longest, length_of(call, row));
     // Some units for each thread, because they are not equally long. One part a head has nothing to bisect or to join.
     int64_t parts = heads ? (4 * call.threads + heads - 1) / heads : 1;
     parts = std::max(std::min(parts, longest / SHORTEST), int64_t(1));
@@ -633,7 +643,7 @@ void tidal_lsh_attend(void* args) {
             unit.row = of_kv_head / call.kv_heads;
             unit.kv_head = of_kv_head % call.kv_heads;
             unit.head = unit.kv_head * group + member;
-            const int64_t first = call.span[2 * unit.row], length = call.span[2 * unit.row + 1] - first;
+            const int64_t first = call.span[2 * unit.row], length = length_of(call, unit.row);
             unit.begin = first + length * part / parts;
             unit.end = first + length * (part + 1) / parts;
             const int64_t place = (unit.row * call.query_heads + unit.head) * parts + part;

@@ -37,6 +37,11 @@ class Method:
     by_slot: ClassVar[bool] = False
     keeps: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def prepares(self) -> bool:
+        """Whether what is kept is made before a step, by `prepare`, and not by `summarize` and in the step."""
+        return False
+
     def choose(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
         """The token sets: index `[B, G, K]` int32, and `[B, T, G, K]` for T > 1 query tokens (see `call`).
 
@@ -65,6 +70,14 @@ class Method:
 
     def update(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> None:
         """Take the keys of a decode step's new token into what is kept, in place."""
+
+    def prepare(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> None:
+        """Make what is kept, before the first step after somebody else wrote to the cache, and outside of any graph.
+
+        `call` is the one that the step will make, where the newest token is not in the cache yet, and the query is only
+        as large as it will be.
+        """
+        raise NotImplementedError
 
     def keys_read(self, selection: Selection, length: int, key_bytes: int) -> float:
         """How many keys, of `key_bytes` each, are read to choose, of so many live ones: for the bytes of a step."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from . import Method
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
     from ..call import Call, Selection
 
 WORD = 32  # tokens whose bits of one hyperplane stand in one int32
+STEPS = 2**12  # of the kernel's table of weights: what lies between is off by less than a float32 cosine makes it
 MOST_WORDS = 2**22  # that the definition looks at in one go
 DECODED = ("sampled", "exact")
+PLACES = ("gpu", "cpu")
+MOST_BITS_ON_CPU = 15  # codes are int16 there
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,13 @@ class Lsh(Method):
     `seed`: of the hyperplanes; layers of one seed err alike. `epsilon`: 0 for the unbiased estimator. `decoded`:
     whether tokens decoded after the prefill are `sampled` like others, or attended to as they are (`exact`). A prefill
     ends with the first step after somebody else wrote to the cache.
+
+    `place`: where the sample is looked up and attended to: on the `gpu` that holds the cache, or, for a cache in host
+    memory (`HostCache`), on the `cpu` (see `host.step`), which takes decoded tokens as `exact` only, and k up to 15.
     """
 
     attends: ClassVar[bool] = True
-    keeps: ClassVar[tuple[str, ...]] = ("planes", "center", "codes", "since")
+    keeps: ClassVar[tuple[str, ...]] = ("planes", "center", "codes", "since", "log_weights")
 
     k: int = 10
     l: int = 150
@@ -51,6 +57,7 @@ class Lsh(Method):
     seed: int = 0
     epsilon: float = 1e-4
     decoded: str = "sampled"
+    place: str = "gpu"
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -65,24 +72,59 @@ class Lsh(Method):
             raise ValueError(f"epsilon must be at least 0, and below 1; found {self.epsilon}")
         if self.decoded not in DECODED:
             raise ValueError(f"decoded must be {' or '.join(DECODED)}; found {self.decoded}")
+        if self.place not in PLACES:
+            raise ValueError(f"place must be {' or '.join(PLACES)}; found {self.place}")
+        if self.place == "cpu" and (self.decoded != "exact" or self.k > MOST_BITS_ON_CPU):
+            raise ValueError(
+                f"place: cpu takes decoded: exact, and k up to {MOST_BITS_ON_CPU}; found {self.decoded}, and {self.k}"
+            )
+
+    @property
+    def prepares(self) -> bool:
+        """On the host, tables are sorted before a step and not in it."""
+        return self.place == "cpu"
 
     def summarize(self, key: Tensor) -> tuple[Tensor, ...]:
-        """Hyperplanes `[l, k, D]`, and room for what the next step makes of the keys, since it knows which are live.
+        """Hyperplanes `[l, k, D]`, `log_weights()`, and room for what the next step makes of the keys, as only it knows
+        which are live.
 
         The mean `[B, Hkv, D]` float32; of each hyperplane, on which side of it the keys are, a bit a slot
         `[B, Hkv, l, k, >= S / 32]` int32; and the live slots at the first step, 0 before it, and how many slots have
-        their bits: `[2]` int32.
+        their bits: `[2]` int32. On the host, in place of the bits, the tables of `host.step`, int32.
         """
         import torch
+        from torch._subclasses import FakeTensor
+
+        from ..host import memory, step
 
         batch, num_kv_heads, slots, head_dim = key.shape
         words = -(-slots // (16 * WORD)) * 16  # rows are aligned, for wide loads
+        new = torch.zeros
+        codes: tuple[int, ...] = batch, num_kv_heads, self.l, self.k, words
+        if self.place == "cpu":
+            new = torch.zeros if isinstance(key, FakeTensor) or key.is_meta else memory.zeros
+            codes = (sum(step.table_words(self, batch, num_kv_heads, slots)),)
         return (
             torch.tensor(normals(self.l, self.k, head_dim, self.seed), device=key.device, dtype=key.dtype),
-            key.new_zeros(batch, num_kv_heads, head_dim, dtype=torch.float32),
-            key.new_zeros(batch, num_kv_heads, self.l, self.k, words, dtype=torch.int32),
-            key.new_zeros(2, dtype=torch.int32),
+            new((batch, num_kv_heads, head_dim), dtype=torch.float32, device=key.device),
+            new(codes, dtype=torch.int32, device=key.device),
+            torch.zeros(2, dtype=torch.int32, device=key.device),
+            self.log_weights().to(key.device),
         )
+
+    def prepare(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> None:
+        """Hash the prompt, and sort its tokens into tables."""
+        from ..host import step
+
+        step.prepare(call, selection, self, *kept[:4])
+
+    def step(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
+        """On a CPU."""
+        from ..host import step
+
+        if kept and self.place == "cpu":
+            return step.attend(call, selection, self, *kept)
+        return super().step(call, selection, *kept)
 
     def update(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> None:
         """At the first step the mean, and the bits of all live keys; then those of keys that have none yet.
@@ -93,7 +135,7 @@ class Lsh(Method):
 
         from .. import reference
 
-        planes, center, codes, since = kept
+        planes, center, codes, since, _ = kept
         live = min(int(call.length), call.key.shape[2])
         if int(since[0]) == 0 and live:
             seen = reference.seen(call)[:, 0, :live]  # [B, n], of the first query
@@ -120,9 +162,10 @@ class Lsh(Method):
         from .. import reference
 
         if not kept:
-            kept = self.summarize(call.key)
-            self.update(call, selection, *kept)
-        planes, center, codes, since = kept
+            method = replace(self, place="gpu")  # which samples the same tokens
+            kept = method.summarize(call.key)
+            method.update(call, selection, *kept)
+        planes, center, codes, since, _ = kept
         scores = reference.score_live_tokens(call)  # [B, Hkv, g, T, n]
         n = scores.shape[4]
         seen = reference.seen(call)[..., :n]
@@ -136,24 +179,39 @@ class Lsh(Method):
         return reference.weigh_live_tokens(call, scores)
 
     def step_on_gpu(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
-        """A scan of the bits, and attention to whom it finds."""
+        """A scan of the bits, and attention to whom it finds; or the host's part and the GPU's."""
+        from ..host import step
         from ..triton import lsh
 
+        if self.place == "cpu":
+            return step.attend_beside_gpu(call, selection, self, *kept)
         return lsh.attend(call, selection, self, *kept)
 
     def inclusion(self, cosine: Tensor) -> Tensor:
         """The probability to be sampled, by the cosine."""
+        return self._found(1.0 - cosine.double().clamp(-1.0, 1.0).arccos() / math.pi)
+
+    def log_weights(self) -> Tensor:
+        """-log2(u + epsilon) for every probability of STEPS that a hyperplane has key and query on one side: float32."""
         import torch
 
-        t = (1.0 - cosine.double().clamp(-1.0, 1.0).arccos() / math.pi).clamp(0.0, 1.0 - 1e-12) ** self.k
+        chances = self._found(torch.linspace(0.0, 1.0, STEPS + 1, dtype=torch.float64))
+        return -(chances + self.epsilon).log2().float()
+
+    def _found(self, agreement: Tensor) -> Tensor:
+        """P[Binomial(l, agreement^k) >= threshold], of float64."""
+        import torch
+
+        t = agreement.clamp(0.0, 1.0 - 1e-12) ** self.k
         odds = t / (1.0 - t)
         fewer = sum(math.comb(self.l, hits) * odds**hits for hits in range(1, self.threshold))
         missed = self.l * (-t).log1p() + torch.as_tensor(fewer, device=t.device).double().log1p()
         return -missed.expm1().clamp(max=-1e-30)  # what is left of the smallest chances is rounding
 
     def keys_read(self, selection: Selection, length: int, key_bytes: int) -> float:
-        """The bits, as so many keys."""
-        return length * self.k * self.l / 8 / key_bytes
+        """The bits, as so many keys; or on the host a bucket of every table."""
+        bits_a_token = 32 * self.l / 2**self.k if self.place == "cpu" else self.k * self.l
+        return length * bits_a_token / 8 / key_bytes
 
     def tokens_kept(self, selection: Selection, length: int) -> int:
         """An estimate: the sample of keys that point nowhere in particular, with heads of 128."""

@@ -174,26 +174,13 @@ def _arccos(x):
 
 
 @triton.jit
-def _inclusion(cosine, K: tl.constexpr, L: tl.constexpr, THRESHOLD: tl.constexpr):
-    """The probability that at least THRESHOLD of L codes of K bits are equal."""
+def _log_weight(cosine, weight_ptr, STEPS: tl.constexpr):
+    """Of a sampled token, base 2: looked up by the probability that a hyperplane has it and the query on one side."""
     angle = _arccos(tl.minimum(tl.abs(cosine), 1.0)) * 0.3183098861837907  # of pi
-    equal = tl.where(cosine < 0.0, angle, 1.0 - angle)
-    t = equal
-    for _ in tl.static_range(1, K):
-        t *= equal
-    t = tl.minimum(t, 1.0 - 1e-6)
-    odds = t / (1.0 - t)
-    term = odds * 0.0 + 1.0  # P[so many hits] / P[no hit]
-    fewer = term
-    for hits in tl.static_range(1, THRESHOLD):
-        term *= odds * ((L - hits + 1) / hits)
-        fewer += term
-    enough = term * 0.0
-    for hits in tl.static_range(THRESHOLD, THRESHOLD + 12):
-        term *= odds * ((L - hits + 1) / hits)
-        enough += term
-    none = tl.exp2(L * tl.log2(1.0 - t))
-    return tl.where(L * t < 2.0, none * enough, 1.0 - none * fewer)  # each where it loses no digits
+    at = tl.where(cosine < 0.0, angle, 1.0 - angle) * STEPS
+    step = tl.minimum(at.to(tl.int32), STEPS - 1)
+    before = tl.load(weight_ptr + step)
+    return before + (at - step.to(tl.float32)) * (tl.load(weight_ptr + step + 1) - before)
 
 
 @triton.jit
@@ -261,14 +248,14 @@ def _sample(
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, center_ptr, sampled_ptr, since_ptr, edge_ptr, mask_ptr, length_ptr, list_ptr, who_ptr, acc_ptr,
-    stat_ptr, scale, epsilon, slots, words, splits,
+    q_ptr, k_ptr, v_ptr, center_ptr, sampled_ptr, since_ptr, weight_ptr, edge_ptr, mask_ptr, length_ptr, list_ptr,
+    who_ptr, acc_ptr, stat_ptr, scale, slots, words, splits, all_splits,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb,
     stride_mn,
     PAIRS: tl.constexpr, PAIRS_PER_KV_HEAD: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr,
-    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
-    THRESHOLD: tl.constexpr, EXACT: tl.constexpr, NUM_WORDS: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
-    HIDES: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, EXACT: tl.constexpr,
+    NUM_WORDS: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: GROUP query heads of one kv head, and one split of its tokens, of which it lists those to read."""
     after_previous(PDL)
@@ -345,65 +332,114 @@ def _attend(
             from_center = k.to(tl.float32) - center[:, None]
             norms = query_norm[:, None] * tl.sqrt(tl.sum(from_center * from_center, 0))[None, :]
             cosine = tl.where(norms > 0.0, (product - query_center[:, None]) / norms, 0.0)
-            chance = _inclusion(cosine, K, L, THRESHOLD)
-            weighted = score - tl.log2(tl.maximum(chance, 1e-30) + epsilon)
+            weighted = score + _log_weight(cosine, weight_ptr, STEPS)
             mine = inside[None, :] & (((found_by[None, :] >> row[:, None]) & 1) != 0)
             score = tl.where((inside & (found_by == STATIC))[None, :], score, tl.where(mine, weighted, float("-inf")))
             m, l, acc = weigh_tile(score, v, inside, m, l, acc, "none")
-    store_split(m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, True)
+    store_split(m, l, acc, acc_ptr, stat_ptr, head, split, all_splits, GROUP, ROWS, D, BLOCK_D, True)
 
 
 def attend(
-    call: Call[Tensor], selection: Selection, method: Lsh, planes: Tensor, center: Tensor, codes: Tensor, since: Tensor
-) -> Tensor:
+    call: Call[Tensor], selection: Selection, method: Lsh, planes: Tensor, center: Tensor, codes: Tensor,
+    since: Tensor, log_weights: Tensor,
+) -> Tensor:  # fmt: skip
     """Attention to a sample `[B, Hq, 1, D]`. Also brings what is kept up to date: see `Lsh.summarize`."""
-    q, k, v, length, mask, scale, sink_logit, softcap = arguments(call)
-    check_rows(k, v)
+    q, k = call.query, call.key
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
-    group, words = num_heads // num_kv_heads, codes.shape[4]
-    block_d, device = padded_dim(head_dim), q.device
-    (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
+    group, words, device = num_heads // num_kv_heads, codes.shape[4], q.device
 
-    edges = q.new_empty(batch, 2, dtype=torch.int32)
-    _prepare[(num_kv_heads, batch)](
-        k, mask_data, length, since, center, edges, slots, *k.stride()[:3], *stride_m, selection.sinks,
-        selection.recent, NUM_KV_HEADS=num_kv_heads, D=head_dim, BLOCK_D=block_d, BLOCK_N=64, **mask_kind,
-        num_warps=4, **overlap(device),
-    )  # fmt: skip
+    edge = edges(call, selection, center, since)
     query_codes = q.new_empty(batch, num_heads, method.l, dtype=torch.int32)
     block_k = triton.next_power_of_2(method.k)
     tables = 64 // block_k
     _hash[(triton.cdiv(method.l, tables), num_kv_heads, batch)](
-        q, k, planes, center, length, since, codes, query_codes, slots, words,
+        q, k, planes, center, call.length, since, codes, query_codes, slots, words,
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3],
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, ROWS=padded_rows(group), D=head_dim, BLOCK_D=block_d, K=method.k,
-        L=method.l, TABLES=tables, BLOCK_K=block_k, BLOCK_N=max(WORD, tile_tokens(k, stage_bytes=2**16)), num_warps=4,
-        num_stages=2, **overlap(device),
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, ROWS=padded_rows(group), D=head_dim, BLOCK_D=padded_dim(head_dim),
+        K=method.k, L=method.l, TABLES=tables, BLOCK_K=block_k,
+        BLOCK_N=max(WORD, tile_tokens(k, stage_bytes=2**16)), num_warps=4, num_stages=2, **overlap(device),
     )  # fmt: skip
-    heads = max(few for few in range(1, MOST_HEADS + 1) if group % few == 0)
-    pairs, members = num_heads // heads, triton.next_power_of_2(heads)
-    sizes = {"PAIRS": pairs, "PAIRS_PER_KV_HEAD": pairs // num_kv_heads, "GROUP": heads, "MEMBERS": members}
-    sizes |= {"K": method.k, "L": method.l, "THRESHOLD": method.threshold}
+    sizes = _sizes(num_heads, num_kv_heads)
+    members, pairs = sizes["MEMBERS"], sizes["PAIRS"]
     sampled = q.new_empty(batch, num_heads, words, dtype=torch.int32)
     num_words = 128 if members <= 4 else 64 if members <= 8 else WORD
     _sample[(triton.cdiv(words, num_words), pairs, batch)](
-        codes, query_codes, length, sampled, slots, words, **sizes, NUM_WORDS=num_words, num_warps=PARTS.value,
-        **overlap(device),
-    )  # fmt: skip
-    num_words = 64 if members <= 8 else WORD
-    splits = num_splits(device, batch * pairs, triton.cdiv(words, num_words), per_processor=4)
-    listed = q.new_empty(2, batch, pairs, words * WORD, dtype=torch.int32)
-    acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
-    stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
-    _attend[(splits, pairs, batch)](
-        q, k, v, center, sampled, since, edges, mask_data, length, listed[0], listed[1], acc, stats, scale,
-        method.epsilon, slots, words, splits,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m,
-        **sizes, ROWS=padded_rows(heads), D=head_dim, BLOCK_D=block_d, EXACT=method.decoded == "exact",
-        NUM_WORDS=num_words, BLOCK_N=min(64, tile_tokens(k, stage_bytes=2**15)), **mask_kind, CAP=softcap,
-        num_warps=4, num_stages=1, **overlap(device),
+        codes, query_codes, call.length, sampled, slots, words, **sizes, K=method.k, L=method.l,
+        THRESHOLD=method.threshold, NUM_WORDS=num_words, num_warps=PARTS.value, **overlap(device),
     )  # fmt: skip
     out = q.new_empty(q.shape)
-    merge(Splits(stats, acc), sink_logit, out)
+    merge(_attend_to(call, method, center, since, log_weights, edge, sampled), call.sink_logit, out)
     return out
+
+
+def edges(call: Call[Tensor], selection: Selection, center: Tensor, since: Tensor) -> Tensor:
+    """The first slot of each row behind its sinks, and the first one of its recent tokens: `[B, 2]` int32.
+
+    At the first step (`since`) also the mean of the keys between them, into `center`.
+    """
+    k = call.key
+    check_rows(k, call.value)
+    batch, num_kv_heads, slots, head_dim = k.shape
+    (mask, *stride_m), mask_kind = mask_args(call.mask, batch, slots)
+    edge = torch.empty(batch, 2, dtype=torch.int32, device=k.device)
+    _prepare[(num_kv_heads, batch)](
+        k, mask, call.length, since, center, edge, slots, *k.stride()[:3], *stride_m, selection.sinks,
+        selection.recent, NUM_KV_HEADS=num_kv_heads, D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=64, **mask_kind,
+        num_warps=4, **overlap(k.device),
+    )  # fmt: skip
+    return edge
+
+
+def attend_to_static(
+    call: Call[Tensor], method: Lsh, center: Tensor, since: Tensor, log_weights: Tensor, edge: Tensor
+) -> Splits:
+    """Attention to sinks, recent and decoded tokens, and room for one split more: see `merge_with`."""
+    batch, num_heads, slots = *call.query.shape[:2], call.key.shape[2]
+    nobody = torch.zeros(batch, num_heads, triton.cdiv(slots, WORD), dtype=torch.int32, device=call.query.device)
+    return _attend_to(call, method, center, since, log_weights, edge, nobody, more=1)
+
+
+def merge_with(splits: Splits, out: Tensor, lse: Tensor, call: Call[Tensor]) -> Tensor:
+    """Join splits, and attention to other tokens: its output `[B, Hq, D]` and natural log-sum-exp `[B, Hq]`."""
+    splits.acc[:, :, -1] = out
+    splits.stats[:, :, -1, 0] = lse * LOG2E.value
+    splits.stats[:, :, -1, 1] = 1.0
+    both = call.query.new_empty(call.query.shape)
+    merge(splits, call.sink_logit, both)
+    return both
+
+
+def _sizes(num_heads: int, num_kv_heads: int) -> dict[str, int]:
+    """How query heads are dealt to programs: as many as divide a group, but not too many for their bits."""
+    group = num_heads // num_kv_heads
+    heads = max(few for few in range(1, MOST_HEADS + 1) if group % few == 0)
+    pairs, members = num_heads // heads, triton.next_power_of_2(heads)
+    return {"PAIRS": pairs, "PAIRS_PER_KV_HEAD": pairs // num_kv_heads, "GROUP": heads, "MEMBERS": members}
+
+
+def _attend_to(
+    call: Call[Tensor], method: Lsh, center: Tensor, since: Tensor, log_weights: Tensor, edge: Tensor,
+    sampled: Tensor, more: int = 0,
+) -> Splits:  # fmt: skip
+    """Attention to static tokens and to those that a bit of `sampled [B, Hq, words]` names; `more` splits are empty."""
+    q, k, v, length, mask, scale, _, softcap = arguments(call)
+    batch, num_heads, _, head_dim = q.shape
+    slots, words, device = k.shape[2], sampled.shape[2], q.device
+    (mask, *stride_m), mask_kind = mask_args(mask, batch, slots)
+    sizes = _sizes(num_heads, k.shape[1])
+    pairs, heads = sizes["PAIRS"], sizes["GROUP"]
+    num_words = 64 if sizes["MEMBERS"] <= 8 else WORD
+    splits = num_splits(device, batch * pairs, triton.cdiv(words, num_words), per_processor=4)
+    listed = q.new_empty(2, batch, pairs, words * WORD, dtype=torch.int32)
+    acc = q.new_empty(batch, num_heads, splits + more, head_dim, dtype=torch.float32)
+    stats = q.new_empty(batch, num_heads, splits + more, 2, dtype=torch.float32)
+    _attend[(splits, pairs, batch)](
+        q, k, v, center, sampled, since, log_weights, edge, mask, length, listed[0], listed[1], acc, stats, scale,
+        slots, words, splits, splits + more,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m,
+        **sizes, ROWS=padded_rows(heads), D=head_dim, BLOCK_D=padded_dim(head_dim), STEPS=log_weights.shape[0] - 1,
+        EXACT=method.decoded == "exact", NUM_WORDS=num_words, BLOCK_N=min(64, tile_tokens(k, stage_bytes=2**15)),
+        **mask_kind, CAP=softcap, num_warps=4, num_stages=1, **overlap(device),
+    )  # fmt: skip
+    return Splits(stats, acc)

@@ -139,7 +139,7 @@ def magicpig(num_layers: int, model: str | None = None, budget: Any = None) -> P
     """MagicPIG, (10, 150): layers 0, 16, 32... stay dense; others attend to a sample, drawn by 150 hashes of 10 bits.
 
     https://arxiv.org/abs/2410.16179. 4 sinks and 64 recent tokens. Each layer has hyperplanes of its own, and decoded
-    tokens are hashed, too. Left out: its cache in host memory. `budget` has no say: how many are sampled is random.
+    tokens are hashed, too. `budget` has no say: how many are sampled is random.
     """
     return _by_hashes(num_layers, 10, 150)
 
@@ -154,9 +154,17 @@ def magicpig_8_75(num_layers: int, model: str | None = None, budget: Any = None)
     return _by_hashes(num_layers, 8, 75)
 
 
-def _by_hashes(num_layers: int, k: int, l: int) -> Preset:
+def magicpig_cpu(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
+    """MagicPIG's whole system: as `magicpig`, with a `HostCache` that leaves the other layers in host memory.
+
+    Their samples are looked up and attended to by the CPU, and decoded tokens are attended to as they are.
+    """
+    return _by_hashes(num_layers, 10, 150, place="cpu", decoded="exact")
+
+
+def _by_hashes(num_layers: int, k: int, l: int, **more: str) -> Preset:
     layers = [
-        "full" if layer % 16 == 0 else {"role": "select", "by": "lsh", "k": k, "l": l, "seed": layer}
+        "full" if layer % 16 == 0 else {"role": "select", "by": "lsh", "k": k, "l": l, "seed": layer, **more}
         for layer in range(num_layers)
     ]
     return Preset(layers, {"sinks": 4, "recent": 64})
@@ -170,6 +178,7 @@ def _published(table: dict[str, Any], model: str | None) -> list[Any]:
 
 PRESETS: dict[str, Callable[..., Preset]] = {
     make.__name__: make for make in (
-        full, tidal, topk, window, quest, lessismore, kascade, omnikv, flat, magicpig, magicpig_9_120, magicpig_8_75
+        full, tidal, topk, window, quest, lessismore, kascade, omnikv, flat, magicpig, magicpig_9_120, magicpig_8_75,
+        magicpig_cpu,
     )
 }  # fmt: skip

@@ -1,0 +1,220 @@
+"""`by: lsh, place: cpu`: a layer whose keys, values and hash tables are in host memory, and whose sample is read there.
+
+prepare      after a prefill, before the step: hash the keys on the device, and sort them into tables on the host
+attend       the sample on the host, and meanwhile sinks, recent and decoded tokens on the device; both are merged
+
+On a GPU the host's part of a step is a function that CUDA calls between two copies, on a stream of its own: a CUDA
+graph records it as a node, so that a step needs no Python.
+"""
+
+import ctypes
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import reference
+from ..call import Call, Selection
+from ..methods.lsh import Lsh
+from . import Arguments, Store, arguments, entry_point, fill
+from . import attend as attend_on_host
+from .memory import as_cpu, call_driver, is_host
+
+CHUNK = 2**24  # sides of hyperplanes that are looked at in one go
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the GPU and the host tell each other in a step of one layer, in page-locked memory."""
+
+    store: Store
+    query: Tensor  # [B, Hq, D]
+    codes: Tensor  # [B, Hq, L] int16
+    span: Tensor  # [B, 2] int64
+    valid: Tensor | None  # [B, S] bool
+    bias: Tensor | None  # [B, S] float32
+    out: Tensor  # [B, Hq, D] float32
+    lse: Tensor  # [B, Hq] float32
+    call: Arguments
+
+
+_exchanges: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of each layer's tables
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def table_words(method: Lsh, batch: int, num_kv_heads: int, slots: int) -> tuple[int, int, int]:
+    """How many int32 the span, the starts and the ids of a `Store` take."""
+    ids = batch * num_kv_heads * method.l * slots
+    return 4 * batch, batch * num_kv_heads * method.l * (2**method.k + 1), ids if _is_wide(slots) else -(-ids // 2)
+
+
+def store_of(call: Call[Tensor], method: Lsh, tables: Tensor) -> Store:
+    """The store whose numbers are in `tables`, int32 of `table_words`."""
+    batch, num_kv_heads, slots, _ = call.key.shape
+    span, starts, ids = as_cpu(tables).split(table_words(method, batch, num_kv_heads, slots))
+    of_heads = batch, num_kv_heads, method.l
+    ids = ids.view(torch.uint32 if _is_wide(slots) else torch.uint16)
+    return Store(
+        as_cpu(call.key), as_cpu(call.value), method.k, method.l,
+        starts=starts.view(torch.uint32).view(*of_heads, -1),
+        ids=ids[: batch * num_kv_heads * method.l * slots].view(*of_heads, slots),
+        span=span.view(torch.int64).view(batch, 2),
+    )  # fmt: skip
+
+
+def _is_wide(slots: int) -> bool:
+    return slots > 2**16
+
+
+def prepare(
+    call: Call[Tensor], selection: Selection, method: Lsh, planes: Tensor, center: Tensor, tables: Tensor, since: Tensor
+) -> None:
+    """The mean of the keys, their tables, and from when on tokens are decoded ones.
+
+    Raises ValueError for keys that aren't in host memory, or in a dtype that the host doesn't attend in.
+    """
+    if not is_host(call.key) or not is_host(call.value):
+        raise ValueError(
+            "place: cpu: the keys and values are in the GPU's memory; make the cache with tidal_compile.HostCache, "
+            "which puts those of such layers into the host's"
+        )
+    if call.key.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"place: cpu: the cache is {call.key.dtype}; the host attends in bfloat16 or float32")
+    batch, num_kv_heads, slots, _ = call.key.shape
+    live = min(int(call.length), slots)
+    seen = reference.seen(call)[:, 0]  # [B, S]
+    dynamic = seen & ~reference.always_kept(seen, selection)
+    dynamic[:, max(0, live - 1) :] = False  # the newest token's key isn't there yet
+    flat = planes.flatten(0, 1).float()  # [l k, D]
+    size = max(1, CHUNK // (batch * num_kv_heads * flat.shape[0]))
+    chunks = [slice(first, min(first + size, live)) for first in range(0, live, size)]
+
+    total = torch.zeros_like(center)
+    for some in chunks:
+        total += call.key[:, :, some].float().masked_fill(~dynamic[:, None, some, None], 0.0).sum(2)
+    center.copy_(total / dynamic.sum(1).clamp(min=1)[:, None, None])
+
+    offset = (center.to(flat.device) @ flat.mT)[..., None]  # [B, Hkv, l k, 1]
+    codes = torch.empty(batch, num_kv_heads, slots, method.l, dtype=torch.int16)
+    for some in chunks:
+        sides = flat @ call.key[:, :, some].float().mT > offset  # [B, Hkv, l k, n]
+        codes[:, :, some] = _packed(sides.mT, method).cpu()
+    first = (seen.cumsum(1) <= selection.sinks).sum(1).clamp(max=max(0, live - 1)).cpu()
+    store = store_of(call, method, tables)
+    fill(store, codes, first, torch.full((batch,), max(0, live - 1)))
+    since.fill_(live)
+    if call.key.is_cuda:
+        _exchanges[tables] = _exchange(call, method, center, store)
+        _streams.setdefault(call.key.device, torch.cuda.Stream(call.key.device))
+
+
+def _packed(sides: Tensor, method: Lsh) -> Tensor:
+    """Codes `[..., l]` int16 of sides `[..., l k]` bool."""
+    bits = torch.arange(method.k, device=sides.device, dtype=torch.int16)
+    return (sides.unflatten(-1, (method.l, method.k)).to(torch.int16) << bits).sum(-1, dtype=torch.int16)
+
+
+def query_codes(query: Tensor, planes: Tensor, method: Lsh) -> Tensor:
+    """`[B, Hq, l]` int16, of a query `[B, Hq, 1, D]`."""
+    return _packed(query[:, :, 0].float() @ planes.flatten(0, 1).float().mT > 0, method)
+
+
+def _exchange(call: Call[Tensor], method: Lsh, center: Tensor, store: Store) -> Exchange:
+    batch, num_heads, _, head_dim = call.query.shape
+    slots = call.key.shape[2]
+
+    def pinned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    query = pinned(batch, num_heads, head_dim, dtype=call.query.dtype)
+    codes = pinned(batch, num_heads, method.l, dtype=torch.int16)
+    span = pinned(batch, 2, dtype=torch.int64)
+    out, lse = pinned(batch, num_heads, head_dim), pinned(batch, num_heads)
+    valid = None if call.mask is None else pinned(batch, slots, dtype=torch.bool)
+    bias = pinned(batch, slots) if call.mask is not None and call.mask.is_floating_point() else None
+    ready = arguments(
+        store, query, codes, as_cpu(center), valid, out, lse, call.scale, call.softcap, method.threshold,
+        method.epsilon, torch.get_num_threads(), bias=bias, span=span,
+    )  # fmt: skip
+    return Exchange(store, query, codes, span, valid, bias, out, lse, ready)
+
+
+def attend(
+    call: Call[Tensor], selection: Selection, method: Lsh, planes: Tensor, center: Tensor, tables: Tensor,
+    since: Tensor, log_weights: Tensor,
+) -> Tensor:  # fmt: skip
+    """Attention `[B, Hq, 1, D]` on a CPU, after `prepare`."""
+    batch, num_heads, _, head_dim = call.query.shape
+    live = min(int(call.length), call.key.shape[2])
+    since.clamp_(max=live)
+    seen = reference.seen(call)[:, 0, :live]
+    static = reference.always_kept(seen, selection) | (seen & (torch.arange(live) >= since[0] - 1))
+    ends = ((seen & ~static) * torch.arange(1, live + 1)).amax(1) if live else torch.zeros(batch)  # of the sampled ones
+    valid, bias = _visible(call)
+    store = store_of(call, method, tables)
+    span = torch.stack([store.span[:, 0], torch.minimum(ends.long(), store.span[:, 1])], 1)
+    out, lse = torch.empty(batch, num_heads, head_dim), torch.empty(batch, num_heads)
+    attend_on_host(
+        store, call.query[:, :, 0].contiguous(), query_codes(call.query, planes, method), center, valid, out, lse,
+        call.scale, call.softcap, method.threshold, method.epsilon, torch.get_num_threads(), bias=bias, span=span,
+    )  # fmt: skip
+    columns = static.any(0).nonzero()[:, 0]
+    some = replace(
+        call, key=call.key[:, :, columns], value=call.value[:, :, columns], length=torch.tensor(len(columns)),
+        mask=None if call.mask is None else call.mask[..., columns],
+    )  # fmt: skip
+    scores = reference.score_live_tokens(some).masked_fill(~static[:, None, None, None, columns], -torch.inf)
+    scores = scores.flatten(1, 2)[:, :, 0]  # [B, Hq, m]
+    values = some.value.float().repeat_interleave(num_heads // call.key.shape[1], 1)
+    parts = [(lse, out), (scores.logsumexp(-1), (scores.softmax(-1).nan_to_num(0.0)[:, :, None] @ values)[:, :, 0])]
+    if call.sink_logit is not None:
+        parts.append((call.sink_logit.float().expand(batch, -1), torch.zeros_like(out)))
+    weights = torch.stack([one for one, _ in parts]).softmax(0).nan_to_num(0.0)  # [parts, B, Hq]
+    merged = sum(weight[..., None] * part for weight, (_, part) in zip(weights, parts, strict=True))
+    return merged[:, :, None].to(call.query.dtype)
+
+
+def _visible(call: Call[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Which tokens the mask lets see `[B, S]` bool, and what it adds to scores, float32."""
+    if call.mask is None:
+        return None, None
+    mask = call.mask.expand(call.query.shape[0], 1, 1, call.key.shape[2])[:, 0, 0]
+    bias = mask.float().contiguous() if mask.is_floating_point() else None
+    return (~reference.hidden(mask)).contiguous(), bias
+
+
+def attend_beside_gpu(
+    call: Call[Tensor], selection: Selection, method: Lsh, planes: Tensor, center: Tensor, tables: Tensor,
+    since: Tensor, log_weights: Tensor,
+) -> Tensor:  # fmt: skip
+    """`attend` for a cache on a GPU. A CUDA graph may record it."""
+    from ..triton import lsh
+
+    if tables not in _exchanges:
+        raise RuntimeError("place: cpu: a step before the keys were hashed: see `prepare`")
+    exchange, side = _exchanges[tables], _streams[call.key.device]
+    edges = lsh.edges(call, selection, center, since)  # [B, 2]
+    first, last = edges.long().unbind(1)
+    span = torch.stack([first, last.minimum(since[0].minimum(call.length) - 1)], 1)
+    there = [(exchange.query, call.query.contiguous()), (exchange.codes, query_codes(call.query, planes, method))]
+    there += [(exchange.span, span), *zip((exchange.valid, exchange.bias), _visible(call), strict=True)]
+    there = [(host, device) for host, device in there if host is not None]
+    back = [(torch.empty_like(host, device=call.key.device), host) for host in (exchange.out, exchange.lse)]
+
+    side.wait_stream(torch.cuda.current_stream())
+    for host, device in there:
+        _copy(host, device, side)
+    call_driver(
+        "cuLaunchHostFunc", ctypes.c_void_p(side.cuda_stream), entry_point(), ctypes.addressof(exchange.call)
+    )  # fmt: skip
+    for device, host in back:
+        _copy(device, host, side)
+    splits = lsh.attend_to_static(call, method, center, since, log_weights, edges)
+    torch.cuda.current_stream().wait_stream(side)
+    return lsh.merge_with(splits, *(device for device, _ in back), call)
+
+
+def _copy(into: Tensor, of: Tensor, stream: torch.cuda.Stream) -> None:
+    assert into.nbytes == of.nbytes and of.is_contiguous()
+    call_driver("cuMemcpyAsync", into.data_ptr(), of.data_ptr(), of.nbytes, ctypes.c_void_p(stream.cuda_stream))

@@ -1,0 +1,76 @@
+"""A static cache some of whose layers keep their keys and values in the host's memory: for `place: cpu`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from .errors import TidalError
+from .kernels.host import memory
+from .policy import Policy, resolve
+
+
+class HostLayer(StaticLayer):
+    """A layer `[B, Hkv, S, D]` in host memory that a GPU addresses: it writes new tokens there, and reads there.
+
+    A decode step reads in place what it attends to. Several tokens at once, as in a prefill, attend to a copy on the
+    GPU, which lives as long as the layer's attention.
+    """
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        slots, self.max_cache_len = self.max_cache_len, 1
+        super().lazy_initialization(key_states, value_states)
+        self.max_cache_len = slots
+        for name in ("keys", "values"):
+            batch, num_kv_heads, _, head_dim = getattr(self, name).shape
+            shape = batch, num_kv_heads, slots, head_dim
+            setattr(self, name, memory.zeros(shape, key_states.dtype, key_states.device))
+            torch._dynamo.mark_static_address(getattr(self, name))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if key_states.shape[-2] == 1 or not keys.is_cuda:
+            return keys, values
+        return keys.clone(), values.clone()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for tensor in (self.keys, self.values):
+            torch.cuda.synchronize() if tensor.is_cuda else None
+            here = memory.as_cpu(tensor)
+            here.copy_(here[beam_idx.cpu()])
+            tensor[:0].zero_()  # a write of nothing, which is counted
+
+
+class HostCache(StaticCache):
+    """A `StaticCache` of `max_cache_len` slots whose `place: cpu` layers are in host memory, by the policy.
+
+    Pass it as `past_key_values` to the model or to `generate`. A GPU then holds the other layers, and while a prompt is
+    read one layer more. `layers`: numbers of the layers instead, for example all that reuse tokens, which then read
+    these few over PCIe.
+
+    Raises TidalError where no layer would be in host memory, or a layer that can't, and PolicyError.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, max_cache_len: int, policy: Policy | dict | str | Path | None = None,
+        layers: Iterable[int] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        can = tuple(number for number, layer in enumerate(self.layers) if type(layer) is StaticLayer)
+        if layers is None:
+            roles = () if policy is None else resolve(policy, len(self.layers), attention_layers=can).roles
+            layers = [role.layer for role in roles if role.role == "select" and role.method.prepares]
+        layers = sorted(set(layers))
+        if not layers:
+            raise TidalError(
+                "HostCache: no layer of the policy has place: cpu, so that all would be on the GPU; use StaticCache, a "
+                "policy such as the preset magicpig_cpu, or layers=[...]"
+            )
+        for number in layers:
+            if number not in can:
+                raise TidalError(f"HostCache: layer {number} can't be in host memory; these can: {list(can)}")
+            self.layers[number] = HostLayer(max_cache_len=max_cache_len)
