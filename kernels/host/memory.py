@@ -1,4 +1,4 @@
-"""Tensors of a GPU whose memory is the host's. Both read and write it at one address: the GPU over PCIe, without a copy.
+"""Tensors of a GPU whose memory is the host's. Both use it at one address, the GPU over PCIe and without a copy.
 
 So a KV cache in host memory is a tensor like others to a model, to Dynamo, to CUDA graphs and to Triton. A kernel that
 reads a few rows of it moves only these. On other devices such a tensor is an ordinary one.
@@ -28,7 +28,9 @@ class _Registered:
         seen_by_gpu = ctypes.c_void_p()
         call_driver("cuMemHostGetDevicePointer_v2", ctypes.byref(seen_by_gpu), self.address, ctypes.c_uint(0))
         if seen_by_gpu.value != self.address:
-            raise RuntimeError("this GPU addresses the host's memory otherwise than the host does: place: cpu needs that")
+            raise RuntimeError(
+                "this GPU addresses the host's memory otherwise than the host does: place: cpu needs that"
+            )
         self.__cuda_array_interface__ = {
             "shape": (num_bytes,), "typestr": "|u1", "data": (self.address, False), "version": 3,
         }  # fmt: skip
@@ -93,4 +95,4 @@ def _pages(num_bytes: int) -> Tensor:
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size > HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return torch.frombuffer(pages, dtype=torch.uint8).zero_()  # by all threads: page-locking would do it by one

@@ -39,7 +39,7 @@ class Exchange:
     call: Arguments
 
 
-_exchanges: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of each layer's tables
+_exchanges: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of each layer's tables: {what `_kind` says: Exchange}
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -105,7 +105,9 @@ def prepare(
     fill(store, codes, first, torch.full((batch,), max(0, live - 1)))
     since.fill_(live)
     if call.key.is_cuda:
-        _exchanges[tables] = _exchange(call, method, center, store)
+        of_layer = _exchanges.setdefault(tables, {})
+        if _kind(call) not in of_layer:  # a CUDA graph may have recorded the addresses of one
+            of_layer[_kind(call)] = _exchange(call, method, center, store)
         _streams.setdefault(call.key.device, torch.cuda.Stream(call.key.device))
 
 
@@ -118,6 +120,11 @@ def _packed(sides: Tensor, method: Lsh) -> Tensor:
 def query_codes(query: Tensor, planes: Tensor, method: Lsh) -> Tensor:
     """`[B, Hq, l]` int16, of a query `[B, Hq, 1, D]`."""
     return _packed(query[:, :, 0].float() @ planes.flatten(0, 1).float().mT > 0, method)
+
+
+def _kind(call: Call[Tensor]) -> tuple:
+    """On what an exchange depends besides its layer."""
+    return call.query.shape, call.mask is None or call.mask.dtype, call.scale, call.softcap
 
 
 def _exchange(call: Call[Tensor], method: Lsh, center: Tensor, store: Store) -> Exchange:
@@ -191,9 +198,10 @@ def attend_beside_gpu(
     """`attend` for a cache on a GPU. A CUDA graph may record it."""
     from ..triton import lsh
 
-    if tables not in _exchanges:
+    exchange = _exchanges.get(tables, {}).get(_kind(call))
+    if exchange is None:
         raise RuntimeError("place: cpu: a step before the keys were hashed: see `prepare`")
-    exchange, side = _exchanges[tables], _streams[call.key.device]
+    side = _streams[call.key.device]
     edges = lsh.edges(call, selection, center, since)  # [B, 2]
     first, last = edges.long().unbind(1)
     span = torch.stack([first, last.minimum(since[0].minimum(call.length) - 1)], 1)

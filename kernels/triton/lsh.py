@@ -3,14 +3,15 @@
 prepare    which tokens are neither sinks nor recent; at the first step also their mean key
 hash       on which side of each hyperplane the queries are, and the newest key (at the first step: all keys; and those
            that have no bits yet, where a counter was set forth)
-sample     for 32 tokens at once, whether a query head's code equals theirs in enough tables: a bit a token
-attend     to whom these bits name, to sinks and to recent tokens
+sample     for 32 tokens at once, whether a query head's code equals theirs in enough tables: a bit a token; and a list
+           of the tokens that any head samples, of sinks and of recent tokens
+attend     to those on the list
 merge      joins the splits
 
 A key takes a bit for each hyperplane, stored by hyperplane: one int32 holds that bit of 32 tokens. A code equals the
 query's where no bit of it differs, and "in at least two tables" takes two such words, so that a table costs an
 instruction or two a bit for 32 tokens and a query head. Nothing is gathered to look for tokens, and no list has a
-length that data could exceed: a program lists what it finds among its own tokens.
+length that data could exceed: a program lists what it finds among its own tokens, in as many places.
 """
 
 import torch
@@ -44,7 +45,7 @@ from .split import (
 )
 
 BITS = tl.constexpr(WORD)
-PARTS = tl.constexpr(8)  # of the tables: each of as many warps takes one
+PARTS = tl.constexpr(4)  # of the tables: each of as many warps takes one
 STATIC = tl.constexpr(-(2**31))  # of a listed token: every head attends to it as it is
 MOST_HEADS = 16  # query heads of a program: a listed token has a bit for each
 
@@ -196,11 +197,13 @@ def _hits_of_both(a1, a2, a3, a4, b1, b2, b3, b4):
 
 @triton.jit
 def _sample(
-    code_ptr, query_code_ptr, length_ptr, sampled_ptr, slots, words,
+    code_ptr, query_code_ptr, since_ptr, edge_ptr, mask_ptr, length_ptr, list_ptr, who_ptr, count_ptr, slots, words,
+    stride_mb, stride_mn,
     PAIRS: tl.constexpr, PAIRS_PER_KV_HEAD: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr,
-    K: tl.constexpr, L: tl.constexpr, THRESHOLD: tl.constexpr, NUM_WORDS: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, L: tl.constexpr, THRESHOLD: tl.constexpr, EXACT: tl.constexpr, NUM_WORDS: tl.constexpr,
+    MASK: tl.constexpr, HIDES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: GROUP query heads of one kv head, and NUM_WORDS words of 32 tokens: who is sampled, a bit a token.
+    """One program: GROUP query heads of one kv head, and NUM_WORDS words of 32 tokens, of which it lists those to read.
 
     Each warp looks at a part of the tables. Codes are loaded as `[PARTS, 1, NUM_WORDS]`, so that a thread has all heads
     of its words, loads them once, and takes no barrier.
@@ -241,23 +244,41 @@ def _sample(
         once |= hit
     once, twice, thrice, often = tl.reduce((once, twice, thrice, often), 0, _hits_of_both)
     sampled = once if THRESHOLD == 1 else twice if THRESHOLD == 2 else thrice if THRESHOLD == 3 else often
-    member = tl.arange(0, MEMBERS)[:, None]
-    into = sampled_ptr + (head + member) * words + word[None, :]
-    tl.store(into, sampled, mask=(member < GROUP) & (word < words)[None, :])
+
+    first_dynamic = tl.load(edge_ptr + batch * 2)
+    first_recent = tl.load(edge_ptr + batch * 2 + 1)
+    since = tl.load(since_ptr)
+    since = tl.where(since == 0, length, tl.minimum(since, length))
+    masks = mask_ptr
+    if MASK != "none":
+        masks += batch * stride_mb
+    token = word[:, None] * BITS + tl.arange(0, BITS)[None, :]  # [NUM_WORDS, 32]
+    valid, _ = mask_tile(masks, token * stride_mn, token < length, MASK, HIDES)
+    is_static = (token < first_dynamic) | (token >= first_recent)
+    if EXACT:
+        is_static |= token >= since - 1
+    member = tl.arange(0, MEMBERS)[:, None, None]
+    by_member = ((sampled[:, :, None] >> tl.arange(0, BITS)[None, None, :]) & 1) << member
+    who = tl.where(is_static, STATIC, tl.sum(tl.where(member < GROUP, by_member, 0), 0))
+    found = valid & (who != 0)
+    chunk = (batch * PAIRS + pair) * tl.cdiv(words, NUM_WORDS) + tl.program_id(0)
+    entry = chunk * NUM_WORDS * BITS + running_sum(found.to(tl.int32)) - 1
+    tl.store(list_ptr + entry, token, mask=found)
+    tl.store(who_ptr + entry, who, mask=found)
+    tl.store(count_ptr + chunk, tile_sum(found.to(tl.int32)))
 
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, center_ptr, sampled_ptr, since_ptr, weight_ptr, edge_ptr, mask_ptr, length_ptr, list_ptr,
-    who_ptr, acc_ptr, stat_ptr, scale, slots, words, splits, all_splits,
+    q_ptr, k_ptr, v_ptr, center_ptr, since_ptr, weight_ptr, mask_ptr, length_ptr, list_ptr, who_ptr, count_ptr,
+    acc_ptr, stat_ptr, scale, slots, chunks, splits, all_splits,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb,
     stride_mn,
     PAIRS: tl.constexpr, PAIRS_PER_KV_HEAD: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr,
-    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, EXACT: tl.constexpr,
-    NUM_WORDS: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
-    PDL: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: GROUP query heads of one kv head, and one split of its tokens, of which it lists those to read."""
+    """One program: GROUP query heads of one kv head, and a split of the chunks of PLACES tokens, listed by `_sample`."""
     after_previous(PDL)
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -266,12 +287,9 @@ def _attend(
     group = batch * (PAIRS // PAIRS_PER_KV_HEAD) + kv_head
     head = (batch * PAIRS + pair) * GROUP
     length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
-    first_dynamic = tl.load(edge_ptr + batch * 2)
-    first_recent = tl.load(edge_ptr + batch * 2 + 1)
-    since = tl.load(since_ptr)
-    since = tl.where(since == 0, length, tl.minimum(since, length))
     if (split == 0) & (pair == 0) & (batch == 0):
-        tl.store(since_ptr, since)  # whoever reads it before or after comes to the same
+        since = tl.load(since_ptr)
+        tl.store(since_ptr, tl.where(since == 0, length, tl.minimum(since, length)))
         tl.store(since_ptr + 1, length)
 
     q = load_group(q_ptr + batch * stride_qb + pair * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D)
@@ -284,45 +302,22 @@ def _attend(
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     row = tl.arange(0, ROWS)
-    bit = tl.arange(0, BITS)
-    member = tl.arange(0, MEMBERS)
     keys = k_ptr + batch * stride_kb + kv_head * stride_kh
     values = v_ptr + batch * stride_vb + kv_head * stride_vh
     masks = mask_ptr
     if MASK != "none":
         masks += batch * stride_mb
 
-    live = tl.cdiv(length, BITS)
-    chunk = tl.cdiv(tl.cdiv(live, NUM_WORDS), splits) * NUM_WORDS
-    end = tl.minimum(split * chunk + chunk, live)
-    for start in range(split * chunk, end, NUM_WORDS):
-        # List whom anybody reads
-        word = start + tl.arange(0, NUM_WORDS)
-        sampled = tl.load(
-            sampled_ptr + (head + member[:, None]) * words + word[None, :],
-            mask=(member < GROUP)[:, None] & (word < end)[None, :], other=0,
-        )  # fmt: skip
-        token = word[:, None] * BITS + bit[None, :]  # [NUM_WORDS, 32]
-        valid, _unbiased = mask_tile(masks, token * stride_mn, (token < length) & (word < end)[:, None], MASK, HIDES)
-        is_static = (token < first_dynamic) | (token >= first_recent)
-        if EXACT:
-            is_static |= token >= since - 1
-        by_member = ((sampled[:, :, None] >> bit[None, None, :]) & 1) << member[:, None, None]
-        who = tl.where(is_static, STATIC, tl.sum(by_member, 0))
-        found = valid & (who != 0)
-        place = ((batch * PAIRS + pair) * words + start) * BITS
-        entry = place + running_sum(found.to(tl.int32)) - 1
-        tl.store(list_ptr + entry, token, mask=found)
-        tl.store(who_ptr + entry, who, mask=found)
-        listed = tile_sum(found.to(tl.int32))
-        tl.debug_barrier()
-
-        # Attend to them
+    live = tl.cdiv(length, PLACES)
+    each = tl.cdiv(live, splits)
+    for chunk in range(split * each, tl.minimum(split * each + each, live)):
+        place = (batch * PAIRS + pair) * chunks + chunk
+        listed = tl.load(count_ptr + place)
         for at in range(0, listed, BLOCK_N):
             listing = at + tl.arange(0, BLOCK_N)
             inside = listing < listed
-            found_token = tl.load(list_ptr + place + listing, mask=inside, other=0)
-            found_by = tl.load(who_ptr + place + listing, mask=inside, other=0)
+            found_token = tl.load(list_ptr + place * PLACES + listing, mask=inside, other=0)
+            found_by = tl.load(who_ptr + place * PLACES + listing, mask=inside, other=0)
             cache_row = found_token.to(tl.int64)
             k = load_keys(keys, cache_row * stride_kn, inside, D, BLOCK_D)
             v = load_values(values, cache_row * stride_vn, inside, D, BLOCK_D)
@@ -360,16 +355,8 @@ def attend(
         K=method.k, L=method.l, TABLES=tables, BLOCK_K=block_k,
         BLOCK_N=max(WORD, tile_tokens(k, stage_bytes=2**16)), num_warps=4, num_stages=2, **overlap(device),
     )  # fmt: skip
-    sizes = _sizes(num_heads, num_kv_heads)
-    members, pairs = sizes["MEMBERS"], sizes["PAIRS"]
-    sampled = q.new_empty(batch, num_heads, words, dtype=torch.int32)
-    num_words = 128 if members <= 4 else 64 if members <= 8 else WORD
-    _sample[(triton.cdiv(words, num_words), pairs, batch)](
-        codes, query_codes, call.length, sampled, slots, words, **sizes, K=method.k, L=method.l,
-        THRESHOLD=method.threshold, NUM_WORDS=num_words, num_warps=PARTS.value, **overlap(device),
-    )  # fmt: skip
     out = q.new_empty(q.shape)
-    merge(_attend_to(call, method, center, since, log_weights, edge, sampled), call.sink_logit, out)
+    merge(_attend_to(call, method, center, since, log_weights, edge, codes, query_codes), call.sink_logit, out)
     return out
 
 
@@ -395,9 +382,7 @@ def attend_to_static(
     call: Call[Tensor], method: Lsh, center: Tensor, since: Tensor, log_weights: Tensor, edge: Tensor
 ) -> Splits:
     """Attention to sinks, recent and decoded tokens, and room for one split more: see `merge_with`."""
-    batch, num_heads, slots = *call.query.shape[:2], call.key.shape[2]
-    nobody = torch.zeros(batch, num_heads, triton.cdiv(slots, WORD), dtype=torch.int32, device=call.query.device)
-    return _attend_to(call, method, center, since, log_weights, edge, nobody, more=1)
+    return _attend_to(call, method, center, since, log_weights, edge, more=1)
 
 
 def merge_with(splits: Splits, out: Tensor, lse: Tensor, call: Call[Tensor]) -> Tensor:
@@ -410,36 +395,39 @@ def merge_with(splits: Splits, out: Tensor, lse: Tensor, call: Call[Tensor]) -> 
     return both
 
 
-def _sizes(num_heads: int, num_kv_heads: int) -> dict[str, int]:
-    """How query heads are dealt to programs: as many as divide a group, but not too many for their bits."""
-    group = num_heads // num_kv_heads
-    heads = max(few for few in range(1, MOST_HEADS + 1) if group % few == 0)
-    pairs, members = num_heads // heads, triton.next_power_of_2(heads)
-    return {"PAIRS": pairs, "PAIRS_PER_KV_HEAD": pairs // num_kv_heads, "GROUP": heads, "MEMBERS": members}
-
-
 def _attend_to(
     call: Call[Tensor], method: Lsh, center: Tensor, since: Tensor, log_weights: Tensor, edge: Tensor,
-    sampled: Tensor, more: int = 0,
+    codes: Tensor | None = None, query_codes: Tensor | None = None, more: int = 0,
 ) -> Splits:  # fmt: skip
-    """Attention to static tokens and to those that a bit of `sampled [B, Hq, words]` names; `more` splits are empty."""
+    """Attention to static tokens and, with codes, to the sample; `more` splits are empty."""
     q, k, v, length, mask, scale, _, softcap = arguments(call)
     batch, num_heads, _, head_dim = q.shape
-    slots, words, device = k.shape[2], sampled.shape[2], q.device
+    num_kv_heads, slots = k.shape[1:3]
+    group, device = num_heads // num_kv_heads, q.device
+    words = triton.cdiv(slots, WORD) if codes is None else codes.shape[4]
     (mask, *stride_m), mask_kind = mask_args(mask, batch, slots)
-    sizes = _sizes(num_heads, k.shape[1])
-    pairs, heads = sizes["PAIRS"], sizes["GROUP"]
-    num_words = 64 if sizes["MEMBERS"] <= 8 else WORD
-    splits = num_splits(device, batch * pairs, triton.cdiv(words, num_words), per_processor=4)
-    listed = q.new_empty(2, batch, pairs, words * WORD, dtype=torch.int32)
+    heads = max(few for few in range(1, MOST_HEADS + 1) if group % few == 0)  # of a program
+    pairs, members = num_heads // heads, triton.next_power_of_2(heads)
+    sizes = {"PAIRS": pairs, "PAIRS_PER_KV_HEAD": pairs // num_kv_heads, "GROUP": heads, "MEMBERS": members}
+
+    num_words = 64 if members <= 8 else WORD
+    chunks = triton.cdiv(words, num_words)
+    listed, who = q.new_empty(2, batch, pairs, chunks * num_words * WORD, dtype=torch.int32)
+    counts = q.new_empty(batch, pairs, chunks, dtype=torch.int32)
+    _sample[(chunks, pairs, batch)](
+        codes, query_codes, since, edge, mask, length, listed, who, counts, slots, words, *stride_m,
+        **sizes, K=method.k, L=0 if codes is None else method.l, THRESHOLD=method.threshold,
+        EXACT=method.decoded == "exact", NUM_WORDS=num_words, **mask_kind, num_warps=PARTS.value, **overlap(device),
+    )  # fmt: skip
+    splits = num_splits(device, batch * pairs, chunks, per_processor=4)
     acc = q.new_empty(batch, num_heads, splits + more, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits + more, 2, dtype=torch.float32)
     _attend[(splits, pairs, batch)](
-        q, k, v, center, sampled, since, log_weights, edge, mask, length, listed[0], listed[1], acc, stats, scale,
-        slots, words, splits, splits + more,
+        q, k, v, center, since, log_weights, mask, length, listed, who, counts, acc, stats, scale, slots, chunks,
+        splits, splits + more,
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m,
         **sizes, ROWS=padded_rows(heads), D=head_dim, BLOCK_D=padded_dim(head_dim), STEPS=log_weights.shape[0] - 1,
-        EXACT=method.decoded == "exact", NUM_WORDS=num_words, BLOCK_N=min(64, tile_tokens(k, stage_bytes=2**15)),
-        **mask_kind, CAP=softcap, num_warps=4, num_stages=1, **overlap(device),
+        PLACES=num_words * WORD, BLOCK_N=min(64, tile_tokens(k, stage_bytes=2**15)), **mask_kind, CAP=softcap,
+        num_warps=4, num_stages=1, **overlap(device),
     )  # fmt: skip
     return Splits(stats, acc)
