@@ -77,7 +77,11 @@ def compile_attention():
             pages.choose_again(call, selection, picked)
             sparse.sparse_attention(call, picked.index)
         method = (Lsh(), Lsh(8, 75, threshold=1), Lsh(9, 5, threshold=4, decoded="exact"))[(of_kind + of_mask) % 3]
-        lsh.attend(call, selection, method, *method.summarize(k))
+        planes, center, codes, since, log_weights = method.summarize(k)
+        lsh.attend(call, selection, method, planes, center, codes, since, log_weights)
+        edges = lsh.edges(call, selection, center, since)
+        splits = lsh.attend_to_static(call, method, center, since, log_weights, edges)
+        lsh.merge_with(splits, q[:, :, 0].float(), q[:, :, 0, 0].float(), call)
 
 
 def compile_more_pages_than_a_program_holds():

@@ -1,6 +1,7 @@
 """What only a GPU shows: CUDA graphs without a skip, one launch a step, and large shapes against the reference ops."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from families import FAMILIES
 from models import decode_logits, family_model, family_pair, prefilled, random_tokens, tiny_model
 from recorder import Recorder
 from torch._dynamo.utils import counters
+from transformers import StaticCache
 
 import tidal_compile as tc
 from tidal_compile.bench.decode import reference_backend
@@ -127,6 +129,94 @@ def test_what_is_kept_follows_the_cache(by, cudagraph_or_error):
     got = logits(model, torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy}))
     expected = logits(same, torch.compile(same, backend=Recorder(policy=policy), fullgraph=True))
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+SAMPLED = {"role": "select", "by": "lsh", "k": 4, "l": 20, "decoded": "exact"}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_layers_in_host_memory_give_what_they_do_on_the_gpu(padded, cudagraph_or_error):
+    """Samples of the CPU, and tokens reused over PCIe: two caches in turn, filled again, rewound and reordered."""
+    model = tiny_model(device="cuda", num_hidden_layers=4)
+    mask = torch.ones(2, 60, dtype=torch.long, device="cuda")
+    mask[0, : 23 if padded else 0] = 0
+    found = []
+    for place in ("gpu", "cpu"):
+        layers = {
+            "0": "select",
+            "1": {**SAMPLED, "place": place},
+            "2": "reuse",
+            "3": {**SAMPLED, "place": place, "seed": 3},
+        }
+        policy = tc.Policy.from_dict(
+            {"num_layers": 4, "layers": layers, "defaults": {"budget": 24, "sinks": 2, "recent": 3}}
+        )
+        step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
+        wide = torch.cat([mask, mask.new_ones(2, 68)], 1)
+
+        def decoded(cache, seed, step=step, wide=wide):
+            rows = []
+            for token in random_tokens(2, 8, seed=seed).cuda().split(1, 1):
+                torch.compiler.cudagraph_mark_step_begin()
+                out = step(
+                    input_ids=token.clone(memory_format=torch.contiguous_format),
+                    attention_mask=wide,
+                    past_key_values=cache,
+                )
+                rows.append(out.logits[:, -1].clone())
+            return torch.stack(rows, 1)
+
+        with (
+            torch.no_grad(),
+            torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True),
+        ):
+            caches = []
+            for seed in (1, 2):
+                cache = tc.HostCache(model.config, 128, policy) if place == "cpu" else StaticCache(model.config, 128)
+                model(input_ids=random_tokens(2, 60, seed=seed).cuda(), attention_mask=mask, past_key_values=cache)
+                caches.append(cache)
+            rows = [decoded(caches[turn % 2], turn) for turn in range(5)]
+            caches[0].reset()
+            model(input_ids=random_tokens(2, 60, seed=3).cuda(), attention_mask=mask, past_key_values=caches[0])
+            rows.append(decoded(caches[0], 7))
+            rewind(caches[0], 60)
+            rows.append(decoded(caches[0], 8))
+            rewind(caches[1], 60)
+            caches[1].reorder_cache(torch.tensor([1, 1], device="cuda"))
+            wide[0] = wide[1]
+            rows.append(decoded(caches[1], 9))
+        found.append(torch.cat(rows, 1))
+        torch._dynamo.reset()
+    torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)
+
+
+def test_a_cache_in_host_memory_takes_none_of_the_gpus():
+    """While a prompt is read, a layer of it; and `generate` takes the cache, and gives its memory back."""
+    model = tiny_model(device="cuda", num_hidden_layers=18)
+    ids, slots = on_gpu(random_tokens(2, 4000)), 4096
+    of_layer = 2 * 2 * 2 * slots * 16 * 4  # keys and values [B, Hkv, S, D] float32
+    peaks, texts = [], []
+    for host in (False, True):
+        text = json.dumps(tc.Policy.preset("magicpig_cpu", 18).to_dict())
+        policy = tc.Policy.from_dict(json.loads(text if host else text.replace('"cpu"', '"gpu"')))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        cache = tc.HostCache(model.config, slots, policy) if host else StaticCache(model.config, slots)
+        with torch.no_grad():
+            for part in ids[:, :-1].split(500, 1):
+                model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        out = model.generate(
+            ids, past_key_values=cache, max_new_tokens=12, do_sample=False, compile_config=tc.compile_config(policy)
+        )
+        texts.append(out[:, 4000:])
+        torch._dynamo.reset()
+        del cache
+    assert peaks[0] - peaks[1] > 13 * of_layer
+    assert torch.equal(*texts)
+    policy, cache = tc.Policy.preset("magicpig_cpu", 18), prefilled(model, ids[:, :50], 64)
+    with pytest.raises(ValueError, match="the keys and values are in the GPU's memory; make the cache with"):
+        decode_logits(torch.compile(model, backend="tidal", options={"policy": policy}), cache, ids[:, :1])
 
 
 def test_one_graph_launch_a_step(cudagraph_or_error):

@@ -30,22 +30,23 @@ def oracle_u(t, tables, tau):
     return sum(math.comb(tables, j) * t**j * (1 - t) ** (tables - j) for j in range(tau, tables + 1))
 
 
-def oracle_hits(case):
-    """[B, Hq, S]: in how many tables a token that is indexed has the query's code."""
+def oracle_hits(case, span=None):
+    """[B, Hq, S]: in how many tables a token that is indexed, and of interest, has the query's code."""
     hits = numpy.zeros((case.batch, case.heads, case.slots), int)
     for b, h in numpy.ndindex(case.batch, case.heads):
         codes = case.codes[b, h // case.group].numpy()
         hits[b, h] = (codes == case.query_codes[b, h].numpy()).sum(-1)
-        hits[b, h, : case.first[b]] = hits[b, h, case.last[b] :] = 0
+        first, last = (case.first[b], case.last[b]) if span is None else span[b].tolist()
+        hits[b, h, :first] = hits[b, h, max(first, last) :] = 0
     return hits
 
 
-def oracle(case, scale, softcap=0.0, tau=2, epsilon=1e-4, valid=None):
+def oracle(case, scale, softcap=0.0, tau=2, epsilon=1e-4, valid=None, bias=None, span=None):
     """The definition: out [B, Hq, D] and lse [B, Hq]."""
     query, keys, values, mean = (x.double().numpy() for x in (case.query, case.keys, case.values, case.mean))
     out = numpy.zeros((case.batch, case.heads, query.shape[-1]))
     lse = numpy.full((case.batch, case.heads), -math.inf)
-    hits = oracle_hits(case)
+    hits = oracle_hits(case, span)
     for b, h in numpy.ndindex(case.batch, case.heads):
         found = hits[b, h] >= tau
         if valid is not None:
@@ -59,6 +60,8 @@ def oracle(case, scale, softcap=0.0, tau=2, epsilon=1e-4, valid=None):
         score = k @ q * scale
         if softcap:
             score = softcap * numpy.tanh(score / softcap)
+        if bias is not None:
+            score = score + bias[b].double().numpy()[found]
         logit = score - numpy.log(numpy.maximum(u + epsilon, SMALLEST))
         weight = numpy.exp(logit - logit.max())
         lse[b, h] = logit.max() + math.log(weight.sum())
@@ -291,6 +294,16 @@ def test_garbage_elsewhere_is_not_read():
         for threads in (1, 16):
             for got, right in zip(run(case, valid=valid, threads=threads, path=path), expected, strict=True):
                 torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("slots, threads", [(501, 1), (9001, 1), (9001, 16)])
+def test_fewer_tokens_than_are_indexed_and_a_bias(slots, threads):
+    """The last ones, which become recent ones no more one by one, and any; in one part or several."""
+    case = make_case(slots, bits=5, group=1, first=[4, 30])
+    bias = torch.randn(2, slots, generator=torch.Generator().manual_seed(1))
+    for first, last in ((4, slots - 1), (40, slots - 64), (4, slots // 3), (slots // 2, slots // 2), (90, 80)):
+        span = torch.tensor([[first, last], [30, slots]])
+        check(case, threads=threads, span=span, bias=bias, softcap=3.0)
 
 
 def test_a_store_is_filled_again():

@@ -217,7 +217,7 @@ def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
         if asks_for_more or any(isinstance(call, Unmatched) and call.kind == "unsupported" for call in calls):
             _refuse(options, f"no attention call of the graph can be rewritten: {reasons}")
         return plan
-    if asks_for_more and not any(role.role == "reuse" for role in policy.roles):
+    if asks_for_more and not any(role.is_sparse for role in policy.roles):
         found = len(policy_layers(calls))
         warnings.warn(f"tidal: preset {policy.name!r} is exact here: {found} full-attention layers", stacklevel=2)
     if torch.is_grad_enabled() and _wants_gradients(gm):

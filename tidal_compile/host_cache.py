@@ -1,4 +1,4 @@
-"""A static cache some of whose layers keep their keys and values in the host's memory: for `place: cpu`."""
+"""A static cache some of whose layers keep their keys and values in the host's memory."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,11 +46,11 @@ class HostLayer(StaticLayer):
 
 
 class HostCache(StaticCache):
-    """A `StaticCache` of `max_cache_len` slots whose `place: cpu` layers are in host memory, by the policy.
+    """A `StaticCache` of `max_cache_len` slots, some of whose layers are in host memory: a GPU holds only the others.
 
-    Pass it as `past_key_values` to the model or to `generate`. A GPU then holds the other layers, and while a prompt is
-    read one layer more. `layers`: numbers of the layers instead, for example all that reuse tokens, which then read
-    these few over PCIe.
+    By the policy these are the layers with `place: cpu`, whose samples the CPU attends to, and those that reuse tokens,
+    which read these few over PCIe. `layers`: other ones instead, by number. Pass the cache as `past_key_values` to the
+    model or to `generate`. While a prompt is read, the GPU holds one such layer at a time.
 
     Raises TidalError where no layer would be in host memory, or a layer that can't, and PolicyError.
     """
@@ -63,12 +63,12 @@ class HostCache(StaticCache):
         can = tuple(number for number, layer in enumerate(self.layers) if type(layer) is StaticLayer)
         if layers is None:
             roles = () if policy is None else resolve(policy, len(self.layers), attention_layers=can).roles
-            layers = [role.layer for role in roles if role.role == "select" and role.method.prepares]
+            layers = [role.layer for role in roles if role.role == "reuse" or (role.keeps and role.method.prepares)]
         layers = sorted(set(layers))
         if not layers:
             raise TidalError(
-                "HostCache: no layer of the policy has place: cpu, so that all would be on the GPU; use StaticCache, a "
-                "policy such as the preset magicpig_cpu, or layers=[...]"
+                "HostCache: no layer of the policy reuses tokens or has place: cpu, so that all would be on the GPU; "
+                "use StaticCache, a policy such as the preset magicpig_cpu, or layers=[...]"
             )
         for number in layers:
             if number not in can:

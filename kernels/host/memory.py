@@ -1,4 +1,4 @@
-"""Tensors of a GPU whose memory is the host's. Both use it at one address, the GPU over PCIe and without a copy.
+"""Tensors of a GPU whose memory is the host's. Both use it at one address, the GPU over PCIe without a copy.
 
 So a KV cache in host memory is a tensor like others to a model, to Dynamo, to CUDA graphs and to Triton. A kernel that
 reads a few rows of it moves only these. On other devices such a tensor is an ordinary one.

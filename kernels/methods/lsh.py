@@ -192,7 +192,7 @@ class Lsh(Method):
         return self._found(1.0 - cosine.double().clamp(-1.0, 1.0).arccos() / math.pi)
 
     def log_weights(self) -> Tensor:
-        """-log2(u + epsilon) `[STEPS + 1]` float32, by the probability that a hyperplane has key and query on one side."""
+        """-log2(u + epsilon) `[STEPS + 1]` float32, by the probability that both are on one side of a hyperplane."""
         import torch
 
         chances = self._found(torch.linspace(0.0, 1.0, STEPS + 1, dtype=torch.float64))

@@ -217,8 +217,6 @@ def _sample(
     word = tl.program_id(0) * NUM_WORDS + tl.arange(0, NUM_WORDS)
     if tl.program_id(0) * NUM_WORDS * BITS >= length:
         return
-    codes = code_ptr + group * L * K * words
-    queries = query_code_ptr + head * L
     part = tl.arange(0, PARTS)[:, None, None]
     member = tl.arange(0, MEMBERS)[None, :, None]
     there = (word // 16 * 16 < words)[None, None, :]  # rows have a multiple of 16: so that loads are wide
@@ -226,22 +224,25 @@ def _sample(
     twice = once
     thrice = once
     often = once
-    for first in range(0, L, PARTS):
-        table = first + part
-        query = tl.load(queries + member * L + table, mask=(member < GROUP) & (table < L), other=0)  # its code
-        miss = tl.zeros([PARTS, MEMBERS, NUM_WORDS], tl.int32) - (table >= L).to(tl.int32)
-        for bit in tl.static_range(0, K):
-            plane = codes + (table * K + bit).to(tl.int64) * words
-            code = tl.load(plane + word[None, None, :], mask=there & (table < L), other=0)
-            miss |= code ^ (0 - ((query >> bit) & 1))
-        hit = ~miss
-        if THRESHOLD > 3:
-            often |= thrice & hit
-        if THRESHOLD > 2:
-            thrice |= twice & hit
-        if THRESHOLD > 1:
-            twice |= once & hit
-        once |= hit
+    if L > 0:  # or only static tokens are listed
+        codes = code_ptr + group * L * K * words
+        queries = query_code_ptr + head * L
+        for first in range(0, L, PARTS):
+            table = first + part
+            query = tl.load(queries + member * L + table, mask=(member < GROUP) & (table < L), other=0)  # its code
+            miss = tl.zeros([PARTS, MEMBERS, NUM_WORDS], tl.int32) - (table >= L).to(tl.int32)
+            for bit in tl.static_range(0, K):
+                plane = codes + (table * K + bit).to(tl.int64) * words
+                code = tl.load(plane + word[None, None, :], mask=there & (table < L), other=0)
+                miss |= code ^ (0 - ((query >> bit) & 1))
+            hit = ~miss
+            if THRESHOLD > 3:
+                often |= thrice & hit
+            if THRESHOLD > 2:
+                thrice |= twice & hit
+            if THRESHOLD > 1:
+                twice |= once & hit
+            once |= hit
     once, twice, thrice, often = tl.reduce((once, twice, thrice, often), 0, _hits_of_both)
     sampled = once if THRESHOLD == 1 else twice if THRESHOLD == 2 else thrice if THRESHOLD == 3 else often
 
@@ -278,7 +279,7 @@ def _attend(
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, PLACES: tl.constexpr,
     BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: GROUP query heads of one kv head, and a split of the chunks of PLACES tokens, listed by `_sample`."""
+    """One program: GROUP query heads of one kv head, and a split of the chunks of PLACES tokens that were listed."""
     after_previous(PDL)
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -419,7 +420,7 @@ def _attend_to(
         **sizes, K=method.k, L=0 if codes is None else method.l, THRESHOLD=method.threshold,
         EXACT=method.decoded == "exact", NUM_WORDS=num_words, **mask_kind, num_warps=PARTS.value, **overlap(device),
     )  # fmt: skip
-    splits = num_splits(device, batch * pairs, chunks, per_processor=4)
+    splits = num_splits(device, batch * pairs, chunks, per_processor=6)
     acc = q.new_empty(batch, num_heads, splits + more, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits + more, 2, dtype=torch.float32)
     _attend[(splits, pairs, batch)](
@@ -427,7 +428,7 @@ def _attend_to(
         splits, splits + more,
         q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m,
         **sizes, ROWS=padded_rows(heads), D=head_dim, BLOCK_D=padded_dim(head_dim), STEPS=log_weights.shape[0] - 1,
-        PLACES=num_words * WORD, BLOCK_N=min(64, tile_tokens(k, stage_bytes=2**15)), **mask_kind, CAP=softcap,
+        PLACES=num_words * WORD, BLOCK_N=min(32, tile_tokens(k, stage_bytes=2**15)), **mask_kind, CAP=softcap,
         num_warps=4, num_stages=1, **overlap(device),
     )  # fmt: skip
     return Splits(stats, acc)
