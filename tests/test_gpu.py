@@ -214,9 +214,14 @@ def test_a_cache_in_host_memory_takes_none_of_the_gpus():
         del cache
     assert peaks[0] - peaks[1] > 13 * of_layer
     assert torch.equal(*texts)
-    policy, cache = tc.Policy.preset("magicpig_cpu", 18), prefilled(model, ids[:, :50], 64)
-    with pytest.raises(ValueError, match="the keys and values are in the GPU's memory; make the cache with"):
-        decode_logits(torch.compile(model, backend="tidal", options={"policy": policy}), cache, ids[:, :1])
+    cache = prefilled(model, ids[:, :50], 64)
+    step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
+    with pytest.warns(UserWarning, match="its keys and values are held twice; tidal_compile.HostCache"):
+        twice = decode_logits(step, cache, ids[:, :6])
+    cache = tc.HostCache(model.config, 64, policy)
+    with torch.no_grad():
+        model(input_ids=ids[:, :50], past_key_values=cache)
+    torch.testing.assert_close(decode_logits(step, cache, ids[:, :6]), twice, atol=1e-3, rtol=1e-3)
 
 
 def test_one_graph_launch_a_step(cudagraph_or_error):

@@ -8,6 +8,7 @@ graph records it as a node, so that a step needs no Python.
 """
 
 import ctypes
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,7 @@ from ..call import Call, Selection
 from ..methods.lsh import Lsh
 from . import Arguments, Store, arguments, entry_point, fill
 from . import attend as attend_on_host
-from .memory import as_cpu, call_driver, is_host
+from .memory import as_cpu, call_driver, is_host, zeros
 
 CHUNK = 2**24  # sides of hyperplanes that are looked at in one go
 
@@ -40,6 +41,7 @@ class Exchange:
 
 
 _exchanges: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of each layer's tables: {what `_kind` says: Exchange}
+_mirrors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of keys and values that a GPU holds
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -56,11 +58,28 @@ def store_of(call: Call[Tensor], method: Lsh, tables: Tensor) -> Store:
     of_heads = batch, num_kv_heads, method.l
     ids = ids.view(torch.uint32 if _is_wide(slots) else torch.uint16)
     return Store(
-        as_cpu(call.key), as_cpu(call.value), method.k, method.l,
+        _in_host_memory(call.key), _in_host_memory(call.value), method.k, method.l,
         starts=starts.view(torch.uint32).view(*of_heads, -1),
         ids=ids[: batch * num_kv_heads * method.l * slots].view(*of_heads, slots),
         span=span.view(torch.int64).view(batch, 2),
     )  # fmt: skip
+
+
+def _in_host_memory(tensor: Tensor) -> Tensor:
+    """Keys or values as the host reads them."""
+    return as_cpu(tensor) if is_host(tensor) else _mirrors[tensor]
+
+
+def _mirror(tensor: Tensor) -> Tensor:
+    """The host's copy of keys or values on the GPU: a prompt's, since later tokens are not read there."""
+    if tensor not in _mirrors:
+        warnings.warn(
+            "place: cpu: the cache is on the GPU, so that its keys and values are held twice; tidal_compile.HostCache "
+            "holds those of such layers in host memory alone",
+            stacklevel=2,
+        )
+        _mirrors[tensor] = zeros(tuple(tensor.shape), tensor.dtype, torch.device("cpu"))
+    return _mirrors[tensor]
 
 
 def _is_wide(slots: int) -> bool:
@@ -72,17 +91,15 @@ def prepare(
 ) -> None:
     """The mean of the keys, their tables, and from when on tokens are decoded ones.
 
-    Raises ValueError for keys that aren't in host memory, or in a dtype that the host doesn't attend in.
+    Raises ValueError for keys in a dtype that the host doesn't attend in.
     """
-    if not is_host(call.key) or not is_host(call.value):
-        raise ValueError(
-            "place: cpu: the keys and values are in the GPU's memory; make the cache with tidal_compile.HostCache, "
-            "which puts those of such layers into the host's"
-        )
     if call.key.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"place: cpu: the cache is {call.key.dtype}; the host attends in bfloat16 or float32")
     batch, num_kv_heads, slots, _ = call.key.shape
     live = min(int(call.length), slots)
+    for tensor in (call.key, call.value):
+        if not is_host(tensor):
+            _mirror(tensor)[:, :, :live] = tensor[:, :, :live]
     seen = reference.seen(call)[:, 0]  # [B, S]
     dynamic = seen & ~reference.always_kept(seen, selection)
     dynamic[:, max(0, live - 1) :] = False  # the newest token's key isn't there yet
