@@ -26,6 +26,7 @@ import typer
 from transformers import StaticCache
 
 import tidal_compile as tc
+from tidal_compile.kernels.host import step as host_step
 from tidal_compile.models import load_model
 from tidal_compile.provenance import provenance
 from tidal_compile.run import rewind
@@ -54,7 +55,9 @@ def fill(cache: Any, length: int) -> None:
 
 
 @torch.no_grad()
-def measure(model: Any, policy: Any, cache: Any, length: int, batch: int, steps: int, prompt: bool) -> dict[str, Any]:
+def measure(
+    model: Any, policy: Any, cache: Any, length: int, batch: int, steps: int, prompt: bool, threads: list[int]
+) -> dict[str, Any]:
     """Prefill, and decode: times, and the peak of GPU memory."""
     torch._dynamo.reset()
     torch.cuda.reset_peak_memory_stats()
@@ -74,22 +77,25 @@ def measure(model: Any, policy: Any, cache: Any, length: int, batch: int, steps:
     torch.cuda.synchronize()
     record["fill_s"], record["peak_of_fill_bytes"] = time.perf_counter() - start, torch.cuda.max_memory_allocated()
     step = torch.compile(model.forward, backend="tidal", fullgraph=True, options={"policy": policy})
-    seconds = []
-    for _ in range(WARM_UP + steps):
+
+    def one_step() -> float:
         torch.compiler.cudagraph_mark_step_begin()
         torch.cuda.synchronize()
         start = time.perf_counter()
         logits = step(input_ids=token, past_key_values=cache).logits[:, -1]
-        token = logits.argmax(-1, keepdim=True).clone()
+        token.copy_(logits.argmax(-1, keepdim=True))
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    assert logits.isfinite().all()
+        assert logits.isfinite().all()
+        return time.perf_counter() - start
+
+    seconds = [one_step() for _ in range(WARM_UP + steps)]
     warm = statistics.median(seconds[WARM_UP:])
+    for number in threads:
+        for one in [one for of_layer in host_step._exchanges.values() for one in of_layer.values()]:
+            one.call.threads = number
+        record.setdefault("ms_by_threads", {})[number] = statistics.median(one_step() for _ in range(steps)) * 1e3
     rewind(cache, length)
-    start = time.perf_counter()
-    step(input_ids=token, past_key_values=cache)
-    torch.cuda.synchronize()
-    record["first_step_s"] = time.perf_counter() - start
+    record["first_step_s"] = one_step()
     return record | {"compile_s": seconds[0], "ms": warm * 1e3, "tokens_per_s": batch / warm}
 
 
@@ -110,6 +116,7 @@ def main(
     ),
     steps: int = 30,
     prompt: Annotated[bool, typer.Option(help="Read a prompt.")] = False,
+    threads: Annotated[list[int], typer.Option(help="Time the CPU's part with so many, too.")] = (),
     out: Path = Path("out/capacity.json"),
 ) -> None:
     """Measure, and write JSON."""
@@ -122,7 +129,7 @@ def main(
     result |= provenance("cuda") | {"weights_bytes": torch.cuda.memory_allocated(), "records": []}
     for one, name in itertools.product(case, variant):
         context, batch = map(int, one.split("x"))
-        slots = context + WARM_UP + steps
+        slots = context + WARM_UP + steps * (1 + len(threads))
         record = {"case": one, "variant": name, "context": context, "batch": batch, "prompt": prompt}
         number = net.config.num_hidden_layers
         kv_bytes = 2 * batch * slots * number * net.config.num_key_value_heads * net.config.head_dim * 2
@@ -134,7 +141,7 @@ def main(
                 cache = StaticCache(config=net.config, max_cache_len=slots)
             else:
                 cache = tc.HostCache(net.config, slots, policy)
-            record |= measure(net, policy, cache, context, batch, steps, prompt)
+            record |= measure(net, policy, cache, context, batch, steps, prompt, threads)
         except torch.OutOfMemoryError as error:
             record["error"] = str(error).split(". If")[0]
         peak = torch.cuda.max_memory_allocated()

@@ -71,7 +71,7 @@ def test_a_preset_equals_the_oracle_and_its_replay(name):
 
 
 def test_presets_say_what_is_published():
-    assert set(PRESETS) == {*SMALL, "full", "magicpig", "magicpig_9_120", "magicpig_8_75"}
+    assert set(PRESETS) == {*SMALL, "full", "magicpig", "magicpig_9_120", "magicpig_8_75", "magicpig_cpu"}
     kascade = tc.Policy.preset("kascade", 36, model="Qwen/Qwen3-8B").roles
     assert [role.layer for role in kascade if role.role == "select"] == [0, 2, 7, 14, 23]
     assert [role.output for role in kascade if role.role == "select"] == ["full", *["sparse"] * 4]
