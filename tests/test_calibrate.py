@@ -370,6 +370,48 @@ def test_every_context_leaves_a_text_to_go_on_with(length):
 OPTIONS = {"budget": 24, "sinks": 2, "recent": 4, "context": 400, "contexts": 2, "tries": 12}
 
 
+def test_layers_sample_where_that_loses_less_than_reuse():
+    """Here it does in layers 6 and 12 only; the worst reuse layers are tried, and not where the bytes don't allow it."""
+    losses = torch.ones(16, 16, dtype=torch.float64)
+    losses[:, [6, 12, 13]] = 5.0
+    same = {"layer": Statistics(losses, {})}
+
+    def score(candidate):
+        gain = sum(0.1 if layer in (6, 12) else -0.1 for layer in candidate.sampled)
+        loss = distance_to((0, 4, 9))(candidate).loss + 1 - gain
+        return Score(loss, {"text": loss}, {"text": 1.0}, 1.0)
+
+    for limit, expected in ((None, (6, 12)), (350, (6,)), (310, ())):
+        settings = tc.CalibrationSettings(tries=400, output="full", sample=(8, 75), max_bytes=limit)
+        best = None
+        for one in explore(
+            score, lambda one: bytes_of(one) + 40 * len(one.sampled), same, range(16), 3, 2, 64, 36, settings
+        ):
+            best = one if is_better(one, best) else best
+        assert best.candidate.selections == (0, 4, 9) and best.candidate.sampled == expected
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_sampling_layers_as_a_user_asks_for_them(tmp_path):
+    """A policy whose reuse layers name their source, as a sampling layer may stand between; remembered scores go with it."""
+    model, options = long_model(), {**OPTIONS, "dense": 0, "tries": 2, "sample": (2, 40)}
+    memory = tmp_path / "scores.json"
+    policy = tc.calibrate(model, Letters(), TEXT, selections=1, memory=memory, **options)
+    tried = [one["sampled"] for one in policy.calibration["trace"]]
+    assert any(tried)
+    sampling = [role for role in policy.roles if role.by == "lsh" and role.role == "select"]
+    assert sampling and all(
+        (role.method.k, role.method.l, role.method.seed) == (2, 40, role.layer) for role in sampling
+    )
+    assert "sample" in policy.description
+    prompt, tokens = random_tokens(1, PROMPT), random_tokens(1, 3, seed=2)
+    decode_logits(tidal_step(model, policy), prefilled(model, prompt, 128), tokens)
+    again = tc.calibrate(model, Letters(), TEXT, selections=1, memory=memory, **options)
+    assert again.calibration["loss"] == policy.calibration["loss"]
+    with pytest.raises(tc.TidalError, match="calibrate: sample 20,75: k must be 1 to 16; found 20"):
+        tc.calibrate(model, Letters(), TEXT, selections=1, **{**options, "sample": (20, 75)})
+
+
 @pytest.mark.usefixtures("traced_once")
 def test_limits_of_bytes_as_a_user_sets_them():
     """Of two budgets only the smaller one fits; then none does."""

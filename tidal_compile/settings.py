@@ -21,6 +21,9 @@ class CalibrationSettings:
     share: str = "auto"  # of the policy; auto: kv_head, with a map of heads, or layer, whichever loses less
     output: str = "auto"  # of the selections; auto: sparse where it costs no quality, otherwise full
     by: str = "scores"  # of the selections: scores, pages (their size and `keep` are found), or auto for either
+    sample: tuple[int, int] | None = (
+        None  # bits and tables of `by: lsh`, by which a layer may sample instead of reusing tokens, if it loses less
+    )
     max_bytes: int | None = None  # that a step may read of weights and cache
     max_bytes_at: int | None = None  # the live tokens at which it may; None: the context
     vary_budgets: bool = False  # also try another budget for each selection, with the same number of tokens in all

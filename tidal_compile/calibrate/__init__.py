@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from ..errors import TidalError, UnsupportedModelError
 from ..explain import decode_calls
 from ..kernels.call import SHARES, fitting
+from ..kernels.methods.lsh import Lsh
 from ..models import describe, name_of
 from ..passes.match import Unmatched, policy_layers
 from ..passes.plan import kv_share, make_plan
@@ -218,6 +219,12 @@ def check_settings(budgets: Sequence[int], settings: CalibrationSettings, goals:
             raise TidalError(f"calibrate: {name} {getattr(settings, name)!r}; valid are {', '.join(valid)}")
     if settings.by == "pages" and settings.output == "full":
         raise TidalError("calibrate: selections by pages return sparse output; output 'full' goes with by 'scores'")
+    if settings.sample is not None:
+        k, l = settings.sample
+        try:
+            Lsh(k, l)
+        except ValueError as error:
+            raise TidalError(f"calibrate: sample {k},{l}: {error}") from None
     for name in ("max_bytes", "max_bytes_at"):
         if (value := getattr(settings, name)) is not None and value < 1:
             raise TidalError(f"calibrate: {name} {value}; at least 1 is needed")
@@ -339,7 +346,9 @@ class BudgetSearch:
         return _cost(self.ground, self._policy(candidate).roles, self.effort.max_bytes_at)["bytes_per_step"]
 
     def _policy(self, candidate: Candidate, name: str = "candidate") -> Policy:
-        return _make_policy(self.ground, candidate, self.statistics[candidate.share], self.memory.settings, name)
+        return _make_policy(
+            self.ground, candidate, self.statistics[candidate.share], self.memory.settings, name, self.effort.sample
+        )
 
     def _limit(self, roles: Sequence[LayerRole]) -> dict[str, Any]:
         """What limits the bytes of a step, and what these roles read there; nothing if nothing does."""
@@ -424,7 +433,7 @@ def _about_scores(model: PreTrainedModel, text: str, settings: CalibrationSettin
     return describe(model) | {
         "text": digest(text), "context": settings.context, "page": PAGE, "contexts": settings.contexts,
         "seed": settings.seed,
-        "weights": all_weights,
+        "weights": all_weights, **({} if settings.sample is None else {"sample": list(settings.sample)}),
     }  # fmt: skip
 
 
@@ -503,8 +512,9 @@ def _measure(ground: Ground, roles: Sequence[LayerRole]) -> Score:
 
 
 def _make_policy(
-    ground: Ground, candidate: Candidate, statistics: Statistics, settings: dict[str, Any], name: str
-) -> Policy:
+    ground: Ground, candidate: Candidate, statistics: Statistics, settings: dict[str, Any], name: str,
+    sample: tuple[int, int] | None,
+) -> Policy:  # fmt: skip
     """Make a candidate a policy: layers before its first selection, and layers that may not select, stay full."""
     layers: dict[int, Any] = dict.fromkeys(range(ground.num_layers), "full")
     for number, layer in enumerate(candidate.selections):
@@ -516,10 +526,15 @@ def _make_policy(
     for layer, source in sources(candidate, statistics.losses, ground.layers).items():
         heads = statistics.heads.get((source, layer))
         head_map = {"heads": list(heads)} if heads and heads != tuple(range(len(heads))) else {}
-        layers[layer] = {"role": "reuse", **({} if candidate.nearest else {"from": source}), **head_map}
+        said = {} if candidate.nearest and not candidate.sampled else {"from": source}
+        layers[layer] = {"role": "reuse", **said, **head_map}
+    for layer in candidate.sampled:
+        k, l = sample
+        layers[layer] = {"role": "select", "by": "lsh", "k": k, "l": l, "seed": layer}
     data = {
         "name": name, "num_layers": ground.num_layers, "layers": layers,
-        "description": f"Selections {', '.join(map(str, candidate.selections))}, calibrated.",
+        "description": f"Selections {', '.join(map(str, candidate.selections))}, calibrated."
+        + (f" Layers {', '.join(map(str, candidate.sampled))} sample." if candidate.sampled else ""),
         "defaults": {**settings, "share": candidate.share},
     }  # fmt: skip
     return Policy.from_dict(data)

@@ -4,7 +4,8 @@ A candidate's loss is the KL divergence of the sparse model's predictions from t
 come from the dynamic programme over the statistics, one set of them for each way to share token sets. From there the
 search goes on, best first, by small changes of the candidates tried so far: tokens are shared another way, or one
 selection moves to another layer, in the order in which the statistics expect the least loss. Finally the best candidate
-is refined: where each layer takes its tokens from, how large the budget of each selection is, and how each one chooses.
+is refined: where each layer takes its tokens from, how large the budget of each selection is, how each one chooses, and
+which layers had better sample by hashes than reuse tokens.
 Candidates that read more bytes a step than allowed aren't tried.
 """
 
@@ -42,7 +43,7 @@ class Candidate:
     `nearest`: a layer reuses the tokens of the nearest selection before it, otherwise those of the earlier selection
     that costs it the least loss. `budgets`: empty where all selections have the policy's default. `sparse`: the
     selections whose output is sparse, though the policy's default is full. `forms`: how each selection chooses; empty
-    where all of them score every key.
+    where all of them score every key. `sampled`: the layers that sample by hashes instead of reusing tokens.
     """
 
     selections: tuple[int, ...]
@@ -51,6 +52,7 @@ class Candidate:
     budgets: tuple[int, ...] = ()
     sparse: tuple[int, ...] = ()
     forms: tuple[Form, ...] = ()
+    sampled: tuple[int, ...] = ()
 
     @property
     def every_form(self) -> tuple[Form, ...]:
@@ -187,6 +189,11 @@ def explore(
         for selection, form in zip(best.candidate.selections, best.candidate.every_form, strict=True):
             if form == EXACT and selection not in best.candidate.sparse:
                 yield from refine(sparse=(*best.candidate.sparse, selection))
+    if settings.sample is not None:
+        losses = statistics[best.candidate.share].losses
+        reusing = sources(best.candidate, losses, layers)
+        for layer in sorted(reusing, key=lambda layer: -losses[reusing[layer], layer])[:BREADTH]:
+            yield from refine(sampled=tuple(sorted((*best.candidate.sampled, layer))))
 
 
 def forms_of(by: str) -> Sequence[Form]:
@@ -279,7 +286,7 @@ def sources(candidate: Candidate, losses: Tensor, layers: Sequence[int]) -> dict
     chosen = {}
     for layer in layers:
         earlier = [selection for selection in candidate.selections if selection < layer]
-        if earlier and layer not in candidate.selections:
+        if earlier and layer not in (*candidate.selections, *candidate.sampled):
             best = min(earlier, key=lambda selection: losses[selection, layer].item())
             chosen[layer] = earlier[-1] if candidate.nearest else best
     return chosen

@@ -87,6 +87,13 @@ def calibrate(
         CalibratedMethod,
         typer.Option(help="How selections choose: by all keys, bounds of pages (size and `keep` are found) or auto."),
     ] = CalibratedMethod[DEFAULT.by],
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K,L", help="Layers may also sample by L hashes of K bits, where that loses less than reuse.",
+            show_default="none",
+        ),
+    ] = None,
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="Bytes of weights and cache that a step may read.", show_default="any")
     ] = None,
@@ -147,8 +154,8 @@ def calibrate(
     goals = [Goal(number, **quality) for number in numbers or [None]]
     settings = CalibrationSettings(
         context=context, contexts=contexts, dense=dense, sinks=sinks, recent=recent, share=share.value,
-        output=output.value, by=by.value, max_bytes=max_bytes, max_bytes_at=max_bytes_at, vary_budgets=vary_budgets,
-        weights=_weights(weight or []), tries=tries, seed=seed,
+        output=output.value, by=by.value, sample=_sizes(sample), max_bytes=max_bytes,
+        max_bytes_at=max_bytes_at, vary_budgets=vary_budgets, weights=_weights(weight or []), tries=tries, seed=seed,
     )  # fmt: skip
     check_settings(budgets, settings, goals)
     check_positions(load_config(model), model, context, "blocks of", TEXT_TOKENS)
@@ -212,6 +219,17 @@ def calibrate(
             "interrupted: these are the best policies so far; the same command continues", markup=False, highlight=False
         )
         raise typer.Exit(130)
+
+
+def _sizes(option: str | None) -> tuple[int, int] | None:
+    """Return K,L as numbers."""
+    if option is None:
+        return None
+    try:
+        k, l = map(int, option.split(","))
+    except ValueError:
+        raise TidalError(f"--sample {option!r}: give the bits and tables, such as 8,75") from None
+    return k, l
 
 
 def _weights(options: list[str]) -> dict[str, float]:
