@@ -19,6 +19,7 @@ READMES = (ROOT / "README.md", HERE / "README.md")
 PAGES = (*READMES, *sorted((ROOT / "docs").glob("*.md")))
 CHART = ROOT / "docs/images/decode-8b-100k.png"
 
+DEVICE = "nvidia-h200"  # of the tables that compare rows of several results
 HEADLINE = "decode-random-llama-3.1-8b-100k-nvidia-h200"  # the result that the chart shows
 VARIANTS = {  # of it, in the words of the chart
     "reduce-overhead": "torch.compile,\nmode reduce-overhead",
@@ -78,7 +79,9 @@ def headline_caption():
 def decode_summary():
     """Every variant of every model in one table: ms, against the floor, and what a user sees through generate."""
     rows = []
-    for result in [*results("decode").values(), *results("figures").values()]:
+    for name, result in (results("decode") | results("figures")).items():
+        if not name.endswith(DEVICE):
+            continue
         depth = f", {result['layers']} layers" if result.get("layers") else ""
         shape = result["model"].removeprefix("random:") + depth
         steps = [str(one["steps"]) for one in result["decode"]]
@@ -111,6 +114,46 @@ def method_summary():
             shares = (f"{us[op]:.1f} ({us[op] / us['dense']:.2f})" for op in METHODS)
             rows.append((size, f"{us['dense']:.1f}", *shares, result["commit"]))
     return markdown(("us", "dense", *METHODS.values(), "commit"), rows)
+
+
+def sampling_summary():
+    """us of attention by samples beside dense attention, and ms of whole steps."""
+    kernels = results("kernels")["kernels-lsh-nvidia-h100"]
+    us = {one["op"]: one["us"]["median"] for one in kernels["kernels"]}
+    decode = results("decode")["decode-random-llama-3.1-8b-lsh-nvidia-h100"]
+    ms = {one["name"].removeprefix("tidal: "): one["ms"]["median"] for one in decode["decode"]}
+    rows = [
+        (words, f"{us[op]:.1f}", f"{us[op] / us['dense']:.2f}", f"{us[op] / us['dense, no mask']:.2f}", step)
+        for words, op, step in (
+            ("dense", "dense", f"{ms['full']:.2f} (`full`)"),
+            ("SDPA cuDNN, no mask", "SDPA cuDNN", "-"),
+            ("`lsh`, (10, 150)", "by lsh, sparse output", f"{ms['magicpig']:.2f} (`magicpig`)"),
+            ("`lsh`, (9, 120)", "by lsh, 9 bits, 120 tables, sparse output", "-"),
+            ("`lsh`, (8, 75)", "by lsh, 8 bits, 75 tables, sparse output",
+             f"{ms['magicpig_8_75']:.2f} (`magicpig_8_75`)"),
+        )
+    ]  # fmt: skip
+    table = markdown(("attention", "us", "of dense", "of dense without a mask", "ms a step of Llama-3.1-8B"), rows)
+    return f"{table}\n{kernels['device']}, 100,000 tokens, commits {kernels['commit']} and {decode['commit']}.\n"
+
+
+def capacity_summary():
+    """What a GPU that is held to a limit decodes with caches in host memory: a row a case and variant."""
+    rows, commits, devices = [], {}, {}
+    for result in results("capacity").values():
+        commits[result["commit"]] = devices[f"{result['device']} held to {result['limit_gib']:.0f} GiB"] = None
+        for one in result["records"]:
+            variant = f"`{one['variant']}`" + (f", prompt read in {one['fill_s']:.0f} s" if one["prompt"] else "")
+            case = f"{one['batch']} x {one['context']:,}", variant, f"{one['kv_bytes'] / 1e9:.1f}"
+            if "error" in one:
+                rows.append((*case, "out of memory", "-", "-", "-"))
+                continue
+            speed = f"{one['ms']:.1f}", f"{one['tokens_per_s']:.1f}", f"{one['first_step_s']:.2f}"
+            rows.append((*case, *speed, f"{one['peak_gpu_bytes'] / 1e9:.1f}"))
+    rows.sort(key=lambda row: row[0])
+    columns = ("batch x context", "variant", "KV cache, GB", "ms a step", "tokens/s", "first step, s", "GPU peak, GB")
+    source = f"{', '.join(devices)}, commit {', '.join(commits)}, `benchmarks/results/capacity-*.json`."
+    return f"{markdown(columns, rows)}\n{source}\n"
 
 
 def paper_summary():
@@ -311,7 +354,7 @@ def index():
 SECTIONS = {
     "headline": headline_caption, "quality summary": quality_summary, "demo": demo,
     "decode summary": decode_summary, "kernel summary": kernel_summary, "method summary": method_summary,
-    "paper summary": paper_summary,
+    "sampling summary": sampling_summary, "capacity summary": capacity_summary, "paper summary": paper_summary,
     "decode tables": decode_tables, "kernel tables": kernel_tables,
     "needle summary": needle_summary, "flat summary": flat_summary,
     "equal bytes summary": equal_bytes_summary, "steps summary": steps_summary, "index": index,

@@ -136,7 +136,7 @@ def test_policy_commands(tmp_path, folder):
     names = {row["name"] for row in json.loads(quick("policy", "list", "--json"))}
     assert names == {
         "full", "tidal", "topk", "window", "quest", "lessismore", "kascade", "omnikv", "flat",
-        "magicpig", "magicpig_9_120", "magicpig_8_75",
+        "magicpig", "magicpig_9_120", "magicpig_8_75", "magicpig_cpu",
         "smollm2", "gemma3-270m", "smollm2-flat", "gemma3-270m-flat",
     }  # fmt: skip
     assert "smollm2" in quick("policy", "list")
