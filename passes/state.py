@@ -146,7 +146,6 @@ def _up_to_date(one: KeptInput, inputs: tuple) -> _Kept:
     if one.call is not None and (made_now or kept.version != key._version):
         method.prepare(one.call(*inputs), one.selection, *kept.tensors)
     elif kept.version != key._version:
-        for tensor, now in zip(kept.tensors, method.summarize(key), strict=True):
-            tensor.copy_(now)
+        method.renew(key, *kept.tensors)
     kept.version = key._version
     return kept

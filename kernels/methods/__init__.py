@@ -68,6 +68,11 @@ class Method:
         """What it keeps, made of the keys of a layer `[B, Hkv, S, D]`. Slots that aren't live may hold anything."""
         return ()
 
+    def renew(self, key: Tensor, *kept: Tensor) -> None:
+        """Make what is kept anew, in place, after somebody else wrote to the cache."""
+        for tensor, now in zip(kept, self.summarize(key), strict=True):
+            tensor.copy_(now)
+
     def update(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> None:
         """Take the keys of a decode step's new token into what is kept, in place."""
 

@@ -112,6 +112,10 @@ class Lsh(Method):
             self.log_weights().to(key.device),
         )
 
+    def renew(self, key: Tensor, *kept: Tensor) -> None:
+        """Only say so: the next step hashes all live keys, and others have no say until they are."""
+        kept[3].zero_()
+
     def prepare(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> None:
         """Hash the prompt, and sort its tokens into tables."""
         from ..host import step

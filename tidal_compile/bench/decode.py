@@ -106,7 +106,10 @@ def need_memory(shape: Shape, cases: Sequence[Variant], batch: int, slots: int, 
     layer = batch * slots * shape.largest_layer_bytes_per_token
     repeated = 2 * layer * shape.group  # repeat_kv copies keys and values for every query head
     in_float32 = 3 * layer * 4 // shape.width  # the reference ops copy a layer's cache to float32
-    working = max(repeated if any(case.policy is None for case in cases) else 0, in_float32) + 2**30 * (free > 2**35)
+    kept = max(map(_kept_bytes, cases), default=0) * batch * slots
+    working = (
+        kept + max(repeated if any(case.policy is None for case in cases) else 0, in_float32) + 2**30 * (free > 2**35)
+    )
     needed = shape.weight_bytes + cache + working
     if needed > free:
         raise TidalError(
@@ -114,6 +117,17 @@ def need_memory(shape: Shape, cases: Sequence[Variant], batch: int, slots: int, 
             f"KV cache {cache:,}, working memory {working:,}), and {free:,} are free; take a smaller --context or "
             "--batch, fewer --layers, or fewer baselines"
         )
+
+
+def _kept_bytes(case: Variant) -> float:
+    """Bytes on the device that methods of a policy keep beside the cache, for each slot of a sequence."""
+    total, slots = 0.0, 1024
+    for decision in case.plan.decisions if case.plan is not None else ():
+        if decision.role is not None and decision.role.keeps and not decision.role.method.prepares:
+            _, heads, _, head_dim = decision.call.call.key.meta["example_value"].shape
+            empty = torch.empty(1, heads, slots, head_dim, device="meta", dtype=torch.bfloat16)
+            total += sum(tensor.nbytes for tensor in decision.role.method.summarize(empty)) / slots
+    return total
 
 
 def free_memory(device: torch.device) -> int:
