@@ -3,6 +3,7 @@
 policy = tidal_compile.Policy.preset("tidal", num_layers=32, budget=1024)
 step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
 model.generate(**inputs, cache_implementation="static", compile_config=tidal_compile.compile_config(policy))
+tidal_compile.generate(model, **inputs, policy=policy, max_new_tokens=100)
 print(tidal_compile.explain(model, policy))
 best = tidal_compile.calibrate(model, tokenizer, text, budget=1024, selections=3)
 records = tidal_compile.evaluate(model, tokenizer, [best, "tidal"], text=text)
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .calibrate import calibrate, calibrate_curve
     from .evaluate import evaluate
     from .explain import explain
+    from .generate import generate
     from .host_cache import HostCache
     from .policy import Policy
     from .settings import CalibrationSettings, EvaluationSettings
@@ -40,6 +42,7 @@ __all__ = [
     "compile_config",
     "evaluate",
     "explain",
+    "generate",
 ]
 
 _HOMES = {
@@ -52,6 +55,7 @@ _HOMES = {
     "compile_config": "backend",
     "evaluate": "evaluate",
     "explain": "explain",
+    "generate": "generate",
 }
 
 

@@ -1,0 +1,263 @@
+"""`tc.generate` against `model.generate`: the same tokens, whatever the options, the model and the cache."""
+
+import gc
+import weakref
+from importlib import import_module
+
+import pytest
+import torch
+from families import FAMILIES as EXPECTED
+from models import family_model, random_tokens, tiny_model
+from tiers import sampled
+from torch._dynamo.utils import counters
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteria
+
+import tidal_compile as tc
+from tidal_compile.errors import TidalError
+
+pytestmark = pytest.mark.uncompiled
+
+loop = import_module("tidal_compile.generate")
+WIDE = {"num_layers": 2, "layers": {"0": "select", "1": "reuse"}, "defaults": {"budget": 200}}  # leaves nothing out
+
+
+@pytest.fixture
+def model():
+    return small_model()
+
+
+def small_model(**settings):
+    model = tiny_model(**{"num_hidden_layers": 2, "eos_token_id": 7, **settings})
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def both(model, ids, policy="full", seed=0, **options):
+    """What model.generate and tc.generate return."""
+    torch.manual_seed(seed)
+    theirs = model.generate(ids, **options)
+    torch.manual_seed(seed)
+    return theirs, tc.generate(model, ids, policy, **options)
+
+
+OPTIONS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
+    "top-k-min-p": {"do_sample": True, "top_k": 11, "min_p": 0.02},
+    "several-sequences": {"do_sample": True, "num_return_sequences": 3},
+    "processors": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "least": {"do_sample": False, "min_new_tokens": 9, "suppress_tokens": [5, 9]},
+    "one-token": {"do_sample": False, "max_new_tokens": 1},
+    "length": {"do_sample": False, "max_length": 33, "max_new_tokens": None},
+    "config": {"generation_config": GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=9, pad_token_id=3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(model, name):
+    options = {"max_new_tokens": 14, **OPTIONS[name]}
+    if name == "config":
+        options.pop("max_new_tokens")
+    for policy in ("full", WIDE):
+        assert torch.equal(*both(model, random_tokens(3, 20), policy, **options))
+
+
+@pytest.mark.parametrize("name", sampled(sorted(EXPECTED), ["gemma3", "gpt2", "gpt_oss", "qwen3_moe"]))
+def test_families_and_padding(name):
+    model = family_model(name)
+    ids = random_tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    for given in ({}, {"attention_mask": mask}):
+        options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, **given}
+        try:
+            theirs = model.generate(ids, cache_implementation="static", disable_compile=True, **options)
+        except Exception as error:
+            pytest.skip(f"transformers: {type(error).__name__}")
+        got = tc.generate(model, ids, options={"strict": False}, **options)
+        assert torch.equal(theirs, got), given
+
+
+def test_ends_at_every_step(model):
+    """Rows that end at different steps, and all at once: the last step is taken back, whatever step is the last."""
+    ids = random_tokens(3, 9)
+    full = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    for step in range(12):
+        eos = full[:, 9 + step].tolist()
+        for ending in (eos, eos[:1]):
+            theirs, got = both(model, ids, max_new_tokens=12, do_sample=False, eos_token_id=ending)
+            assert torch.equal(theirs, got)
+
+
+class Words:
+    """Enough of a tokenizer for stop strings."""
+
+    def __init__(self):
+        self.vocabulary = {chr(97 + number // 26) + chr(97 + number % 26): number for number in range(128)}
+
+    def __call__(self, text, **_):
+        return {"input_ids": [self.vocabulary[text[at : at + 2]] for at in range(0, len(text), 2)]}
+
+    def _convert_id_to_token(self, number):
+        return list(self.vocabulary)[number]
+
+    def get_vocab(self):
+        return self.vocabulary
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+
+    def __len__(self):
+        return 128
+
+
+def test_stopping(model):
+    """By strings, and by what a user wrote."""
+    ids, tokenizer = random_tokens(1, 9), Words()
+    full = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    names = {number: word for word, number in tokenizer.vocabulary.items()}
+    string = names[full[0, 13].item()] + names[full[0, 14].item()][:1]
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "tokenizer": tokenizer}
+    theirs, got = both(model, ids, stop_strings=string, **options)
+    assert torch.equal(theirs, got) and got.shape[1] < 29
+    config = GenerationConfig(stop_strings=string, max_new_tokens=20, do_sample=False)
+    assert torch.equal(tc.generate(model, ids, generation_config=config, tokenizer=tokenizer), got)
+    with pytest.raises(TidalError, match="stop_strings need the tokenizer"):
+        tc.generate(model, ids, stop_strings=string)
+
+    class After(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 16)
+
+    theirs, got = both(model, ids, max_new_tokens=20, do_sample=False, stopping_criteria=[After()])
+    assert torch.equal(theirs, got) and got.shape[1] <= 16
+
+
+class Collects:
+    def __init__(self):
+        self.got, self.ended = [], 0
+
+    def put(self, value):
+        self.got.append(value.clone())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_streaming_and_scores(model):
+    ids, streams = random_tokens(1, 9), [Collects(), Collects()]
+    options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"output_scores": True, "output_logits": True, "temperature": None}
+    theirs = model.generate(ids, streamer=streams[0], **options)
+    got = tc.generate(model, ids, streamer=streams[1], **options)
+    assert [one.ended for one in streams] == [1, 1]
+    assert all(
+        torch.equal(one.flatten(), other.flatten()) for one, other in zip(*(s.got for s in streams), strict=True)
+    )
+    assert torch.equal(theirs.sequences, got.sequences) and len(theirs.scores) == len(got.scores)
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(torch.stack(theirs[name]), torch.stack(got[name]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_processor_of_the_users_own(model):
+    class Bans(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.index_fill(1, input_ids[0].unique(), -torch.inf)
+
+    ids = random_tokens(1, 9)
+    theirs, got = both(model, ids, max_new_tokens=12, do_sample=False, logits_processor=LogitsProcessorList([Bans()]))
+    assert torch.equal(theirs, got) and len(set(got[0, 9:].tolist())) == len(got[0, 9:])
+
+
+def test_chat_turns_and_caches_that_go_on(model):
+    """A cache that is returned, or made by the user, goes on from its tokens; it isn't used for another call."""
+    first, options = random_tokens(1, 12), {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    options["eos_token_id"] = model.generate(first, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 15].item()
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    turn, text = tc.generate(model, first, past_key_values=cache, **options), first
+    for number in range(3):
+        right = model.generate(text, **{**options, "return_dict_in_generate": False})
+        assert torch.equal(turn.sequences, right)
+        assert cache.get_seq_length() == right.shape[1] - 1
+        text = torch.cat([right, random_tokens(1, 3, seed=number)], 1)
+        turn = tc.generate(model, text, past_key_values=cache, **options)
+    given = tc.generate(model, first, **options)
+    other = tc.generate(model, random_tokens(1, 12, seed=5), **options)
+    kept = given["cache" if "cache" in given else "past_key_values"]
+    assert kept is not other["cache" if "cache" in other else "past_key_values"]
+    text = torch.cat([given.sequences, random_tokens(1, 3)], 1)
+    on = tc.generate(model, text, past_key_values=kept, **options).sequences
+    assert torch.equal(on, model.generate(text, **{**options, "return_dict_in_generate": False}))
+
+
+def test_one_compilation_for_prompts_of_many_lengths(model):
+    """The cache is kept, and grows in steps; prompts are read in chunks."""
+    counters.clear()
+    for length in (5, 40, 120, 9):
+        ids = random_tokens(1, length, seed=length)
+        assert torch.equal(*both(model, ids, max_new_tokens=6, do_sample=False))
+    assert counters["stats"]["unique_graphs"] == 1 and len(loop._caches[model]) == 1
+    assert [loop.slots_for(one) for one in (1, 256, 257, 300, 5000, 100_000)] == [256, 256, 320, 320, 5120, 114_688]
+    assert all(one <= loop.slots_for(one) <= max(256, 1.25 * one) for one in range(1, 9000, 7))
+    assert all(loop.slots_for(loop.slots_for(one)) == loop.slots_for(one) for one in range(1, 9000, 7))
+    read, long = [], random_tokens(1, 250)
+    loop_chunk, loop.CHUNK = loop.CHUNK, 100
+    try:
+        got = tc.generate(model, long, max_new_tokens=6, do_sample=False, report=lambda *now: read.append(now))
+    finally:
+        loop.CHUNK = loop_chunk
+    assert read == [(100, 250), (200, 250), (250, 250)]
+    assert torch.equal(got, model.generate(long, max_new_tokens=6, do_sample=False))
+
+
+def test_an_interrupt_leaves_the_cache_usable(model):
+    """The tokens that were streamed, with the ones before, are in it."""
+    ids, cache = random_tokens(1, 9), StaticCache(config=model.config, max_cache_len=64)
+
+    class Stops(Collects):
+        def put(self, value):
+            super().put(value)
+            if len(self.got) == 5:
+                raise KeyboardInterrupt
+
+    stream = Stops()
+    with pytest.raises(KeyboardInterrupt):
+        tc.generate(model, ids, streamer=stream, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    so_far = torch.cat([one.flatten() for one in stream.got])[None]
+    text = torch.cat([so_far, random_tokens(1, 3)], 1)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(tc.generate(model, text, past_key_values=cache, **options), model.generate(text, **options))
+
+
+def test_layers_in_host_memory_and_samples():
+    model = small_model(num_hidden_layers=3)
+    sampled = {"role": "select", "by": "lsh", "k": 2, "l": 30, "decoded": "exact"}
+    found = []
+    for place in ("gpu", "cpu"):
+        policy = tc.Policy.from_dict({
+            "num_layers": 3, "layers": {"0": "full", "1-2": {**sampled, "place": place}}, "defaults": {"recent": 4, "budget": 20}
+        })  # fmt: skip
+        cache = {"past_key_values": tc.HostCache(model.config, 64, policy)} if place == "cpu" else {}
+        found.append(tc.generate(model, random_tokens(2, 30), policy, max_new_tokens=10, do_sample=False, **cache))
+    assert torch.equal(*found)
+
+
+def test_refusals_and_memory(model):
+    ids = random_tokens(1, 9)
+    for options, message in (
+        ({"num_beams": 3}, "num_beams 3; use model.generate"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states is not returned"),
+        (
+            {"past_key_values": StaticCache(config=model.config, max_cache_len=12)},
+            "12 slots; 20 are needed|12 slots; 29",
+        ),
+        ({"use_cache": False}, "use_cache=False"),
+    ):
+        with pytest.raises(TidalError, match=message):
+            tc.generate(model, ids, max_new_tokens=20, do_sample=False, **options)
+    with pytest.raises(tc.PolicyError):
+        tc.generate(model, ids, "no such policy")
+    tc.generate(model, ids, max_new_tokens=3, do_sample=False)
+    gone = weakref.ref(small_model())
+    gc.collect()
+    assert gone() is None

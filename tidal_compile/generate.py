@@ -1,0 +1,269 @@
+"""`generate`: what `model.generate` returns, by a loop that never waits for the step it has just launched.
+
+transformers prepares everything: the generation config, logits processors, stopping criteria, the mask, and hands it to
+a function of ours (`custom_generate`) in place of its own loop. A turn of this loop is
+
+    choose a token of the logits, write it down, see who is finished       on the device
+    launch the next step under the policy
+    read on the host what was chosen in this turn, while the device works on that step
+
+so that the device always has work. At the end one step was launched too many, and is taken back. A step's inputs keep
+their shapes whatever the prompt: a cache has as many slots as `slots_for` says, and is kept for the next call.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StaticCache, StoppingCriteriaList, StopStringCriteria
+from transformers.cache_utils import StaticLayer
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .backend import Options
+from .errors import TidalError
+from .models import continues, forgets, with_cache
+from .policy import Policy, is_preset, load_any
+from .run import positions, rewind
+
+SMALLEST = 256  # slots of a cache
+CHUNK = 2048  # tokens of a prompt that are read at a time
+
+_caches: WeakKeyDictionary = WeakKeyDictionary()  # of each model, by batch size: the last one
+
+
+def generate(
+    model: PreTrainedModel, input_ids: Tensor | None = None, policy: Policy | dict | str | Path = "full", *,
+    generation_config: GenerationConfig | None = None, stopping_criteria: StoppingCriteriaList | None = None,
+    streamer: Any = None, tokenizer: Any = None, options: dict[str, Any] | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None, **kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
+    """Generate tokens after input_ids `[B, n]`, with padding on the left, each by a step under the policy.
+
+    What `model.generate` takes for greedy decoding and sampling, and what it returns: the sequences `[B, n + new]`, or
+    with `return_dict_in_generate` also scores, logits and the cache. A cache with the first tokens of input_ids may be
+    given as `past_key_values`, such as the one of an earlier call or a `HostCache`; it must have slots for what comes.
+
+    Args:
+        model: a decoder.
+        input_ids: token ids; `attention_mask` among the other arguments, if some are padding.
+        policy: in any form. A preset doesn't know the model's name: see `Policy.preset`.
+        generation_config: as in `model.generate`, as are the other arguments (`max_new_tokens`, `do_sample`, ...).
+        stopping_criteria: besides those of the config. What runs on the host waits for the device at each token.
+        streamer: gets the prompt, and then the tokens of each step `[B]`.
+        tokenizer: for `stop_strings`.
+        options: of the backend.
+        report: called with the tokens of the prompt that were read, and how many there are.
+
+    Raises `TidalError` for a cache that is too small, or for what this loop doesn't do (beams, an assistant model,
+    hidden states); `PolicyError` and `UnsupportedModelError` as the backend does.
+    """
+    criteria = StoppingCriteriaList(stopping_criteria or [])
+    strings = kwargs.pop("stop_strings", None)
+    if generation_config is not None and generation_config.stop_strings is not None:
+        generation_config = GenerationConfig.from_dict(generation_config.to_dict())
+        strings, generation_config.stop_strings = strings or generation_config.stop_strings, None
+    if strings is not None:  # `model.generate` would not hand a tokenizer on
+        if tokenizer is None:
+            raise TidalError("generate: stop_strings need the tokenizer; pass tokenizer=...")
+        criteria.append(StopStringCriteria(tokenizer, strings))
+    given = {name: kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
+    step = _step(model, policy, options or {})
+    loop = functools.partial(_loop, step=step, streamer=streamer, report=report, own_cache=not given)
+    return model.generate(
+        input_ids, generation_config=generation_config, stopping_criteria=criteria, streamer=streamer,
+        custom_generate=loop, **kwargs,
+    )  # fmt: skip
+
+
+def _step(model: PreTrainedModel, policy: Any, options: dict[str, Any]) -> Callable:
+    """The compiled step of a policy. Dynamo finds what it has compiled for another one with the same options."""
+    plain = policy if is_preset(policy) else load_any(policy).to_dict()
+    Options.parse({"policy": plain, **options})
+    return torch.compile(
+        model.forward, backend="tidal", fullgraph=True, dynamic=False, options={"policy": plain, **options}
+    )
+
+
+def slots_for(length: int) -> int:
+    """The slots of a cache for so many tokens: a quarter more at most, so that few sizes are ever compiled."""
+    if length <= SMALLEST:
+        return SMALLEST
+    step = 2 ** ((length - 1).bit_length() - 3)
+    return -(-length // step) * step
+
+
+def _loop(
+    model: PreTrainedModel, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
+    generation_config: GenerationConfig, *, step: Callable, streamer: Any, report: Callable, own_cache: bool,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
+    """In place of transformers' own loop, for its own arguments; by name it may only take what is not among these."""
+    batch, prompt = input_ids.shape
+    most = generation_config.max_length
+    config = generation_config
+    caches = [model_kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+    cache = next((one for one in caches if one is not None), None)
+    attention_mask = model_kwargs.pop("attention_mask", None)
+    _refuse(config, model_kwargs)
+    with _cache_of(model, None if own_cache else cache, batch, most, bool(config.return_dict_in_generate)) as cache:
+        slots = max(_slots(cache), most)  # of windows alone there are fewer
+        mask = None
+        if attention_mask is not None:
+            mask = torch.ones(batch, slots, dtype=torch.bool, device=model.device)
+            mask[:, :prompt] = attention_mask.bool()
+        past = int(cache.get_seq_length())
+        logits = _read(model, input_ids.to(model.device), cache, past, mask, report)
+        place = None if mask is None else positions(mask)[:, prompt : prompt + 1].clone()  # of the next token [B, 1]
+
+        sequences = input_ids.new_full((batch, most), 0)
+        sequences[:, :prompt] = input_ids
+        unfinished = torch.ones(batch, dtype=torch.long, device=input_ids.device)
+        has_eos = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
+        pad = getattr(config, "_pad_token_tensor", None)
+        token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        late = _Late(batch, input_ids.device)
+        kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
+        length, is_ahead = prompt, False
+        while True:
+            raw = logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
+            scores = logits_processor(sequences[:, :length], raw)
+            if config.return_dict_in_generate and config.output_scores:
+                kept["scores"].append(scores)
+            if config.return_dict_in_generate and config.output_logits:
+                kept["logits"].append(raw)
+            if config.do_sample:
+                chosen = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+            else:
+                chosen = scores.argmax(-1)
+            if has_eos:
+                chosen = chosen * unfinished + pad.to(chosen.device) * (1 - unfinished)
+            sequences[:, length] = chosen
+            length += 1
+            unfinished = unfinished & ~stopping_criteria(sequences[:, :length], tuple(kept["scores"]) or None)
+            late.send(chosen, unfinished)
+            is_ahead = length < most
+            if is_ahead:
+                token.copy_(chosen[:, None])
+                logits = _decode(model, step, token, cache, mask, place)
+            tokens, is_over = late.receive()
+            if streamer is not None:
+                streamer.put(tokens)
+            if is_over or not is_ahead:
+                break
+        if is_ahead:
+            for layer in cache.layers:
+                if isinstance(getattr(layer, "cumulative_length", None), Tensor):
+                    layer.cumulative_length.sub_(1)
+    if streamer is not None:
+        streamer.end()
+    sequences = sequences[:, :length]
+    if not config.return_dict_in_generate:
+        return sequences
+    tuples = {name: tuple(found) if config.to_dict()[f"output_{name}"] else None for name, found in kept.items()}
+    return GenerateDecoderOnlyOutput(sequences=sequences, **tuples, **_named(cache))
+
+
+def _named(cache: Any) -> dict[str, Any]:
+    """The cache, as the output of `generate` calls it."""
+    names = GenerateDecoderOnlyOutput.__dataclass_fields__
+    return {"cache" if "cache" in names else "past_key_values": cache}
+
+
+def _decode(model: Any, step: Callable, token: Tensor, cache: Any, mask: Tensor | None, place: Tensor | None) -> Tensor:
+    """The logits `[B, vocab]` after a token."""
+    torch.compiler.cudagraph_mark_step_begin()
+    padded = {} if mask is None else {"attention_mask": mask, "position_ids": place.clone()}
+    logits = step(input_ids=token, **with_cache(model, cache), **padded).logits[:, -1]
+    if place is not None:
+        place += 1
+    return logits
+
+
+def _read(
+    model: Any, input_ids: Tensor, cache: Any, past: int, mask: Tensor | None, report: Callable[[int, int], None]
+) -> Tensor:
+    """Prefill what the cache doesn't have yet: the logits `[B, vocab]` after the prompt."""
+    prompt = input_ids.shape[1]
+    if past >= prompt:
+        raise TidalError(
+            f"generate: the cache holds {past} tokens, and the prompt has {prompt}; it must have a new one"
+        )
+    chunk = CHUNK if continues(model) else prompt
+    for start in range(past, prompt, chunk):
+        part = slice(start, min(start + chunk, prompt))
+        padded = {}
+        if mask is not None:
+            padded = {"attention_mask": mask[:, : part.stop], "position_ids": positions(mask)[:, part]}
+        out = model(input_ids=input_ids[:, part], logits_to_keep=1, **with_cache(model, cache), **padded)
+        report(part.stop, prompt)
+    return out.logits[:, -1]
+
+
+def _refuse(config: GenerationConfig, others: dict[str, Any]) -> None:
+    """Raise `TidalError` for what this loop doesn't do."""
+    known = {"position_ids", "use_cache", "logits_to_keep", "token_type_ids"}  # which follow from the mask
+    if config.num_beams is not None and config.num_beams > 1:
+        raise TidalError(f"generate: num_beams {config.num_beams}; use model.generate for beams")
+    for name in ("output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and getattr(config, name):
+            raise TidalError(f"generate: {name} is not returned; use model.generate")
+    if config.use_cache is False:
+        raise TidalError("generate: use_cache=False; a step goes on from a cache")
+    if unknown := sorted(name for name, value in others.items() if name not in known and value is not None):
+        raise TidalError(f"generate: {unknown[0]} is not handed to the model; use model.generate, or leave it out")
+
+
+@contextmanager
+def _cache_of(model: PreTrainedModel, given: Any, batch: int, length: int, is_returned: bool) -> Iterator[Any]:
+    """The cache to use: the given one, or the model's own, which is kept for the next call unless the user gets it."""
+    if given is not None:
+        if not isinstance(given, StaticCache):
+            raise TidalError(
+                f"generate: the cache is a {type(given).__name__}; give a StaticCache or HostCache, or none"
+            )
+        if _slots(given) < length and not all(layer.is_sliding for layer in given.layers):
+            raise TidalError(f"generate: the cache has {_slots(given)} slots; {length} are needed")
+        yield given
+        return
+    caches = _caches.setdefault(model, {})
+    cache = caches.pop(batch, None)  # while it is in use, nobody else takes it
+    if cache is None or _slots(cache) < slots_for(length):
+        cache = StaticCache(config=model.config, max_cache_len=slots_for(length))
+    elif any(forgets(layer) for layer in cache.layers):
+        cache.reset()
+    else:
+        rewind(cache, 0)
+    yield cache
+    if not is_returned and all(isinstance(layer, StaticLayer) for layer in cache.layers):
+        caches[batch] = cache
+
+
+def _slots(cache: Any) -> int:
+    """How many tokens the layers hold that forget none."""
+    return max(layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len"))
+
+
+class _Late:
+    """Tells the host what was chosen, without a wait for what was launched since."""
+
+    def __init__(self, batch: int, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.said = torch.zeros(batch + 1, dtype=torch.long, pin_memory=self.on_gpu)
+        self.event = torch.cuda.Event() if self.on_gpu else None
+
+    def send(self, tokens: Tensor, unfinished: Tensor) -> None:
+        """Of this turn: tokens `[B]`, and 1 `[B]` for each row that goes on."""
+        self.said.copy_(torch.cat([tokens, unfinished.amax(0, keepdim=True)]), non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+
+    def receive(self) -> tuple[Tensor, bool]:
+        """The tokens that were sent `[B]`, on the host, and whether all rows are finished."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.said[:-1].clone(), not self.said[-1].item()
