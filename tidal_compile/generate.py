@@ -40,7 +40,7 @@ def generate(
     model: PreTrainedModel, input_ids: Tensor | None = None, policy: Policy | dict | str | Path = "full", *,
     generation_config: GenerationConfig | None = None, stopping_criteria: StoppingCriteriaList | None = None,
     streamer: Any = None, tokenizer: Any = None, options: dict[str, Any] | None = None,
-    report: Callable[[int, int], None] = lambda done, total: None, **kwargs: Any,
+    report: Callable[[int, int], None] = lambda done, total: None, keep_cache: bool = True, **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
     """Generate tokens after input_ids `[B, n]`, with padding on the left, each by a step under the policy.
 
@@ -58,6 +58,8 @@ def generate(
         tokenizer: for `stop_strings`.
         options: of the backend.
         report: called with the tokens of the prompt that were read, and how many there are.
+        keep_cache: keep the cache's memory for the next call with as many rows, as long as the model lives. A cache of
+            the user's own, or one that is returned, is not kept.
 
     Raises `TidalError` for a cache that is too small, or for what this loop doesn't do (beams, an assistant model,
     hidden states); `PolicyError` and `UnsupportedModelError` as the backend does.
@@ -73,7 +75,9 @@ def generate(
         criteria.append(StopStringCriteria(tokenizer, strings))
     given = {name: kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
     step = _step(model, policy, options or {})
-    loop = functools.partial(_loop, step=step, streamer=streamer, report=report, own_cache=not given)
+    loop = functools.partial(
+        _loop, step=step, streamer=streamer, report=report, own_cache=not given, keep_cache=keep_cache
+    )
     return model.generate(
         input_ids, generation_config=generation_config, stopping_criteria=criteria, streamer=streamer,
         custom_generate=loop, **kwargs,
@@ -100,7 +104,7 @@ def slots_for(length: int) -> int:
 def _loop(
     model: PreTrainedModel, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
     generation_config: GenerationConfig, *, step: Callable, streamer: Any, report: Callable, own_cache: bool,
-    **model_kwargs: Any,
+    keep_cache: bool, **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
     """In place of transformers' own loop, for its own arguments; by name it may only take what is not among these."""
     batch, prompt = input_ids.shape
@@ -110,7 +114,8 @@ def _loop(
     cache = next((one for one in caches if one is not None), None)
     attention_mask = model_kwargs.pop("attention_mask", None)
     _refuse(config, model_kwargs)
-    with _cache_of(model, None if own_cache else cache, batch, most, bool(config.return_dict_in_generate)) as cache:
+    keeps = keep_cache and not config.return_dict_in_generate
+    with _cache_of(model, None if own_cache else cache, batch, most, keeps) as cache:
         slots = max(_slots(cache), most)  # of windows alone there are fewer
         mask = None
         if attention_mask is not None:
@@ -219,8 +224,8 @@ def _refuse(config: GenerationConfig, others: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _cache_of(model: PreTrainedModel, given: Any, batch: int, length: int, is_returned: bool) -> Iterator[Any]:
-    """The cache to use: the given one, or the model's own, which is kept for the next call unless the user gets it."""
+def _cache_of(model: PreTrainedModel, given: Any, batch: int, length: int, keeps: bool) -> Iterator[Any]:
+    """The cache to use: the given one, or one of ours, which is kept for the next call if that is wanted."""
     if given is not None:
         if not isinstance(given, StaticCache):
             raise TidalError(
@@ -239,7 +244,7 @@ def _cache_of(model: PreTrainedModel, given: Any, batch: int, length: int, is_re
     else:
         rewind(cache, 0)
     yield cache
-    if not is_returned and all(isinstance(layer, StaticLayer) for layer in cache.layers):
+    if keeps and all(isinstance(layer, StaticLayer) for layer in cache.layers):
         caches[batch] = cache
 
 
