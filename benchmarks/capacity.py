@@ -91,7 +91,7 @@ def measure(
     seconds = [one_step() for _ in range(WARM_UP + steps)]
     warm = statistics.median(seconds[WARM_UP:])
     for number in threads:
-        for one in [one for of_layer in host_step._exchanges.values() for one in of_layer.values()]:
+        for one in host_step._exchanges.values():
             one.call.threads = number
         record.setdefault("ms_by_threads", {})[number] = statistics.median(one_step() for _ in range(steps)) * 1e3
     rewind(cache, length)
@@ -110,8 +110,8 @@ def main(
     model: Annotated[str, typer.Option()] = "random:llama-3.1-8b",
     variant: Annotated[list[str], typer.Option(help="Repeat.")] = (
         "magicpig_cpu",
+        "tidal",
         "full on host",
-        "tidal on host",
         "full",
     ),
     steps: int = 30,
@@ -147,7 +147,7 @@ def main(
         peak = torch.cuda.max_memory_allocated()
         record |= {"kv_bytes": kv_bytes, "peak_gpu_bytes": peak, "reserved_gpu_bytes": torch.cuda.max_memory_reserved()}
         record["peak_gpu_bytes_with_driver"] = of_driver + torch.cuda.max_memory_reserved()
-        record["peak_host_bytes"] = host_peak()
+        record["peak_host_bytes_so_far"] = host_peak()
         cache = None
         torch._dynamo.reset()
         gc.collect()

@@ -47,7 +47,8 @@ class _Kept:
     """The tensors of one cache layer and method, and the version of the keys that they follow from."""
 
     tensors: tuple[Tensor, ...]
-    version: int
+    version: int  # -1: not made yet
+    graphs: set[KeptInput]  # that have been told of them
 
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of each key tensor: {method: _Kept}
@@ -87,11 +88,11 @@ def _call_ahead(gm: fx.GraphModule, call: Call[fx.Node], inputs: list[fx.Node]) 
     graph.output(tuple(None if node is None else copies[node] for node in wanted))
     ahead = fx.GraphModule(gm, graph)
     taken = [number for number, node in enumerate(inputs) if node in needed]
-    query_shape = tuple(call.query.meta["example_value"].shape)
+    query_shape = tuple(map(int, call.query.meta["example_value"].shape[1:]))
 
     def call_of(*values: Any) -> Call[Tensor]:
         key, value, length, mask, sink_logit = ahead(*(values[number] for number in taken))
-        query = torch.empty(query_shape, dtype=key.dtype, device=key.device)
+        query = torch.empty((key.shape[0], *query_shape), dtype=key.dtype, device=key.device)
         return Call(query, key, value, length + 1, mask, call.scale, sink_logit, call.softcap)
 
     return call_of
@@ -139,13 +140,18 @@ def _up_to_date(one: KeptInput, inputs: tuple) -> _Kept:
             "nobody can tell when what is kept beside it is out of date; prefill and decode under torch.no_grad()"
         )
     methods = _kept.setdefault(key, {})
-    made_now = method not in methods
-    if made_now:
-        methods[method] = _Kept(method.summarize(key), key._version)
+    if method not in methods:
+        methods[method] = _Kept(method.summarize(key), -1 if method.prepares else key._version, set())
     kept = methods[method]
-    if one.call is not None and (made_now or kept.version != key._version):
-        method.prepare(one.call(*inputs), one.selection, *kept.tensors)
-    elif kept.version != key._version:
-        method.renew(key, *kept.tensors)
+    if one.call is None:
+        if kept.version != key._version:
+            method.renew(key, *kept.tensors)
+    elif kept.version != key._version or one not in kept.graphs:
+        call = one.call(*inputs)
+        if kept.version != key._version:
+            kept.version = -1
+            method.prepare(call, one.selection, *kept.tensors)
+        method.connect(call, *kept.tensors)
+        kept.graphs.add(one)
     kept.version = key._version
     return kept

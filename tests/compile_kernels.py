@@ -79,7 +79,7 @@ def compile_attention():
         method = (Lsh(), Lsh(8, 75, threshold=1), Lsh(9, 5, threshold=4, decoded="exact"))[(of_kind + of_mask) % 3]
         planes, center, codes, since, log_weights = method.summarize(k)
         lsh.attend(call, selection, method, planes, center, codes, since, log_weights)
-        edges = lsh.edges(call, selection, center, since)
+        edges = lsh.edges(call, selection, method, center, since)
         splits = lsh.attend_to_static(call, method, center, since, log_weights, edges)
         lsh.merge_with(splits, q[:, :, 0].float(), q[:, :, 0, 0].float(), call)
 

@@ -240,7 +240,8 @@ class OracleModel:
         """MagicPIG's layer `[B, 1, Hq, D]`: the mean is that of the first decode step, and decoded tokens follow it."""
         n, sizes = k.shape[2], (settings["sinks"], settings["recent"])
         if layer not in self.began:
-            _, dynamic, _ = oracle_lsh.roles(n, mask, len(k), n, *sizes)
+            exact_from = n - 1 if settings.get("decoded") == "exact" else None
+            _, dynamic, _ = oracle_lsh.roles(n, mask, len(k), n, *sizes, exact_from)
             rows = zip(k.double(), dynamic, strict=True)
             means = [keys[:, own].sum(1) / max(1, int(own.sum())) for keys, own in rows]
             self.began[layer] = torch.stack(means), n - 1

@@ -216,6 +216,33 @@ def test_a_cache_in_host_memory_takes_none_of_the_gpus():
     assert torch.equal(*texts)
 
 
+def test_caches_that_come_and_go_share_what_was_recorded(cudagraph_or_error):
+    """A new cache may get the memory of one that is gone, and its recorded steps with it. Reordered between two steps."""
+    model = tiny_model(device="cuda", num_hidden_layers=4)
+    layers = {"0": "full", "1-3": {**SAMPLED, "place": "cpu"}}
+    policy = tc.Policy.from_dict(
+        {"num_layers": 4, "layers": layers, "defaults": {"budget": 24, "sinks": 2, "recent": 3}}
+    )
+    there = tc.Policy.from_dict({**policy.to_dict(), "layers": {"0": "full", "1-3": {**SAMPLED, "place": "gpu"}}})
+    found = []
+    for given in (policy, there):
+        step, rows = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": given}), []
+        for number in range(6):
+            cache = tc.HostCache(model.config, 128, layers=[1, 2, 3])
+            with (
+                torch.no_grad(),
+                torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True),
+            ):
+                model(input_ids=random_tokens(2, 60 + number, seed=number).cuda(), past_key_values=cache)
+            rows.append(decode_logits(step, cache, random_tokens(2, 4, seed=number).cuda()))
+            cache.reorder_cache(torch.tensor([1, 0], device="cuda"))
+            rows.append(decode_logits(step, cache, random_tokens(2, 4, seed=number + 9).cuda()))
+            del cache
+        found.append(torch.cat(rows, 1))
+        torch._dynamo.reset()
+    torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)
+
+
 def test_one_graph_launch_a_step(cudagraph_or_error):
     model, tokens = half_model(), on_gpu(random_tokens(1, 8))
     step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "tidal", "budget": 80})

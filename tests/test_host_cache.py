@@ -3,6 +3,8 @@
 Here on a CPU, where all memory is the host's; test_gpu.py has the same with a GPU.
 """
 
+import json
+
 import pytest
 import torch
 from models import decode_logits, prefilled, random_tokens, tiny_model
@@ -11,6 +13,7 @@ from recorder import Recorder
 
 import tidal_compile as tc
 from tidal_compile.kernels.host import memory
+from tidal_compile.kernels.host import step as host_step
 from tidal_compile.kernels.methods.lsh import Lsh, normals
 from tidal_compile.models import with_cache
 from tidal_compile.run import rewind
@@ -21,7 +24,7 @@ SAMPLED = {"role": "select", "by": "lsh", "k": 4, "l": 20, "decoded": "exact", "
 LAYERS = {
     "alone": {"0": "full", "1": {**SAMPLED, "seed": 1}, "2": {**SAMPLED, "k": 3}},
     "mixed": {"0": {"role": "select", "budget": 20}, "1": SAMPLED, "2": "reuse"},
-    "no-sinks": {"0": "full", "1": {**SAMPLED, "sinks": 0, "recent": 1}, "2": {**SAMPLED, "threshold": 1, "l": 9}},
+    "no-sinks": {"0": "full", "1": {**SAMPLED, "sinks": 0, "recent": 0}, "2": {**SAMPLED, "threshold": 1, "l": 9}},
 }  # fmt: skip
 
 
@@ -136,6 +139,108 @@ def test_what_is_kept_follows_the_cache():
     same(found[0], found[1])
 
 
+def as_on_the_gpu(layers):
+    return json.loads(json.dumps(layers).replace('"cpu"', '"gpu"'))
+
+
+def hidden(*slots, rows=(0, 1)):
+    """A 4-D mask `[2, 1, 1, 96]` for a step after 60 tokens, without these slots of these rows."""
+    mask = (torch.arange(96) <= 60).repeat(2, 1)
+    for row in rows:
+        mask[row, list(slots)] = False
+    return mask[:, None, None]
+
+
+CHANGES = {
+    "more-sinks": ([{"sinks": 2}, {"sinks": 20}], [None, None]),
+    "fewer-sinks": ([{"sinks": 20}, {"sinks": 2}], [None, None]),
+    "padding-gone": ([{}, {}], [hidden(*range(23), rows=[0]), hidden()]),
+    "padding-comes": ([{}, {}], [hidden(), hidden(*range(15))]),
+    "a-row-comes": ([{}, {}], [hidden(*range(61), rows=[1]), hidden()]),
+    "holes": ([{}, {}], [hidden(30, 31, 40), hidden(10, 11, 50)]),
+}  # fmt: skip
+
+
+@pytest.mark.uncompiled
+@pytest.mark.parametrize("name", CHANGES)
+def test_steps_over_one_cache_may_differ(name):
+    """Other sinks, or another mask, at the second step: what was indexed before still serves."""
+    defaults, masks = CHANGES[name]
+    layers, prompt, tokens = LAYERS["alone"], random_tokens(2, 60), random_tokens(2, 1, seed=2)
+    found = []
+    for form in (layers, as_on_the_gpu(layers)):
+        cache, rows = prefilled(MODEL, prompt, 96), []
+        for given, mask in zip(defaults, masks, strict=True):
+            given = {"budget": 30, **given}
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(60)
+            rows.append(
+                decode_logits(step_of(policy_of(form, **given)), cache, tokens, None if mask is None else [mask])
+            )
+        found.append(torch.cat(rows, 1))
+    torch.testing.assert_close(*found, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.uncompiled
+def test_a_counter_that_is_set_back_and_forth():
+    """Into the prompt, whose later tokens are then written anew, and on to some that still stand there."""
+    found = []
+    for form in (LAYERS["alone"], as_on_the_gpu(LAYERS["alone"])):
+        step, cache, rows = step_of(policy_of(form)), prefilled(MODEL, random_tokens(2, 50), 96), []
+        for length, steps in ((50, 3), (30, 2), (48, 9), (20, 1), (57, 2)):
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(length)
+            rows.append(decode_logits(step, cache, random_tokens(2, steps, seed=length)))
+        found.append(torch.cat(rows, 1))
+    torch.testing.assert_close(*found, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.uncompiled
+def test_batches_of_other_sizes():
+    """Whose number Dynamo then keeps symbolic."""
+    found = []
+    for layers in (LAYERS["alone"], as_on_the_gpu(LAYERS["alone"])):
+        step = torch.compile(MODEL, backend=Recorder(policy=policy_of(layers)), fullgraph=True)
+        rows = []
+        for batch in (2, 3, 5, 2):
+            rows.append(decode_logits(step, prefilled(MODEL, random_tokens(batch, 40), 64), random_tokens(batch, 3)))
+        found.append(torch.cat(rows))
+        torch._dynamo.reset()
+    torch.testing.assert_close(*found, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.uncompiled
+def test_a_failure_is_made_good(monkeypatch):
+    """What could not be sorted is sorted at the next step."""
+    policy, tokens = policy_of(LAYERS["alone"]), random_tokens(2, 3, seed=2)
+    step, cache = step_of(policy), host_cache(policy, random_tokens(2, 60))
+    right = decode_logits(step_of(policy), host_cache(policy, random_tokens(2, 60)), tokens)
+    with monkeypatch.context() as patch:
+        patch.setattr(host_step, "fill", raise_memory_error)
+        with pytest.raises(MemoryError):
+            decode_logits(step, cache, tokens)
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(60)
+    torch.testing.assert_close(decode_logits(step, cache, tokens), right)
+
+
+def raise_memory_error(*_):
+    raise MemoryError
+
+
+def test_reordering():
+    cache = tc.HostCache(MODEL.config, 32, layers=[1])
+    cache.reorder_cache(torch.tensor([1, 0]))  # of nothing
+    with torch.no_grad():
+        MODEL(input_ids=random_tokens(2, 9), past_key_values=cache)
+    keys = cache.layers[1].keys
+    before = keys.clone()
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(keys, before.flip(0)) and cache.layers[1].keys is keys
+    with pytest.raises(tc.TidalError, match="reorder_cache with 1 rows; it has 2"):
+        cache.layers[1].reorder_cache(torch.tensor([1]))
+
+
 def test_policies_and_layers():
     cache = tc.HostCache(MODEL.config, 32, policy_of(LAYERS["mixed"]))
     assert [type(layer).__name__ for layer in cache.layers] == ["StaticLayer", "HostLayer", "HostLayer"]
@@ -180,7 +285,8 @@ def test_tensors_in_host_memory():
         assert tensor.bool().all()
 
 
-def test_two_seeds_and_sizes_read_what_they_say():
-    """A bucket of every table, and the tokens."""
+def test_what_a_step_reads_to_look_up():
+    """A bucket of every table: ids of 2 bytes, or 4 where 2 don't suffice."""
     method = Lsh(10, 150, decoded="exact", place="cpu")
     assert method.keys_read(None, 100_000, 256) == pytest.approx(150 * 100_000 / 1024 * 4 / 256)
+    assert method.keys_read(None, 50_000, 256) == pytest.approx(150 * 50_000 / 1024 * 2 / 256)

@@ -38,8 +38,15 @@ class HostLayer(StaticLayer):
         return keys.clone(), values.clone()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        if len(beam_idx) != len(self.keys):
+            raise TidalError(
+                f"HostCache: reorder_cache with {len(beam_idx)} rows; it has {len(self.keys)}, and stays in its memory"
+            )
         for tensor in (self.keys, self.values):
-            torch.cuda.synchronize() if tensor.is_cuda else None
+            if tensor.is_cuda:
+                torch.cuda.synchronize(tensor.device)
             here = memory.as_cpu(tensor)
             here.copy_(here[beam_idx.cpu()])
             tensor[:0].zero_()  # a write of nothing, which is counted

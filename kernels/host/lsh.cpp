@@ -35,7 +35,7 @@ constexpr int64_t AHEAD = 8;        // rows, or buckets, that are fetched before
 constexpr int64_t LINE = 64;        // bytes of a cache line
 constexpr int64_t TILE = 16;        // tables whose codes `fill` reads at once: half a cache line of a token's codes
 constexpr int64_t STEPS = 1 << 14;  // of the table of -log(u + epsilon): it errs less than a float32 cosine does
-constexpr int64_t NEAR = 4096;      // indexed tokens behind the last one of interest: a bucket has few, or is bisected
+constexpr int64_t NEAR = 4096;      // indexed tokens before or behind those of interest: a bucket has few, or is bisected
 constexpr int64_t SHORTEST = 512;   // tokens of a part: shorter ones would only bisect
 constexpr float PI = 3.14159265358979323846f;
 
@@ -54,7 +54,7 @@ struct TidalLshFill {
     int64_t status;  // of what was done
 };
 
-// The order of fields is that of `_Attend` in `__init__.py`.
+// The order of fields is that of `Arguments` in `__init__.py`.
 struct TidalLshAttend {
     const void* keys;          // [B, Hkv, S, D] bfloat16 or float32
     const void* values;        // as the keys
@@ -185,8 +185,8 @@ template <class Id> void look_up(Unit& unit) {
     const int16_t* codes = call.codes + (unit.row * call.query_heads + unit.head) * call.tables;
     const Id** bucket = reinterpret_cast<const Id**>(unit.bucket);
     const Id** bucket_end = reinterpret_cast<const Id**>(unit.bucket_end);
-    const int64_t beyond = call.filled[2 * unit.row + 1] - unit.end;
-    const bool from_first = unit.begin <= call.filled[2 * unit.row], to_last = beyond <= NEAR;
+    const bool near_first = unit.begin - call.filled[2 * unit.row] <= NEAR;
+    const bool near_last = call.filled[2 * unit.row + 1] - unit.end <= NEAR;
     const uint8_t tau = static_cast<uint8_t>(call.tau);
     uint8_t* counts = unit.counts;
     uint32_t* found = unit.found;
@@ -204,8 +204,9 @@ template <class Id> void look_up(Unit& unit) {
     for (int64_t l = 0; l < call.tables; ++l) {
         if (l + AHEAD < call.tables)
             fetch(bucket[l + AHEAD], (bucket_end[l + AHEAD] - bucket[l + AHEAD]) * int64_t(sizeof(Id)));
-        if (!from_first) bucket[l] = std::lower_bound(bucket[l], bucket_end[l], unit.begin, before);
-        if (!to_last) bucket_end[l] = std::lower_bound(bucket[l], bucket_end[l], unit.end, before);
+        if (!near_first) bucket[l] = std::lower_bound(bucket[l], bucket_end[l], unit.begin, before);
+        if (!near_last) bucket_end[l] = std::lower_bound(bucket[l], bucket_end[l], unit.end, before);
+        while (bucket[l] < bucket_end[l] && before(*bucket[l], unit.begin)) ++bucket[l];
         while (bucket[l] < bucket_end[l] && !before(bucket_end[l][-1], unit.end)) --bucket_end[l];
         walked += bucket_end[l] - bucket[l];
         for (const Id* id = bucket[l]; id < bucket_end[l]; ++id) {
@@ -616,6 +617,8 @@ void tidal_lsh_attend(void* args) {
     float *lses = call.lse, *outs = call.out;
     if (parts > 1) {
         if (!arrays.memory) {
+            std::fill(call.lse, call.lse + heads, NAN);
+            std::fill(call.out, call.out + heads * call.head_dim, NAN);
             call.status = NO_MEMORY;
             return;
         }

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import math
 import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ HUGE_PAGE = 2**21
 class _Registered:
     """Memory of the host that a GPU can address, for `torch.as_tensor`. Given back when the last tensor of it goes."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self.memory = _pages(num_bytes)
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.memory, self.device = _pages(num_bytes), device
         address = self.memory.data_ptr()
         call_driver("cuMemHostRegister_v2", address, self.memory.nbytes, PORTABLE | MAPPED)
         self.address = address
@@ -36,10 +37,21 @@ class _Registered:
         }  # fmt: skip
 
     def __del__(self) -> None:
-        if not hasattr(self, "address"):
+        if not hasattr(self, "address") or sys.is_finalizing():
             return
-        torch.cuda.synchronize()  # kernels may read it still
-        call_driver("cuMemHostUnregister", self.address)
+        if torch.cuda.is_current_stream_capturing():  # when nobody may wait for the device
+            _left.append((self.memory, self.address, self.device))
+        else:
+            _give_back(self.memory, self.address, self.device)
+
+
+_left: list[tuple[Tensor, int, torch.device]] = []  # memory that is given back later
+
+
+def _give_back(memory: Tensor, address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # kernels, and the host's part of a step, may read it still
+    call_driver("cuMemHostUnregister", address)
+    del memory
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -50,9 +62,11 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     size = max(1, math.prod(shape)) * dtype.itemsize
     if device.type != "cuda":
         return _pages(size).view(dtype)[: math.prod(shape)].view(shape)
+    while _left:
+        _give_back(*_left.pop())
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # so that there is a context
-        storage = torch.as_tensor(_Registered(size), device=device).untyped_storage()
+        storage = torch.as_tensor(_Registered(size, device), device=device).untyped_storage()
     return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape)
 
 

@@ -1,6 +1,7 @@
 """`by: lsh, place: cpu`: a layer whose keys, values and hash tables are in host memory, and whose sample is read there.
 
 prepare      after a prefill, before the step: hash the keys on the device, and sort them into tables on the host
+connect      before the first step of a graph: memory through which GPU and host exchange what a step needs
 attend       the sample on the host, and meanwhile sinks, recent and decoded tokens on the device; both are merged
 
 On a GPU the host's part of a step is a function that CUDA calls between two copies, on a stream of its own: a CUDA
@@ -29,7 +30,6 @@ CHUNK = 2**24  # sides of hyperplanes that are looked at in one go
 class Exchange:
     """What the GPU and the host tell each other in a step of one layer, in page-locked memory."""
 
-    store: Store
     query: Tensor  # [B, Hq, D]
     codes: Tensor  # [B, Hq, L] int16
     span: Tensor  # [B, 2] int64
@@ -40,8 +40,8 @@ class Exchange:
     call: Arguments
 
 
-_exchanges: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of each layer's tables: {what `_kind` says: Exchange}
-_mirrors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of keys and values that a GPU holds
+_exchanges: dict[tuple, Exchange] = {}  # by what `_seen_by_a_graph` says: for good, as graphs hold their addresses
+_mirrors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of keys and values that a GPU holds, page-locked
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -67,7 +67,7 @@ def store_of(call: Call[Tensor], method: Lsh, tables: Tensor) -> Store:
 
 def _in_host_memory(tensor: Tensor) -> Tensor:
     """Keys or values as the host reads them."""
-    return as_cpu(tensor) if is_host(tensor) else _mirrors[tensor]
+    return as_cpu(tensor if is_host(tensor) else _mirrors[tensor])
 
 
 def _mirror(tensor: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _mirror(tensor: Tensor) -> Tensor:
             "holds those of such layers in host memory alone",
             stacklevel=2,
         )
-        _mirrors[tensor] = zeros(tuple(tensor.shape), tensor.dtype, torch.device("cpu"))
+        _mirrors[tensor] = zeros(tuple(tensor.shape), tensor.dtype, tensor.device)
     return _mirrors[tensor]
 
 
@@ -117,15 +117,9 @@ def prepare(
     for some in chunks:
         sides = flat @ call.key[:, :, some].float().mT > offset  # [B, Hkv, l k, n]
         codes[:, :, some] = _packed(sides.mT, method).cpu()
-    first = (seen.cumsum(1) <= selection.sinks).sum(1).clamp(max=max(0, live - 1)).cpu()
-    store = store_of(call, method, tables)
-    fill(store, codes, first, torch.full((batch,), max(0, live - 1)))
+    # All of them: which ones are of interest a step says, whose mask and sinks may be others
+    fill(store_of(call, method, tables), codes, [0] * batch, [max(0, live - 1)] * batch)
     since.fill_(live)
-    if call.key.is_cuda:
-        of_layer = _exchanges.setdefault(tables, {})
-        if _kind(call) not in of_layer:  # a CUDA graph may have recorded the addresses of one
-            of_layer[_kind(call)] = _exchange(call, method, center, store)
-        _streams.setdefault(call.key.device, torch.cuda.Stream(call.key.device))
 
 
 def _packed(sides: Tensor, method: Lsh) -> Tensor:
@@ -139,34 +133,54 @@ def query_codes(query: Tensor, planes: Tensor, method: Lsh) -> Tensor:
     return _packed(query[:, :, 0].float() @ planes.flatten(0, 1).float().mT > 0, method)
 
 
-def _kind(call: Call[Tensor]) -> tuple:
-    """On what an exchange depends besides its layer."""
-    return call.query.shape, call.mask is None or call.mask.dtype, call.scale, call.softcap
+def connect(call: Call[Tensor], method: Lsh, center: Tensor, tables: Tensor) -> None:
+    """Have an exchange ready for the steps of a graph that makes this call, which may be recorded.
 
-
-def _exchange(call: Call[Tensor], method: Lsh, center: Tensor, store: Store) -> Exchange:
+    Another cache may get the memory of one that is gone, and an old graph with it, which then finds its addresses here.
+    """
+    if not call.key.is_cuda:
+        return
     batch, num_heads, _, head_dim = call.query.shape
-    slots = call.key.shape[2]
+    slots, where = call.key.shape[2], _seen_by_a_graph(call, method, tables)
 
     def pinned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
-    query = pinned(batch, num_heads, head_dim, dtype=call.query.dtype)
-    codes = pinned(batch, num_heads, method.l, dtype=torch.int16)
-    span = pinned(batch, 2, dtype=torch.int64)
-    out, lse = pinned(batch, num_heads, head_dim), pinned(batch, num_heads)
-    valid = None if call.mask is None else pinned(batch, slots, dtype=torch.bool)
-    bias = pinned(batch, slots) if call.mask is not None and call.mask.is_floating_point() else None
+    if where in _exchanges:
+        old = _exchanges[where]
+        query, codes, span, valid, bias, out, lse = (
+            old.query, old.codes, old.span, old.valid, old.bias, old.out, old.lse
+        )  # fmt: skip
+    else:
+        query = pinned(batch, num_heads, head_dim, dtype=call.query.dtype)
+        codes = pinned(batch, num_heads, method.l, dtype=torch.int16)
+        span = pinned(batch, 2, dtype=torch.int64)
+        out, lse = pinned(batch, num_heads, head_dim), pinned(batch, num_heads)
+        valid = None if call.mask is None else pinned(batch, slots, dtype=torch.bool)
+        bias = pinned(batch, slots) if call.mask is not None and call.mask.is_floating_point() else None
+        _streams.setdefault(call.key.device, torch.cuda.Stream(call.key.device))
     ready = arguments(
-        store, query, codes, as_cpu(center), valid, out, lse, call.scale, call.softcap, method.threshold,
-        method.epsilon, torch.get_num_threads(), bias=bias, span=span,
+        store_of(call, method, tables), query, codes, as_cpu(center), valid, out, lse, call.scale, call.softcap,
+        method.threshold, method.epsilon, torch.get_num_threads(), bias=bias, span=span,
     )  # fmt: skip
-    return Exchange(store, query, codes, span, valid, bias, out, lse, ready)
+    if where in _exchanges:
+        torch.cuda.synchronize(call.key.device)  # a step may still read what is written now
+        ctypes.memmove(ctypes.addressof(old.call), ctypes.addressof(ready), ctypes.sizeof(ready))
+        old.call.tensors = ready.tensors
+    else:
+        _exchanges[where] = Exchange(query, codes, span, valid, bias, out, lse, ready)
+
+
+def _seen_by_a_graph(call: Call[Tensor], method: Lsh, tables: Tensor) -> tuple:
+    """Of a layer's tensors and of the call, what a CUDA graph of it rests on."""
+    addresses = tables.data_ptr(), call.key.data_ptr(), call.value.data_ptr()
+    mask = call.mask is None or call.mask.dtype
+    return *addresses, tuple(call.query.shape), call.key.shape, mask, call.scale, call.softcap, method
 
 
 def attend(
     call: Call[Tensor], selection: Selection, method: Lsh, planes: Tensor, center: Tensor, tables: Tensor,
-    since: Tensor, log_weights: Tensor,
+    since: Tensor,
 ) -> Tensor:  # fmt: skip
     """Attention `[B, Hq, 1, D]` on a CPU, after `prepare`."""
     batch, num_heads, _, head_dim = call.query.shape
@@ -174,10 +188,12 @@ def attend(
     since.clamp_(max=live)
     seen = reference.seen(call)[:, 0, :live]
     static = reference.always_kept(seen, selection) | (seen & (torch.arange(live) >= since[0] - 1))
-    ends = ((seen & ~static) * torch.arange(1, live + 1)).amax(1) if live else torch.zeros(batch)  # of the sampled ones
+    of_interest, slot = seen & ~static, torch.arange(live)
+    first = slot.where(of_interest, live).amin(1) if live else torch.zeros(batch, dtype=torch.long)
+    last = (slot + 1).where(of_interest, 0).amax(1) if live else first
     valid, bias = _visible(call)
     store = store_of(call, method, tables)
-    span = torch.stack([store.span[:, 0], torch.minimum(ends.long(), store.span[:, 1])], 1)
+    span = torch.stack([first, torch.minimum(last, store.span[:, 1])], 1)
     out, lse = torch.empty(batch, num_heads, head_dim), torch.empty(batch, num_heads)
     attend_on_host(
         store, call.query[:, :, 0].contiguous(), query_codes(call.query, planes, method), center, valid, out, lse,
@@ -215,11 +231,8 @@ def attend_beside_gpu(
     """`attend` for a cache on a GPU. A CUDA graph may record it."""
     from ..triton import lsh
 
-    exchange = _exchanges.get(tables, {}).get(_kind(call))
-    if exchange is None:
-        raise RuntimeError("place: cpu: a step before the keys were hashed: see `prepare`")
-    side = _streams[call.key.device]
-    edges = lsh.edges(call, selection, center, since)  # [B, 2]
+    exchange, side = _exchanges[_seen_by_a_graph(call, method, tables)], _streams[call.key.device]
+    edges = lsh.edges(call, selection, method, center, since)  # [B, 2]
     first, last = edges.long().unbind(1)
     span = torch.stack([first, last.minimum(since[0].minimum(call.length) - 1)], 1)
     there = [(exchange.query, call.query.contiguous()), (exchange.codes, query_codes(call.query, planes, method))]

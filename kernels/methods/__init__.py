@@ -84,6 +84,9 @@ class Method:
         """
         raise NotImplementedError
 
+    def connect(self, call: Call[Tensor], *kept: Tensor) -> None:
+        """Before the first step of each compiled graph over a cache, for a method that `prepares`: see `prepare`."""
+
     def keys_read(self, selection: Selection, length: int, key_bytes: int) -> float:
         """How many keys, of `key_bytes` each, are read to choose, of so many live ones: for the bytes of a step."""
         raise NotImplementedError

@@ -122,12 +122,18 @@ class Lsh(Method):
 
         step.prepare(call, selection, self, *kept[:4])
 
+    def connect(self, call: Call[Tensor], *kept: Tensor) -> None:
+        """Make what the GPU and the host exchange."""
+        from ..host import step
+
+        step.connect(call, self, kept[1], kept[2])
+
     def step(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
         """On a CPU."""
         from ..host import step
 
         if kept and self.place == "cpu":
-            return step.attend(call, selection, self, *kept)
+            return step.attend(call, selection, self, *kept[:4])
         return super().step(call, selection, *kept)
 
     def update(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> None:
@@ -143,12 +149,15 @@ class Lsh(Method):
         live = min(int(call.length), call.key.shape[2])
         if int(since[0]) == 0 and live:
             seen = reference.seen(call)[:, 0, :live]  # [B, n], of the first query
-            dynamic = (seen & ~reference.always_kept(seen, selection))[:, None, :, None]
-            total = call.key[:, :, :live].float().masked_fill(~dynamic, 0.0).sum(2)
-            center.copy_(total / dynamic.sum(2).clamp(min=1))
             since[0] = live
             if call.query.shape[2] > 1 and seen.any():  # up to the first query, as only its mask says
                 since[0] = int(seen.nonzero()[:, 1].max()) + 1
+            dynamic = seen & ~reference.always_kept(seen, selection)
+            if self.decoded == "exact":
+                dynamic[:, int(since[0]) - 1 :] = False
+            dynamic = dynamic[:, None, :, None]
+            total = call.key[:, :, :live].float().masked_fill(~dynamic, 0.0).sum(2)
+            center.copy_(total / dynamic.sum(2).clamp(min=1))
             since[1] = 0
         begin = max(0, min(int(since[1]), live - 1)) // WORD * WORD
         since[0].clamp_(max=live)
@@ -214,7 +223,9 @@ class Lsh(Method):
 
     def keys_read(self, selection: Selection, length: int, key_bytes: int) -> float:
         """The bits, as so many keys; or on the host a bucket of every table."""
-        bits_a_token = 32 * self.l / 2**self.k if self.place == "cpu" else self.k * self.l
+        bits_a_token = self.k * self.l
+        if self.place == "cpu":
+            bits_a_token = (16 if length <= 2**16 else 32) * self.l / 2**self.k
         return length * bits_a_token / 8 / key_bytes
 
     def tokens_kept(self, selection: Selection, length: int) -> int:

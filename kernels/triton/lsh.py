@@ -78,7 +78,7 @@ def _prepare(
     k_ptr, mask_ptr, length_ptr, since_ptr, center_ptr, edge_ptr, slots, stride_kb, stride_kh, stride_kn, stride_mb,
     stride_mn, sinks, recent,
     NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
-    HIDES: tl.constexpr, PDL: tl.constexpr,
+    HIDES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one kv head."""
     after_previous(PDL)
@@ -89,6 +89,8 @@ def _prepare(
     if MASK != "none":
         masks += batch * stride_mb
     first, last = _edges(masks, stride_mn, length, sinks, recent, 256, MASK, HIDES)
+    if EXACT:
+        last = tl.maximum(first, tl.minimum(last, length - 1))  # the newest token is a decoded one
     if kv_head == 0:
         tl.store(edge_ptr + batch * 2, first)
         tl.store(edge_ptr + batch * 2 + 1, last)
@@ -345,7 +347,7 @@ def attend(
     num_kv_heads, slots = k.shape[1:3]
     group, words, device = num_heads // num_kv_heads, codes.shape[4], q.device
 
-    edge = edges(call, selection, center, since)
+    edge = edges(call, selection, method, center, since)
     query_codes = q.new_empty(batch, num_heads, method.l, dtype=torch.int32)
     block_k = triton.next_power_of_2(method.k)
     tables = 64 // block_k
@@ -361,7 +363,7 @@ def attend(
     return out
 
 
-def edges(call: Call[Tensor], selection: Selection, center: Tensor, since: Tensor) -> Tensor:
+def edges(call: Call[Tensor], selection: Selection, method: Lsh, center: Tensor, since: Tensor) -> Tensor:
     """The first slot of each row behind its sinks, and the first one of its recent tokens: `[B, 2]` int32.
 
     At the first step (`since`) also the mean of the keys between them, into `center`.
@@ -374,7 +376,7 @@ def edges(call: Call[Tensor], selection: Selection, center: Tensor, since: Tenso
     _prepare[(num_kv_heads, batch)](
         k, mask, call.length, since, center, edge, slots, *k.stride()[:3], *stride_m, selection.sinks,
         selection.recent, NUM_KV_HEADS=num_kv_heads, D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=64, **mask_kind,
-        num_warps=4, **overlap(k.device),
+        EXACT=method.decoded == "exact", num_warps=4, **overlap(k.device),
     )  # fmt: skip
     return edge
 
