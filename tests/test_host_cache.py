@@ -243,10 +243,10 @@ def test_reordering():
 
 def test_policies_and_layers():
     cache = tc.HostCache(MODEL.config, 32, policy_of(LAYERS["mixed"]))
-    assert [type(layer).__name__ for layer in cache.layers] == ["StaticLayer", "HostLayer", "HostLayer"]
+    assert [type(layer).__name__ for layer in cache.layers] == ["LiveLayer", "HostLayer", "HostLayer"]
     config = tiny_model(device="meta", num_hidden_layers=18).config
     cache = tc.HostCache(config, 32, "magicpig_cpu")
-    assert [number for number, layer in enumerate(cache.layers) if type(layer).__name__ == "StaticLayer"] == [0, 16]
+    assert [number for number, layer in enumerate(cache.layers) if type(layer).__name__ == "LiveLayer"] == [0, 16]
     cache = tc.HostCache(config, 32, layers=[3])
     assert type(cache.layers[3]).__name__ == "HostLayer"
     mixed = tiny_model(**FAMILIES["gemma3"], device="meta").config

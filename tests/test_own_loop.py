@@ -210,6 +210,32 @@ def test_one_compilation_for_prompts_of_many_lengths(model):
     assert torch.equal(got, model.generate(long, max_new_tokens=6, do_sample=False))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+def test_a_prompt_is_read_by_its_live_tokens(name, monkeypatch):
+    """In chunks, behind what a cache has, with padding; layers that slide stay as they are."""
+    model = family_model(name, 2)
+    monkeypatch.setattr(loop, "CHUNK", 13)
+    ids, widths = random_tokens(2, 40), []
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, *rest, **options):
+        if query.shape[2] > 1:
+            widths.append(key.shape[2])
+        return attention(query, key, *rest, **options)
+
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    for given in ({}, {"attention_mask": mask}):
+        theirs = model.generate(ids, cache_implementation="static", disable_compile=True, **options, **given)
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        got = tc.generate(model, ids, options={"strict": False}, **options, **given)
+        monkeypatch.undo()
+        monkeypatch.setattr(loop, "CHUNK", 13)
+        assert torch.equal(theirs, got)
+    assert max(widths, default=0) <= 40
+
+
 def test_an_interrupt_leaves_the_cache_usable(model):
     """The tokens that were streamed, with the ones before, are in it."""
     ids, cache = random_tokens(1, 9), StaticCache(config=model.config, max_cache_len=64)

@@ -18,11 +18,11 @@ from .errors import PolicyError, TidalError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from .backend import compile_config
+    from .cache import HostCache
     from .calibrate import calibrate, calibrate_curve
     from .evaluate import evaluate
     from .explain import explain
     from .generate import generate
-    from .host_cache import HostCache
     from .policy import Policy
     from .settings import CalibrationSettings, EvaluationSettings
 
@@ -48,7 +48,7 @@ __all__ = [
 _HOMES = {
     "CalibrationSettings": "settings",
     "EvaluationSettings": "settings",
-    "HostCache": "host_cache",
+    "HostCache": "cache",
     "Policy": "policy",
     "calibrate": "calibrate",
     "calibrate_curve": "calibrate",

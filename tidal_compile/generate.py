@@ -25,6 +25,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .backend import Options
+from .cache import LiveCache, reading
 from .errors import TidalError
 from .models import continues, forgets, with_cache
 from .policy import Policy, is_preset, load_any
@@ -204,7 +205,8 @@ def _read(
         padded = {}
         if mask is not None:
             padded = {"attention_mask": mask[:, : part.stop], "position_ids": positions(mask)[:, part]}
-        out = model(input_ids=input_ids[:, part], logits_to_keep=1, **with_cache(model, cache), **padded)
+        with reading(cache, start):
+            out = model(input_ids=input_ids[:, part], logits_to_keep=1, **with_cache(model, cache), **padded)
         report(part.stop, prompt)
     return out.logits[:, -1]
 
@@ -238,7 +240,7 @@ def _cache_of(model: PreTrainedModel, given: Any, batch: int, length: int, keeps
     caches = _caches.setdefault(model, {})
     cache = caches.pop(batch, None)  # while it is in use, nobody else takes it
     if cache is None or _slots(cache) < slots_for(length):
-        cache = StaticCache(config=model.config, max_cache_len=slots_for(length))
+        cache = LiveCache(model.config, slots_for(length))
     elif any(forgets(layer) for layer in cache.layers):
         cache.reset()
     else:

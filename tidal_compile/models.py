@@ -143,7 +143,7 @@ def forgets(layer: Any) -> bool:
     """Whether a static cache layer can't be set back by its counter: a sliding window, or a recurrent state."""
     from transformers.cache_utils import StaticLayer
 
-    return type(layer) is not StaticLayer and bool(_states(layer))
+    return not (isinstance(layer, StaticLayer) and not layer.is_sliding) and bool(_states(layer))
 
 
 def is_recurrent(layer: Any) -> bool:

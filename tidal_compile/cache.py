@@ -1,6 +1,7 @@
-"""A static cache some of whose layers keep their keys and values in the host's memory."""
+"""Static caches that read a prompt by its live tokens, and may keep layers in the host's memory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,49 @@ from .kernels.host import memory
 from .policy import Policy, resolve
 
 
-class HostLayer(StaticLayer):
+class LiveLayer(StaticLayer):
+    """A layer whose attention, while a prompt is read, gets its live tokens and not all of its slots.
+
+    `read`: how many of them there are before the tokens that are read now; None otherwise. See `reading`.
+    """
+
+    read: int | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.read is None:
+            return keys, values
+        live = self.read + key_states.shape[-2]
+        return keys[:, :, :live], values[:, :, :live]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length) if self.read is None else (self.read + query_length, 0)
+
+
+@contextmanager
+def reading(cache: Any, read: int) -> Iterator[None]:
+    """While tokens are read, uncompiled, behind so many in the cache."""
+    layers = [layer for layer in cache.layers if isinstance(layer, LiveLayer)]
+    for layer in layers:
+        layer.read = read
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.read = None
+
+
+class LiveCache(StaticCache):
+    """A `StaticCache` of `LiveLayer`s, and of what else the model has."""
+
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int) -> None:
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        for number, layer in enumerate(self.layers):
+            if type(layer) is StaticLayer:
+                self.layers[number] = LiveLayer(max_cache_len=max_cache_len)
+
+
+class HostLayer(LiveLayer):
     """A layer `[B, Hkv, S, D]` in host memory that a GPU addresses: it writes new tokens there, and reads there.
 
     A decode step reads in place what it attends to. Several tokens at once, as in a prefill, attend to a copy on the
@@ -52,7 +95,7 @@ class HostLayer(StaticLayer):
             tensor[:0].zero_()  # a write of nothing, which is counted
 
 
-class HostCache(StaticCache):
+class HostCache(LiveCache):
     """A `StaticCache` of `max_cache_len` slots, some of whose layers are in host memory: a GPU holds only the others.
 
     By the policy these are the layers with `place: cpu`, whose samples the CPU attends to, and those that reuse tokens,
@@ -67,7 +110,7 @@ class HostCache(StaticCache):
         layers: Iterable[int] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config=config, max_cache_len=max_cache_len)
-        can = tuple(number for number, layer in enumerate(self.layers) if type(layer) is StaticLayer)
+        can = tuple(number for number, layer in enumerate(self.layers) if type(layer) is LiveLayer)
         if layers is None:
             roles = () if policy is None else resolve(policy, len(self.layers), attention_layers=can).roles
             layers = [role.layer for role in roles if role.role == "reuse" or (role.keeps and role.method.prepares)]
