@@ -1,4 +1,4 @@
-"""The command line: `tidal-compile run | explain | calibrate | eval | policy | bench`, a module each."""
+"""The command line: `tidal-compile run | chat | explain | calibrate | eval | policy | bench`, a module each."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import typer
 from .. import __version__, report
 from ..errors import TidalError
 from ..provenance import provenance, versions
-from . import bench, calibrate, evaluate, policy
+from . import bench, calibrate, chat, evaluate, policy
 from .common import (
     BudgetOption,
     DeviceOption,
@@ -180,6 +180,7 @@ def _policy_variants(model: Any, asked: list) -> list:
     return variants
 
 
+app.command()(chat.chat)
 app.command()(calibrate.calibrate)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(policy.app, name="policy")
