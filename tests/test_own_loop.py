@@ -236,6 +236,45 @@ def test_a_prompt_is_read_by_its_live_tokens(name, monkeypatch):
     assert max(widths, default=0) <= 40
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_corrections_write_what_a_dense_pass_would(padded):
+    """Under a policy that leaves much out: after a correction, keys and values are those of a dense pass over the text."""
+    model = small_model(num_hidden_layers=4, eos_token_id=None)
+    narrow = tc.Policy.from_dict({
+        "num_layers": 4, "layers": {"0": "select", "1-3": "reuse"}, "defaults": {"budget": 6, "sinks": 1, "recent": 2}
+    })  # fmt: skip
+    ids, options = random_tokens(2, 30), {"max_new_tokens": 13, "do_sample": False}
+    mask = torch.ones_like(ids)
+    mask[0, : 7 if padded else 0] = 0
+    options["attention_mask"] = mask
+    caches, texts = [], []
+    for every in (None, 4):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        texts.append(tc.generate(model, ids, narrow, past_key_values=cache, correct_every=every, **options))
+        caches.append(cache)
+    assert not torch.equal(*texts)
+    for text, cache, is_corrected in zip(texts, caches, (False, True), strict=True):
+        dense = StaticCache(config=model.config, max_cache_len=64)
+        wide = torch.cat([mask, mask.new_ones(2, 12)], 1)
+        with torch.no_grad():
+            model(
+                input_ids=text[:, :42], attention_mask=wide, past_key_values=dense,
+                position_ids=(wide.cumsum(-1) - 1).clamp(min=0),
+            )  # fmt: skip
+        errors = [
+            (one.keys - other.keys)[1, :, 30:42].abs().amax((0, 2))
+            for one, other in zip(cache.layers, dense.layers, strict=True)
+        ][3]  # of the last layer, by position
+        assert (errors[:12].max() < 1e-4) == is_corrected
+    exact = model.generate(ids, **options)
+    assert torch.equal(tc.generate(model, ids, "full", correct_every=3, **options), exact)
+    for policy, every, message in (("full", 0, "correct_every 0"), ("magicpig_cpu", 4, "would sort all tokens anew")):
+        with pytest.raises(TidalError, match=message):
+            tc.generate(model, ids, policy, correct_every=every, **options)
+    with pytest.raises(TidalError, match="layers that forget tokens"):
+        tc.generate(family_model("gemma3", 2), ids, correct_every=4, **options)
+
+
 def test_an_interrupt_leaves_the_cache_usable(model):
     """The tokens that were streamed, with the ones before, are in it."""
     ids, cache = random_tokens(1, 9), StaticCache(config=model.config, max_cache_len=64)

@@ -28,7 +28,7 @@ from .backend import Options
 from .cache import LiveCache, reading
 from .errors import TidalError
 from .models import continues, forgets, with_cache
-from .policy import Policy, is_preset, load_any
+from .policy import Policy, is_preset, load_any, resolve
 from .run import positions, rewind
 
 SMALLEST = 256  # slots of a cache
@@ -41,7 +41,8 @@ def generate(
     model: PreTrainedModel, input_ids: Tensor | None = None, policy: Policy | dict | str | Path = "full", *,
     generation_config: GenerationConfig | None = None, stopping_criteria: StoppingCriteriaList | None = None,
     streamer: Any = None, tokenizer: Any = None, options: dict[str, Any] | None = None,
-    report: Callable[[int, int], None] = lambda done, total: None, keep_cache: bool = True, **kwargs: Any,
+    report: Callable[[int, int], None] = lambda done, total: None, keep_cache: bool = True,
+    correct_every: int | None = None, **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
     """Generate tokens after input_ids `[B, n]`, with padding on the left, each by a step under the policy.
 
@@ -61,9 +62,13 @@ def generate(
         report: called with the tokens of the prompt that were read, and how many there are.
         keep_cache: keep the cache's memory for the next call with as many rows, as long as the model lives. A cache of
             the user's own, or one that is returned, is not kept.
+        correct_every: after so many decoded tokens, pass these through the dense model once more, which writes their
+            keys and values anew: what sparse steps left out of them doesn't add up. The next token follows from this
+            pass. None: never. TidalDecode's "cache correction" (https://arxiv.org/abs/2410.05076).
 
     Raises `TidalError` for a cache that is too small, or for what this loop doesn't do (beams, an assistant model,
-    hidden states); `PolicyError` and `UnsupportedModelError` as the backend does.
+    hidden states; corrections where layers forget tokens, or sort them on the CPU); `PolicyError` and
+    `UnsupportedModelError` as the backend does.
     """
     criteria = StoppingCriteriaList(stopping_criteria or [])
     strings = kwargs.pop("stop_strings", None)
@@ -76,9 +81,12 @@ def generate(
         criteria.append(StopStringCriteria(tokenizer, strings))
     given = {name: kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
     step = _step(model, policy, options or {})
+    if correct_every is not None:
+        _check_corrections(model, policy, correct_every)
     loop = functools.partial(
-        _loop, step=step, streamer=streamer, report=report, own_cache=not given, keep_cache=keep_cache
-    )
+        _loop, step=step, streamer=streamer, report=report, own_cache=not given, keep_cache=keep_cache,
+        correct_every=correct_every,
+    )  # fmt: skip
     return model.generate(
         input_ids, generation_config=generation_config, stopping_criteria=criteria, streamer=streamer,
         custom_generate=loop, **kwargs,
@@ -94,6 +102,15 @@ def _step(model: PreTrainedModel, policy: Any, options: dict[str, Any]) -> Calla
     )
 
 
+def _check_corrections(model: PreTrainedModel, policy: Any, every: int) -> None:
+    """Raise `TidalError` for corrections that can't be, or that would cost more than they are worth."""
+    if every < 1:
+        raise TidalError(f"generate: correct_every {every}; it is a number of tokens, or None")
+    roles = resolve(policy, model.config.get_text_config(decoder=True).num_hidden_layers).roles
+    if any(role.keeps and role.method.prepares for role in roles):
+        raise TidalError("generate: correct_every with place: cpu, which would sort all tokens anew each time")
+
+
 def slots_for(length: int) -> int:
     """The slots of a cache for so many tokens: a quarter more at most, so that few sizes are ever compiled."""
     if length <= SMALLEST:
@@ -105,7 +122,7 @@ def slots_for(length: int) -> int:
 def _loop(
     model: PreTrainedModel, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
     generation_config: GenerationConfig, *, step: Callable, streamer: Any, report: Callable, own_cache: bool,
-    keep_cache: bool, **model_kwargs: Any,
+    keep_cache: bool, correct_every: int | None, **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
     """In place of transformers' own loop, for its own arguments; by name it may only take what is not among these."""
     batch, prompt = input_ids.shape
@@ -117,6 +134,8 @@ def _loop(
     _refuse(config, model_kwargs)
     keeps = keep_cache and not config.return_dict_in_generate
     with _cache_of(model, None if own_cache else cache, batch, most, keeps) as cache:
+        if correct_every and not all(isinstance(layer, StaticLayer) and not layer.is_sliding for layer in cache.layers):
+            raise TidalError("generate: correct_every, but the model has layers that forget tokens, such as windows")
         slots = max(_slots(cache), most)  # of windows alone there are fewer
         mask = None
         if attention_mask is not None:
@@ -135,6 +154,8 @@ def _loop(
         late = _Late(batch, input_ids.device)
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
         length, is_ahead = prompt, False
+        # A step too many can't be taken back from layers that forget: only where nobody sees the cache again
+        looks_first = any(map(forgets, cache.layers)) and not (own_cache and keeps)
         while True:
             raw = logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
             scores = logits_processor(sequences[:, :length], raw)
@@ -152,13 +173,16 @@ def _loop(
             length += 1
             unfinished = unfinished & ~stopping_criteria(sequences[:, :length], tuple(kept["scores"]) or None)
             late.send(chosen, unfinished)
-            is_ahead = length < most
+            is_over = late.is_over() if looks_first else False
+            is_ahead = length < most and not is_over
             if is_ahead:
                 token.copy_(chosen[:, None])
                 logits = _decode(model, step, token, cache, mask, place)
-            tokens, is_over = late.receive()
+                if correct_every and (length - prompt) % correct_every == 0:
+                    logits = _correct(model, sequences[:, length - correct_every : length], cache, length, mask)
+            is_over = late.is_over()
             if streamer is not None:
-                streamer.put(tokens)
+                streamer.put(late.tokens())
             if is_over or not is_ahead:
                 break
         if is_ahead:
@@ -190,11 +214,20 @@ def _decode(model: Any, step: Callable, token: Tensor, cache: Any, mask: Tensor 
     return logits
 
 
+def _correct(model: Any, tokens: Tensor, cache: Any, length: int, mask: Tensor | None) -> Tensor:
+    """Write the keys and values of the last tokens `[B, n]` of the cache anew: the logits `[B, vocab]` after them."""
+    start = length - tokens.shape[1]
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(start)
+    return _read(model, tokens, cache, start, mask, lambda done, total: None, first=start)
+
+
 def _read(
-    model: Any, input_ids: Tensor, cache: Any, past: int, mask: Tensor | None, report: Callable[[int, int], None]
-) -> Tensor:
-    """Prefill what the cache doesn't have yet: the logits `[B, vocab]` after the prompt."""
-    prompt = input_ids.shape[1]
+    model: Any, input_ids: Tensor, cache: Any, past: int, mask: Tensor | None, report: Callable[[int, int], None],
+    first: int = 0,
+) -> Tensor:  # fmt: skip
+    """Read what the cache lacks of tokens input_ids `[B, n]`, which begin in slot `first`: the logits `[B, vocab]`."""
+    prompt = first + input_ids.shape[1]
     if past >= prompt:
         raise TidalError(
             f"generate: the cache holds {past} tokens, and the prompt has {prompt}; it must have a new one"
@@ -206,7 +239,12 @@ def _read(
         if mask is not None:
             padded = {"attention_mask": mask[:, : part.stop], "position_ids": positions(mask)[:, part]}
         with reading(cache, start):
-            out = model(input_ids=input_ids[:, part], logits_to_keep=1, **with_cache(model, cache), **padded)
+            out = model(
+                input_ids=input_ids[:, start - first : part.stop - first],
+                logits_to_keep=1,
+                **with_cache(model, cache),
+                **padded,
+            )
         report(part.stop, prompt)
     return out.logits[:, -1]
 
@@ -269,8 +307,12 @@ class _Late:
         if self.event is not None:
             self.event.record()
 
-    def receive(self) -> tuple[Tensor, bool]:
-        """The tokens that were sent `[B]`, on the host, and whether all rows are finished."""
+    def is_over(self) -> bool:
+        """Whether all rows are finished; waits for what was sent."""
         if self.event is not None:
             self.event.synchronize()
-        return self.said[:-1].clone(), not self.said[-1].item()
+        return not self.said[-1].item()
+
+    def tokens(self) -> Tensor:
+        """The tokens that were sent `[B]`, on the host; after `is_over`."""
+        return self.said[:-1].clone()

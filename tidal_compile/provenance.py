@@ -19,7 +19,9 @@ def provenance(device: str) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     # Where a result was written is no part of it
-    command = re.sub(r" --out[ =]\S+", "", " ".join(["tidal-compile", *sys.argv[1:]]))
+    script = Path(sys.argv[0])
+    program = f"python benchmarks/{script.name}" if script.parent.name == "benchmarks" else "tidal-compile"
+    command = re.sub(r" --out[ =]\S+", "", " ".join([program, *sys.argv[1:]]))
     return {
         "device": name,
         "threads": torch.get_num_threads(),

@@ -106,7 +106,7 @@ def need_memory(shape: Shape, cases: Sequence[Variant], batch: int, slots: int, 
     layer = batch * slots * shape.largest_layer_bytes_per_token
     repeated = 2 * layer * shape.group  # repeat_kv copies keys and values for every query head
     in_float32 = 3 * layer * 4 // shape.width  # the reference ops copy a layer's cache to float32
-    kept = max(map(_kept_bytes, cases), default=0) * batch * slots
+    kept = round(max(map(_kept_bytes, cases), default=0) * batch * slots)
     working = (
         kept + max(repeated if any(case.policy is None for case in cases) else 0, in_float32) + 2**30 * (free > 2**35)
     )
