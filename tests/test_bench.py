@@ -44,6 +44,7 @@ def test_decode_beside_its_baselines(tmp_path):
     assert {name for name, one in zip(names, result["decode"], strict=True) if "generate_ms" in one} == {
         "eager", "tidal: full", "tidal: tidal 64",
     }  # fmt: skip
+    assert [name for name, one in zip(names, result["decode"], strict=True) if "own_generate_ms" in one] == names[2:]
 
 
 @pytest.mark.compiled

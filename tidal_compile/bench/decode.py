@@ -327,12 +327,16 @@ def reference_backend(policy: Policy) -> Callable:
 
 @torch.no_grad()
 def generate_ms(
-    model: nn.Module, case: Variant, cache: Any, length: int, token: Tensor, new_tokens: int, saved: dict[int, Any]
-) -> dict[str, float]:
-    """ms a token that `model.generate` takes for the same step: between tokens of a streamer, batch 1, warm."""
+    model: nn.Module, case: Variant, cache: Any, length: int, token: Tensor, new_tokens: int, saved: dict[int, Any],
+    own: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """ms a token that `model.generate`, or for a policy our `own`, takes for the same step: at batch 1, warm, between
+    the tokens of a streamer.
+    """
     from transformers import CompileConfig
 
     from ..backend import compile_config
+    from ..generate import generate
 
     compat.forget_compilations(model)
     if case.policy is not None:
@@ -343,10 +347,11 @@ def generate_ms(
     for _ in range(2):  # the first call compiles
         rewind(cache, length, saved)
         clock = _Clock()
-        model.generate(
-            ids, **with_cache(model, cache), max_new_tokens=new_tokens, do_sample=False, streamer=clock,
-            eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(ids), **options,
-        )  # fmt: skip
+        common = {
+            **with_cache(model, cache), "max_new_tokens": new_tokens, "do_sample": False, "streamer": clock,
+            "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(ids),
+        }  # fmt: skip
+        generate(model, ids, case.policy, **common) if own else model.generate(ids, **common, **options)
     times = clock.times[3:]
     return summary([(after - before) * 1e3 for before, after in itertools.pairwise(times)])
 

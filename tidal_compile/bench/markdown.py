@@ -15,7 +15,10 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
-DECODE_COLUMNS = ("batch x context", "variant", "ms (p10, p90)", "GB/s", "of its floor", "generate, ms", "compile, s")
+DECODE_COLUMNS = (
+    "batch x context", "variant", "ms (p10, p90)", "GB/s", "of its floor", "generate, ms", "our generate, ms",
+    "compile, s",
+)  # fmt: skip
 
 
 def decode_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -27,7 +30,10 @@ def decode_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{record['ms']['median']:.2f} ({record['ms']['p10']:.2f}, {record['ms']['p90']:.2f})",
             _number(record["gb_per_s"]),
             f"{record['fraction_of_floor']:.0%}",
-            f"{record['generate_ms']['median']:.2f}" if record.get("generate_ms") else "-",
+            *(
+                f"{record[name]['median']:.2f}" if record.get(name) else "-"
+                for name in ("generate_ms", "own_generate_ms")
+            ),
             f"{record['compile_s']:.1f}",
         )
         for record in result["decode"]

@@ -189,7 +189,10 @@ def _measure_decode(
                     record["slots"] = max(group) + extra
                     if generate and batch == 1 and case.name not in ("inductor", "flash"):
                         length = record["context"] - 1
-                        record["generate_ms"] = decode.generate_ms(net, case, cache, length, token, generate, saved)
+                        given = net, case, cache, length, token, generate, saved
+                        record["generate_ms"] = decode.generate_ms(*given)
+                        if case.policy is not None:
+                            record["own_generate_ms"] = decode.generate_ms(*given, own=True)
                 keep.add("decode", measured)
                 advance()
             del cache, saved

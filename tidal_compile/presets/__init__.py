@@ -43,8 +43,8 @@ def full(num_layers: int, model: str | None = None, budget: Any = None) -> Prese
 def tidal(num_layers: int, model: str | None = None, budget: Any = None) -> Preset:
     """TidalDecode: dense 0-1, selections at 2 and at the published layer (else at 0.4 x layers), reuse elsewhere.
 
-    https://arxiv.org/abs/2410.05076. Left out: the correction of the cache. A shallow model drops what doesn't fit: 4
-    layers are dense 0-1, selection 2, reuse 3.
+    https://arxiv.org/abs/2410.05076. Its correction of the cache is `correct_every` of `generate`. A shallow model
+    drops what doesn't fit: 4 layers are dense 0-1, selection 2, reuse 3.
     """
     published = [layer for layer in _published(PUBLISHED_SELECTION, model) if layer < num_layers]
     second = published[0] if published else round(0.4 * num_layers)
