@@ -27,7 +27,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .backend import Options
 from .cache import LiveCache, reading
 from .errors import TidalError
-from .models import continues, forgets, with_cache
+from .models import continues, forgets, is_recurrent, with_cache
 from .policy import Policy, is_preset, load_any, resolve
 from .run import positions, rewind
 
@@ -67,7 +67,7 @@ def generate(
             pass. None: never. TidalDecode's "cache correction" (https://arxiv.org/abs/2410.05076).
 
     Raises `TidalError` for a cache that is too small, or for what this loop doesn't do (beams, an assistant model,
-    hidden states; corrections where layers forget tokens, or sort them on the CPU); `PolicyError` and
+    hidden states; corrections of recurrent layers, or of `place: cpu`); `PolicyError` and
     `UnsupportedModelError` as the backend does.
     """
     criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -134,8 +134,8 @@ def _loop(
     _refuse(config, model_kwargs)
     keeps = keep_cache and not config.return_dict_in_generate
     with _cache_of(model, None if own_cache else cache, batch, most, keeps) as cache:
-        if correct_every and not all(isinstance(layer, StaticLayer) and not layer.is_sliding for layer in cache.layers):
-            raise TidalError("generate: correct_every, but the model has layers that forget tokens, such as windows")
+        if correct_every and any(map(is_recurrent, cache.layers)):
+            raise TidalError("generate: correct_every, but the model has recurrent layers, which can't be set back")
         slots = max(_slots(cache), most)  # of windows alone there are fewer
         mask = None
         if attention_mask is not None:
@@ -154,6 +154,7 @@ def _loop(
         late = _Late(batch, input_ids.device)
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
         length, is_ahead = prompt, False
+        saved = remembered(cache) if correct_every else {}
         # A step too many can't be taken back from layers that forget: only where nobody sees the cache again
         looks_first = any(map(forgets, cache.layers)) and not (own_cache and keeps)
         while True:
@@ -179,7 +180,10 @@ def _loop(
                 token.copy_(chosen[:, None])
                 logits = _decode(model, step, token, cache, mask, place)
                 if correct_every and (length - prompt) % correct_every == 0:
-                    logits = _correct(model, sequences[:, length - correct_every : length], cache, length, mask)
+                    start = length - correct_every
+                    take_back(cache, start, saved)
+                    logits = _read(model, sequences[:, start:length], cache, start, mask, first=start)
+                    saved = remembered(cache)
             is_over = late.is_over()
             if streamer is not None:
                 streamer.put(late.tokens())
@@ -214,17 +218,31 @@ def _decode(model: Any, step: Callable, token: Tensor, cache: Any, mask: Tensor 
     return logits
 
 
-def _correct(model: Any, tokens: Tensor, cache: Any, length: int, mask: Tensor | None) -> Tensor:
-    """Write the keys and values of the last tokens `[B, n]` of the cache anew: the logits `[B, vocab]` after them."""
-    start = length - tokens.shape[1]
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(start)
-    return _read(model, tokens, cache, start, mask, lambda done, total: None, first=start)
+def remembered(cache: Any) -> dict[int, dict[str, Any]]:
+    """Copies of what the layers hold that forget tokens, such as windows, by number: for `take_back`."""
+    return {
+        number: {name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(layer).items()}
+        for number, layer in enumerate(cache.layers)
+        if forgets(layer)
+    }
+
+
+def take_back(cache: Any, length: int, saved: dict[int, dict[str, Any]]) -> None:
+    """Set a cache back to its first `length` tokens, where `saved` was remembered. Its tensors stay where they are."""
+    for number, layer in enumerate(cache.layers):
+        if number not in saved:
+            layer.cumulative_length.fill_(length)
+            continue
+        for name, value in saved[number].items():
+            if isinstance(value, Tensor):
+                getattr(layer, name).copy_(value)
+            else:
+                setattr(layer, name, value)
 
 
 def _read(
-    model: Any, input_ids: Tensor, cache: Any, past: int, mask: Tensor | None, report: Callable[[int, int], None],
-    first: int = 0,
+    model: Any, input_ids: Tensor, cache: Any, past: int, mask: Tensor | None,
+    report: Callable[[int, int], None] = lambda done, total: None, first: int = 0,
 ) -> Tensor:  # fmt: skip
     """Read what the cache lacks of tokens input_ids `[B, n]`, which begin in slot `first`: the logits `[B, vocab]`."""
     prompt = first + input_ids.shape[1]
