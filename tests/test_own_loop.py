@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from families import FAMILIES as EXPECTED
-from models import family_model, random_tokens, tiny_model
+from models import family_model, odd_model, random_tokens, tiny_model
 from tiers import sampled
 from torch._dynamo.utils import counters
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteria
@@ -196,7 +196,13 @@ def test_one_compilation_for_prompts_of_many_lengths(model):
     for length in (5, 40, 120, 9):
         ids = random_tokens(1, length, seed=length)
         assert torch.equal(*both(model, ids, max_new_tokens=6, do_sample=False))
-    assert counters["stats"]["unique_graphs"] == 1 and len(loop._caches[model]) == 1
+    assert counters["stats"]["unique_graphs"] == 1 and model in loop._caches
+    tc.generate(model, ids, max_new_tokens=2, keep_cache=False)
+    assert model not in loop._caches
+    for rows, length in [(rows, 9) for rows in range(2, 9)] + [
+        (1, 230 * times) for times in (2, 3, 4)
+    ]:  # over 8 shapes
+        tc.generate(model, random_tokens(rows, length), max_new_tokens=2, do_sample=False)
     assert [loop.slots_for(one) for one in (1, 256, 257, 300, 5000, 100_000)] == [256, 256, 320, 320, 5120, 114_688]
     assert all(one <= loop.slots_for(one) <= max(256, 1.25 * one) for one in range(1, 9000, 7))
     assert all(loop.slots_for(loop.slots_for(one)) == loop.slots_for(one) for one in range(1, 9000, 7))
@@ -320,7 +326,11 @@ def test_layers_in_host_memory_and_samples():
 def test_refusals_and_memory(model):
     ids = random_tokens(1, 9)
     for options, message in (
-        ({"num_beams": 3}, "num_beams 3; use model.generate"),
+        ({"num_beams": 3}, "beam search; use model.generate"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens is not taken"),
+        ({"position_ids": torch.arange(9)[None] * 3}, "position_ids is not taken"),
+        ({"token_type_ids": torch.ones(1, 9, dtype=torch.long)}, "token_type_ids other than 0"),
+        ({"attention_mask": torch.ones(1, 12)}, r"attention_mask \(1, 12\) must be as large as input_ids \(1, 9\)"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states is not returned"),
         (
             {"past_key_values": StaticCache(config=model.config, max_cache_len=12)},
@@ -332,7 +342,62 @@ def test_refusals_and_memory(model):
             tc.generate(model, ids, max_new_tokens=20, do_sample=False, **options)
     with pytest.raises(tc.PolicyError):
         tc.generate(model, ids, "no such policy")
-    tc.generate(model, ids, max_new_tokens=3, do_sample=False)
-    gone = weakref.ref(small_model())
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    tc.generate(model, ids, past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(TidalError, match="the cache has 1 rows; 3 are needed"):
+        tc.generate(model, ids, past_key_values=cache, num_return_sequences=3, do_sample=True, max_new_tokens=2)
+    short = tc.generate(model, ids.int(), max_new_tokens=30, do_sample=False)
+    assert short.is_contiguous() and short.dtype == torch.long
+    other = small_model()
+    tc.generate(other, ids, max_new_tokens=3, do_sample=False)
+    gone = weakref.ref(other)
+    torch._dynamo.reset()
+    del other
     gc.collect()
     assert gone() is None
+
+
+def test_a_kept_cache_suits_the_next_call(model):
+    """Other numbers, autocast, inference mode, and layers that are more than keys and values."""
+    ids, options = random_tokens(1, 9), {"max_new_tokens": 4, "do_sample": False}
+    with torch.inference_mode():
+        tc.generate(model, ids, **options)
+    exact = model.generate(ids, **options)
+    assert torch.equal(tc.generate(model, ids, **options), exact)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(tc.UnsupportedModelError, match="q, keys and values are"):
+        tc.generate(model, ids, **options)
+    assert torch.equal(tc.generate(model, ids, **options), exact)
+    model.to(torch.bfloat16)
+    tc.generate(model, ids, **options)
+    hybrid = odd_model("falcon_h1")
+    right = hybrid.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    for _ in range(2):
+        assert torch.equal(tc.generate(hybrid, ids, options={"strict": False}, **options), right)
+
+
+@pytest.mark.parametrize("at", ["prompt", "step"])
+def test_an_error_inside_a_layer_leaves_the_cache_whole(model, at):
+    ids, cache = random_tokens(1, 20), StaticCache(config=model.config, max_cache_len=64)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    tc.generate(model, ids[:, :9], past_key_values=cache, max_new_tokens=1, do_sample=False)
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(fails)
+    if at == "step":
+        hook.remove()
+
+        class Stops(StoppingCriteria):
+            def __call__(self, input_ids, scores, **_):
+                raise KeyboardInterrupt
+
+        options["stopping_criteria"] = [Stops()]
+    with pytest.raises(KeyboardInterrupt):
+        tc.generate(model, ids, past_key_values=cache, **options)
+    hook.remove()
+    options.pop("stopping_criteria", None)
+    assert len({int(layer.cumulative_length) for layer in cache.layers}) == 1
+    if at == "step":
+        ids = torch.cat([ids, random_tokens(1, 2)], 1)
+    assert torch.equal(tc.generate(model, ids, past_key_values=cache, **options), model.generate(ids, **options))

@@ -11,7 +11,9 @@ so that the device always has work. At the end one step was launched too many, a
 their shapes whatever the prompt: a cache has as many slots as `slots_for` says, and is kept for the next call.
 """
 
+import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StaticCache, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import StaticLayer
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from .backend import Options
 from .cache import LiveCache, reading
@@ -34,7 +36,7 @@ from .run import positions, rewind
 SMALLEST = 256  # slots of a cache
 CHUNK = 2048  # tokens of a prompt that are read at a time
 
-_caches: WeakKeyDictionary = WeakKeyDictionary()  # of each model, by batch size: the last one
+_caches: WeakKeyDictionary = WeakKeyDictionary()  # of each model: the last one
 
 
 def generate(
@@ -60,8 +62,8 @@ def generate(
         tokenizer: for `stop_strings`.
         options: of the backend.
         report: called with the tokens of the prompt that were read, and how many there are.
-        keep_cache: keep the cache's memory for the next call with as many rows, as long as the model lives. A cache of
-            the user's own, or one that is returned, is not kept.
+        keep_cache: keep the cache's memory for the next call, if that has as many rows and finds room in it, as long as
+            the model lives. False lets go of it. A cache of the user's own, or one that is returned, is not kept.
         correct_every: after so many decoded tokens, pass these through the dense model once more, which writes their
             keys and values anew: what sparse steps left out of them doesn't add up. The next token follows from this
             pass. None: never. TidalDecode's "cache correction" (https://arxiv.org/abs/2410.05076).
@@ -70,11 +72,13 @@ def generate(
     hidden states; corrections of recurrent layers, or of `place: cpu`); `PolicyError` and
     `UnsupportedModelError` as the backend does.
     """
+    _refuse_arguments(input_ids, kwargs)
     criteria = StoppingCriteriaList(stopping_criteria or [])
     strings = kwargs.pop("stop_strings", None)
-    if generation_config is not None and generation_config.stop_strings is not None:
-        generation_config = GenerationConfig.from_dict(generation_config.to_dict())
-        strings, generation_config.stop_strings = strings or generation_config.stop_strings, None
+    config = model.generation_config if generation_config is None else generation_config
+    if config.stop_strings is not None:
+        generation_config = copy.deepcopy(config)
+        strings, generation_config.stop_strings = strings or config.stop_strings, None
     if strings is not None:  # `model.generate` would not hand a tokenizer on
         if tokenizer is None:
             raise TidalError("generate: stop_strings need the tokenizer; pass tokenizer=...")
@@ -87,10 +91,12 @@ def generate(
         _loop, step=step, streamer=streamer, report=report, own_cache=not given, keep_cache=keep_cache,
         correct_every=correct_every,
     )  # fmt: skip
-    return model.generate(
-        input_ids, generation_config=generation_config, stopping_criteria=criteria, streamer=streamer,
-        custom_generate=loop, **kwargs,
-    )  # fmt: skip
+    # Each number of rows, and of slots, is wanted, and compiled
+    with torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
+        return model.generate(
+            input_ids, generation_config=generation_config, stopping_criteria=criteria, streamer=streamer,
+            custom_generate=loop, **kwargs,
+        )  # fmt: skip
 
 
 def _step(model: PreTrainedModel, policy: Any, options: dict[str, Any]) -> Callable:
@@ -129,28 +135,35 @@ def _loop(
     most = generation_config.max_length
     config = generation_config
     caches = [model_kwargs.pop(name, None) for name in ("cache", "past_key_values")]
-    cache = next((one for one in caches if one is not None), None)
+    given = None if own_cache else next(one for one in caches if one is not None)
     attention_mask = model_kwargs.pop("attention_mask", None)
     _refuse(config, model_kwargs)
     keeps = keep_cache and not config.return_dict_in_generate
-    with _cache_of(model, None if own_cache else cache, batch, most, keeps) as cache:
+    with _cache_of(model, given, batch, most, keeps) as cache:
         if correct_every and any(map(is_recurrent, cache.layers)):
             raise TidalError("generate: correct_every, but the model has recurrent layers, which can't be set back")
         slots = max(_slots(cache), most)  # of windows alone there are fewer
-        mask = None
+        mask, place = None, torch.arange(slots, device=model.device).expand(batch, slots)  # of each slot [B, slots]
         if attention_mask is not None:
             mask = torch.ones(batch, slots, dtype=torch.bool, device=model.device)
             mask[:, :prompt] = attention_mask.bool()
+            place = positions(mask)
+        read = functools.partial(_read, model, cache=cache, mask=mask, place=place)
         past = int(cache.get_seq_length())
-        logits = _read(model, input_ids.to(model.device), cache, past, mask, report)
-        place = None if mask is None else positions(mask)[:, prompt : prompt + 1].clone()  # of the next token [B, 1]
+        if past and prompt - past > 1 and not continues(model):
+            raise TidalError(
+                f"generate: the cache holds {past} of {prompt} tokens, and this model can't read several more"
+            )
+        with _torn_by_an_interrupt(cache, past):
+            logits = read(input_ids.to(model.device), past, report)
 
-        sequences = input_ids.new_full((batch, most), 0)
+        sequences = torch.zeros(batch, most, dtype=torch.long, device=input_ids.device)
         sequences[:, :prompt] = input_ids
         unfinished = torch.ones(batch, dtype=torch.long, device=input_ids.device)
         has_eos = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
         pad = getattr(config, "_pad_token_tensor", None)
         token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        at = place[:, prompt : prompt + 1].clone()  # the position of the next token [B, 1]
         late = _Late(batch, input_ids.device)
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
         length, is_ahead = prompt, False
@@ -178,12 +191,13 @@ def _loop(
             is_ahead = length < most and not is_over
             if is_ahead:
                 token.copy_(chosen[:, None])
-                logits = _decode(model, step, token, cache, mask, place)
-                if correct_every and (length - prompt) % correct_every == 0:
-                    start = length - correct_every
-                    take_back(cache, start, saved)
-                    logits = _read(model, sequences[:, start:length], cache, start, mask, first=start)
-                    saved = remembered(cache)
+                with _torn_by_an_interrupt(cache, length - 1):
+                    logits = _decode(model, step, token, cache, mask, at)
+                    if correct_every and (length - prompt) % correct_every == 0:
+                        start = length - correct_every
+                        take_back(cache, start, saved)
+                        logits = read(sequences[:, start:length].to(model.device), start, first=start)
+                        saved = remembered(cache)
             is_over = late.is_over()
             if streamer is not None:
                 streamer.put(late.tokens())
@@ -195,7 +209,7 @@ def _loop(
                     layer.cumulative_length.sub_(1)
     if streamer is not None:
         streamer.end()
-    sequences = sequences[:, :length]
+    sequences = sequences[:, :length].clone()
     if not config.return_dict_in_generate:
         return sequences
     tuples = {name: tuple(found) if config.to_dict()[f"output_{name}"] else None for name, found in kept.items()}
@@ -208,14 +222,33 @@ def _named(cache: Any) -> dict[str, Any]:
     return {"cache" if "cache" in names else "past_key_values": cache}
 
 
-def _decode(model: Any, step: Callable, token: Tensor, cache: Any, mask: Tensor | None, place: Tensor | None) -> Tensor:
-    """The logits `[B, vocab]` after a token."""
+def _decode(model: Any, step: Callable, token: Tensor, cache: Any, mask: Tensor | None, at: Tensor) -> Tensor:
+    """The logits `[B, vocab]` after a token, whose position `at [B, 1]` is then that of the next one."""
     torch.compiler.cudagraph_mark_step_begin()
-    padded = {} if mask is None else {"attention_mask": mask, "position_ids": place.clone()}
-    logits = step(input_ids=token, **with_cache(model, cache), **padded).logits[:, -1]
-    if place is not None:
-        place += 1
+    more = {} if mask is None else {"attention_mask": mask}
+    if _takes_positions(type(model)):
+        more["position_ids"] = at.clone()
+    logits = step(input_ids=token, **with_cache(model, cache), **more).logits[:, -1]
+    at += 1
     return logits
+
+
+@functools.cache
+def _takes_positions(kind: type) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
+
+
+@contextmanager
+def _torn_by_an_interrupt(cache: Any, complete: int) -> Iterator[None]:
+    """Where some layers may have taken tokens and others not: set the cache back to what all of them have."""
+    try:
+        yield
+    except BaseException:
+        if any(map(forgets, cache.layers)):
+            cache.reset()
+        else:
+            take_back(cache, complete, {})
+        raise
 
 
 def remembered(cache: Any) -> dict[int, dict[str, Any]]:
@@ -231,7 +264,8 @@ def take_back(cache: Any, length: int, saved: dict[int, dict[str, Any]]) -> None
     """Set a cache back to its first `length` tokens, where `saved` was remembered. Its tensors stay where they are."""
     for number, layer in enumerate(cache.layers):
         if number not in saved:
-            layer.cumulative_length.fill_(length)
+            if isinstance(getattr(layer, "cumulative_length", None), Tensor):
+                layer.cumulative_length.fill_(length)
             continue
         for name, value in saved[number].items():
             if isinstance(value, Tensor):
@@ -241,8 +275,8 @@ def take_back(cache: Any, length: int, saved: dict[int, dict[str, Any]]) -> None
 
 
 def _read(
-    model: Any, input_ids: Tensor, cache: Any, past: int, mask: Tensor | None,
-    report: Callable[[int, int], None] = lambda done, total: None, first: int = 0,
+    model: Any, input_ids: Tensor, past: int, report: Callable[[int, int], None] = lambda done, total: None, *,
+    cache: Any, mask: Tensor | None, place: Tensor, first: int = 0,
 ) -> Tensor:  # fmt: skip
     """Read what the cache lacks of tokens input_ids `[B, n]`, which begin in slot `first`: the logits `[B, vocab]`."""
     prompt = first + input_ids.shape[1]
@@ -253,25 +287,41 @@ def _read(
     chunk = CHUNK if continues(model) else prompt
     for start in range(past, prompt, chunk):
         part = slice(start, min(start + chunk, prompt))
-        padded = {}
-        if mask is not None:
-            padded = {"attention_mask": mask[:, : part.stop], "position_ids": positions(mask)[:, part]}
+        more = {} if mask is None else {"attention_mask": mask[:, : part.stop]}
+        if _takes_positions(type(model)):
+            more["position_ids"] = place[:, part]
+        if _keeps_few_logits(type(model)):
+            more["logits_to_keep"] = 1
         with reading(cache, start):
-            out = model(
-                input_ids=input_ids[:, start - first : part.stop - first],
-                logits_to_keep=1,
-                **with_cache(model, cache),
-                **padded,
-            )
+            out = model(input_ids=input_ids[:, start - first : part.stop - first], **with_cache(model, cache), **more)
         report(part.stop, prompt)
     return out.logits[:, -1]
+
+
+@functools.cache
+def _keeps_few_logits(kind: type) -> bool:
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
+
+
+def _refuse_arguments(input_ids: Tensor | None, given: dict[str, Any]) -> None:
+    """Raise `TidalError` for arguments that would be dropped."""
+    for name in ("position_ids", "assistant_model", "prompt_lookup_num_tokens", "inputs_embeds", "custom_generate"):
+        if given.get(name) is not None:
+            raise TidalError(f"generate: {name} is not taken; use model.generate")
+    types, mask = given.get("token_type_ids"), given.get("attention_mask")
+    if types is not None and types.any():
+        raise TidalError("generate: token_type_ids other than 0 are not taken; use model.generate")
+    if mask is not None and (input_ids is None or mask.shape != input_ids.shape):
+        found = None if input_ids is None else tuple(input_ids.shape)
+        raise TidalError(f"generate: attention_mask {tuple(mask.shape)} must be as large as input_ids {found}")
 
 
 def _refuse(config: GenerationConfig, others: dict[str, Any]) -> None:
     """Raise `TidalError` for what this loop doesn't do."""
     known = {"position_ids", "use_cache", "logits_to_keep", "token_type_ids"}  # which follow from the mask
-    if config.num_beams is not None and config.num_beams > 1:
-        raise TidalError(f"generate: num_beams {config.num_beams}; use model.generate for beams")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise TidalError(f"generate: {mode.value.replace('_', ' ')}; use model.generate for it")
     for name in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and getattr(config, name):
             raise TidalError(f"generate: {name} is not returned; use model.generate")
@@ -285,30 +335,51 @@ def _refuse(config: GenerationConfig, others: dict[str, Any]) -> None:
 def _cache_of(model: PreTrainedModel, given: Any, batch: int, length: int, keeps: bool) -> Iterator[Any]:
     """The cache to use: the given one, or one of ours, which is kept for the next call if that is wanted."""
     if given is not None:
-        if not isinstance(given, StaticCache):
-            raise TidalError(
-                f"generate: the cache is a {type(given).__name__}; give a StaticCache or HostCache, or none"
-            )
-        if _slots(given) < length and not all(layer.is_sliding for layer in given.layers):
-            raise TidalError(f"generate: the cache has {_slots(given)} slots; {length} are needed")
+        _check_cache(model, given, batch, length)
         yield given
         return
-    caches = _caches.setdefault(model, {})
-    cache = caches.pop(batch, None)  # while it is in use, nobody else takes it
-    if cache is None or _slots(cache) < slots_for(length):
+    cache = _caches.pop(model, None)  # while it is in use, nobody else takes it
+    if cache is None or _slots(cache) < slots_for(length) or not _suits(model, cache, batch):
         cache = LiveCache(model.config, slots_for(length))
-    elif any(forgets(layer) for layer in cache.layers):
+    elif any(map(forgets, cache.layers)):
         cache.reset()
     else:
         rewind(cache, 0)
     yield cache
-    if keeps and all(isinstance(layer, StaticLayer) for layer in cache.layers):
-        caches[batch] = cache
+    if keeps and _suits(model, cache, batch):
+        _caches[model] = cache
+
+
+def _suits(model: PreTrainedModel, cache: Any, batch: int) -> bool:
+    """Whether a kept cache can take what a model writes."""
+    all_keys = [layer.keys for layer in cache.layers if isinstance(layer, StaticLayer) and not is_recurrent(layer)]
+    if len(all_keys) < len(cache.layers) or torch.is_autocast_enabled(model.device.type):
+        return False
+    return all(
+        keys is not None and len(keys) == batch and (keys.dtype, keys.device) == (model.dtype, model.device)
+        and not keys.is_inference()
+        for keys in all_keys
+    )  # fmt: skip
+
+
+def _check_cache(model: PreTrainedModel, cache: Any, batch: int, length: int) -> None:
+    """Raise `TidalError` for a cache of the user's that can't take so many rows and tokens."""
+    if not isinstance(cache, StaticCache):
+        raise TidalError(f"generate: the cache is a {type(cache).__name__}; give a StaticCache or HostCache, or none")
+    window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+    for layer in cache.layers:
+        slots = getattr(layer, "max_cache_len", None)
+        needed = min(length, window or length) if getattr(layer, "is_sliding", False) else length
+        if slots is not None and slots < needed:
+            raise TidalError(f"generate: the cache has {slots} slots; {needed} are needed")
+        keys = getattr(layer, "keys", None)
+        if keys is not None and len(keys) != batch:
+            raise TidalError(f"generate: the cache has {len(keys)} rows; {batch} are needed")
 
 
 def _slots(cache: Any) -> int:
     """How many tokens the layers hold that forget none."""
-    return max(layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len"))
+    return max((layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len")), default=0)
 
 
 class _Late:
@@ -318,12 +389,13 @@ class _Late:
         self.on_gpu = device.type == "cuda"
         self.said = torch.zeros(batch + 1, dtype=torch.long, pin_memory=self.on_gpu)
         self.event = torch.cuda.Event() if self.on_gpu else None
+        self.device = device
 
     def send(self, tokens: Tensor, unfinished: Tensor) -> None:
         """Of this turn: tokens `[B]`, and 1 `[B]` for each row that goes on."""
         self.said.copy_(torch.cat([tokens, unfinished.amax(0, keepdim=True)]), non_blocking=True)
         if self.event is not None:
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(self.device))
 
     def is_over(self) -> bool:
         """Whether all rows are finished; waits for what was sent."""

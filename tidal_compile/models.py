@@ -140,10 +140,11 @@ def empty_cache(model: PreTrainedModel, slots: int, batch: int = 1) -> Any:
 
 
 def forgets(layer: Any) -> bool:
-    """Whether a static cache layer can't be set back by its counter: a sliding window, or a recurrent state."""
+    """Whether a static cache layer can't be set back by its counter: a window, a recurrent state, or an index."""
     from transformers.cache_utils import StaticLayer
 
-    return not (isinstance(layer, StaticLayer) and not layer.is_sliding) and bool(_states(layer))
+    is_plain = isinstance(layer, StaticLayer) and not layer.is_sliding and not is_recurrent(layer)
+    return not (is_plain and not hasattr(layer, "indexer_cumulative_length")) and bool(_states(layer))
 
 
 def is_recurrent(layer: Any) -> bool:
