@@ -140,35 +140,38 @@ def connect(call: Call[Tensor], method: Lsh, center: Tensor, tables: Tensor) -> 
     """
     if not call.key.is_cuda:
         return
+    where = _seen_by_a_graph(call, method, tables)
+    if where not in _exchanges:
+        _exchanges[where] = _exchange(call, method)
+        _streams.setdefault(call.key.device, torch.cuda.Stream(call.key.device))
+    exchange = _exchanges[where]
+    ready = arguments(
+        store_of(call, method, tables), exchange.query, exchange.codes, as_cpu(center), exchange.valid, exchange.out,
+        exchange.lse, call.scale, call.softcap, method.threshold, method.epsilon, torch.get_num_threads(),
+        bias=exchange.bias, span=exchange.span,
+    )  # fmt: skip
+    torch.cuda.synchronize(call.key.device)  # a step may still read what is written now
+    ctypes.memmove(ctypes.addressof(exchange.call), ctypes.addressof(ready), ctypes.sizeof(ready))
+    exchange.call.tensors = ready.tensors
+
+
+def _exchange(call: Call[Tensor], method: Lsh) -> Exchange:
     batch, num_heads, _, head_dim = call.query.shape
-    slots, where = call.key.shape[2], _seen_by_a_graph(call, method, tables)
+    slots = call.key.shape[2]
 
     def pinned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
-    if where in _exchanges:
-        old = _exchanges[where]
-        query, codes, span, valid, bias, out, lse = (
-            old.query, old.codes, old.span, old.valid, old.bias, old.out, old.lse
-        )  # fmt: skip
-    else:
-        query = pinned(batch, num_heads, head_dim, dtype=call.query.dtype)
-        codes = pinned(batch, num_heads, method.l, dtype=torch.int16)
-        span = pinned(batch, 2, dtype=torch.int64)
-        out, lse = pinned(batch, num_heads, head_dim), pinned(batch, num_heads)
-        valid = None if call.mask is None else pinned(batch, slots, dtype=torch.bool)
-        bias = pinned(batch, slots) if call.mask is not None and call.mask.is_floating_point() else None
-        _streams.setdefault(call.key.device, torch.cuda.Stream(call.key.device))
-    ready = arguments(
-        store_of(call, method, tables), query, codes, as_cpu(center), valid, out, lse, call.scale, call.softcap,
-        method.threshold, method.epsilon, torch.get_num_threads(), bias=bias, span=span,
-    )  # fmt: skip
-    if where in _exchanges:
-        torch.cuda.synchronize(call.key.device)  # a step may still read what is written now
-        ctypes.memmove(ctypes.addressof(old.call), ctypes.addressof(ready), ctypes.sizeof(ready))
-        old.call.tensors = ready.tensors
-    else:
-        _exchanges[where] = Exchange(query, codes, span, valid, bias, out, lse, ready)
+    return Exchange(
+        query=pinned(batch, num_heads, head_dim, dtype=call.query.dtype),
+        codes=pinned(batch, num_heads, method.l, dtype=torch.int16),
+        span=pinned(batch, 2, dtype=torch.int64),
+        valid=None if call.mask is None else pinned(batch, slots, dtype=torch.bool),
+        bias=pinned(batch, slots) if call.mask is not None and call.mask.is_floating_point() else None,
+        out=pinned(batch, num_heads, head_dim),
+        lse=pinned(batch, num_heads),
+        call=Arguments(),
+    )
 
 
 def _seen_by_a_graph(call: Call[Tensor], method: Lsh, tables: Tensor) -> tuple:
