@@ -282,6 +282,29 @@ def test_generate_on_a_gpu_equals_eager_generate(cudagraph_or_error):
             return  # a near-tie in bfloat16 fell the other way: what follows has another prompt
 
 
+def test_our_loop_equals_generate(cudagraph_or_error):
+    """Prompts of several lengths over one recorded step; padding; rows that end; corrections; sampling with a seed."""
+    model = tiny_model(device="cuda", eos_token_id=7)
+    model.generation_config.pad_token_id = 0
+    with torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True):
+        for number, length in enumerate((20, 90, 33)):
+            ids = on_gpu(random_tokens(3, length, seed=number))
+            for options in (
+                {"do_sample": False},
+                {"do_sample": False, "eos_token_id": [7, 9, 11, 13, 15]},
+                {"do_sample": True, "top_p": 0.9},
+                {"do_sample": False, "attention_mask": (torch.arange(length, device="cuda") >= 5).long().repeat(3, 1)},
+            ):
+                torch.manual_seed(0)
+                theirs = model.generate(ids, max_new_tokens=24, **options)
+                torch.manual_seed(0)
+                assert torch.equal(tc.generate(model, ids, max_new_tokens=24, **options), theirs), options
+        assert torch.equal(
+            tc.generate(model, ids, max_new_tokens=24, do_sample=False, correct_every=5),
+            model.generate(ids, max_new_tokens=24, do_sample=False),
+        )
+
+
 @pytest.mark.parametrize("prompt", [8, 30])
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "cohere2", "exaone4", "gpt_oss"])
 def test_sliding_windows_replay_without_recompile_or_rerecord(name, prompt):
