@@ -14,9 +14,9 @@ import torch
 import typer
 
 from tidal_compile.cache import LiveCache, reading
-from tidal_compile.generate import remembered, take_back
 from tidal_compile.models import load_model, load_tokenizer, with_cache
 from tidal_compile.provenance import provenance
+from tidal_compile.run import rewind, windows
 from tidal_compile.text import default_text, ids_of
 
 BIN = 250  # decoded tokens whose mean is written
@@ -36,7 +36,7 @@ def drift(model: Any, policy: str, ids: torch.Tensor, prompt: int, every: int, r
     """KL and agreement by position, of predictions after each decoded token."""
     cache = LiveCache(model.config, ids.shape[1])
     passed(model, cache, ids[:, :prompt], 0)
-    saved = remembered(cache)
+    saved = windows(cache)
     step = torch.compile(model.forward, backend="tidal", fullgraph=True, options={"policy": policy})
     kl, agree, token = [], [], torch.zeros(1, 1, dtype=torch.long, device=model.device)
     for place in range(prompt, ids.shape[1]):
@@ -48,9 +48,9 @@ def drift(model: Any, policy: str, ids: torch.Tensor, prompt: int, every: int, r
         agree.append(float(exact.argmax() == sparse.argmax()))
         done = place + 1 - prompt
         if every and done % every == 0:
-            take_back(cache, place + 1 - every, saved)
+            rewind(cache, place + 1 - every, saved)
             passed(model, cache, ids[:, place + 1 - every : place + 1], place + 1 - every)
-            saved = remembered(cache)
+            saved = windows(cache)
 
     def binned(values: list[float]) -> list[float]:
         return [sum(values[at : at + BIN]) / len(values[at : at + BIN]) for at in range(0, len(values), BIN)]

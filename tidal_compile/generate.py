@@ -31,7 +31,7 @@ from .cache import LiveCache, reading
 from .errors import TidalError
 from .models import continues, forgets, is_recurrent, with_cache
 from .policy import Policy, is_preset, load_any, resolve
-from .run import positions, rewind
+from .run import positions, rewind, shorten, windows
 
 SMALLEST = 256  # slots of a cache
 CHUNK = 2048  # tokens of a prompt that are read at a time
@@ -167,7 +167,7 @@ def _loop(
         late = _Late(batch, input_ids.device)
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
         length, is_ahead = prompt, False
-        saved = remembered(cache) if correct_every else {}
+        saved = windows(cache) if correct_every else {}
         # A step too many can't be taken back from layers that forget: only where nobody sees the cache again
         looks_first = any(map(forgets, cache.layers)) and not (own_cache and keeps)
         while True:
@@ -195,18 +195,16 @@ def _loop(
                     logits = _decode(model, step, token, cache, mask, at)
                     if correct_every and (length - prompt) % correct_every == 0:
                         start = length - correct_every
-                        take_back(cache, start, saved)
+                        rewind(cache, start, saved)
                         logits = read(sequences[:, start:length].to(model.device), start, first=start)
-                        saved = remembered(cache)
+                        saved = windows(cache)
             is_over = late.is_over()
             if streamer is not None:
                 streamer.put(late.tokens())
             if is_over or not is_ahead:
                 break
         if is_ahead:
-            for layer in cache.layers:
-                if isinstance(getattr(layer, "cumulative_length", None), Tensor):
-                    layer.cumulative_length.sub_(1)
+            rewind(cache, length - 1)
     if streamer is not None:
         streamer.end()
     sequences = sequences[:, :length].clone()
@@ -244,34 +242,8 @@ def _torn_by_an_interrupt(cache: Any, complete: int) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if any(map(forgets, cache.layers)):
-            cache.reset()
-        else:
-            take_back(cache, complete, {})
+        shorten(cache, complete)
         raise
-
-
-def remembered(cache: Any) -> dict[int, dict[str, Any]]:
-    """Copies of what the layers hold that forget tokens, such as windows, by number: for `take_back`."""
-    return {
-        number: {name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(layer).items()}
-        for number, layer in enumerate(cache.layers)
-        if forgets(layer)
-    }
-
-
-def take_back(cache: Any, length: int, saved: dict[int, dict[str, Any]]) -> None:
-    """Set a cache back to its first `length` tokens, where `saved` was remembered. Its tensors stay where they are."""
-    for number, layer in enumerate(cache.layers):
-        if number not in saved:
-            if isinstance(getattr(layer, "cumulative_length", None), Tensor):
-                layer.cumulative_length.fill_(length)
-            continue
-        for name, value in saved[number].items():
-            if isinstance(value, Tensor):
-                getattr(layer, name).copy_(value)
-            else:
-                setattr(layer, name, value)
 
 
 def _read(
@@ -341,10 +313,8 @@ def _cache_of(model: PreTrainedModel, given: Any, batch: int, length: int, keeps
     cache = _caches.pop(model, None)  # while it is in use, nobody else takes it
     if cache is None or _slots(cache) < slots_for(length) or not _suits(model, cache, batch):
         cache = LiveCache(model.config, slots_for(length))
-    elif any(map(forgets, cache.layers)):
-        cache.reset()
     else:
-        rewind(cache, 0)
+        shorten(cache, 0)
     yield cache
     if keeps and _suits(model, cache, batch):
         _caches[model] = cache

@@ -27,7 +27,7 @@ WARM_UP = 3  # steps that are not timed: compilation, CUDA-graph warm-up and rec
 class Prompt:
     """A prompt whose `length` tokens but for the last one, `token [1, 1]`, were prefilled; `answer`: what it asks for.
 
-    `windows` are copies of the cache layers that forget, of this state. Random weights have no answer.
+    `windows` are copies of what the cache layers hold that forget, of this state. Random weights have no answer.
     """
 
     token: Tensor
@@ -104,24 +104,38 @@ def random_cache(model: PreTrainedModel, length: int, slots: int, batch: int = 1
     return cache
 
 
-def windows(cache: Any) -> dict[int, Any]:
-    """Copies of the cache layers that forget what they held, such as sliding windows, for `rewind`."""
-    return {number: copy.deepcopy(layer) for number, layer in enumerate(cache.layers) if forgets(layer)}
+def windows(cache: Any) -> dict[int, dict[str, Any]]:
+    """Copies of what the cache layers hold that forget what they held, such as sliding windows, for `rewind`."""
+    return {number: copy.deepcopy(vars(layer)) for number, layer in enumerate(cache.layers) if forgets(layer)}
 
 
-def rewind(cache: Any, length: int, saved: Mapping[int, Any] = MappingProxyType({})) -> None:
+def rewind(cache: Any, length: int, saved: Mapping[int, Mapping[str, Any]] = MappingProxyType({})) -> None:
     """Make a static cache hold its first `length` tokens only; `saved` are its `windows` at that length.
 
-    What methods keep beside it is made anew, as after any write to its keys.
+    Tensors stay at their addresses, which CUDA graphs hold. What methods keep beside the cache is made anew, as after
+    any write to its keys.
     """
     for number, layer in enumerate(cache.layers):
         keys = getattr(layer, "keys", None)
         if torch.is_tensor(keys) and not keys.is_inference():
             keys[:0].zero_()  # a write of nothing, which is counted
-        if number in saved:
-            cache.layers[number] = copy.deepcopy(saved[number])
-        elif hasattr(layer, "cumulative_length"):
+        for name, value in saved.get(number, {}).items():
+            now = getattr(layer, name)
+            if torch.is_tensor(value) and torch.is_tensor(now) and not now.is_inference():
+                now.copy_(value)
+            else:
+                setattr(layer, name, copy.deepcopy(value))
+        if number not in saved and torch.is_tensor(getattr(layer, "cumulative_length", None)):
             layer.cumulative_length.fill_(length)
+
+
+def shorten(cache: Any, length: int) -> int:
+    """`rewind` without saved windows: the tokens that the cache has then, none of them if a layer forgets."""
+    if any(map(forgets, cache.layers)):
+        cache.reset()
+        return 0
+    rewind(cache, length)
+    return length
 
 
 def make_step(model: PreTrainedModel, variant: Variant) -> Callable:

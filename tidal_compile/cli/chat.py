@@ -82,8 +82,7 @@ def take_turn(
     import torch
 
     from ..generate import generate
-    from ..models import forgets
-    from ..run import rewind
+    from ..run import shorten
 
     ids = as_ids(tokenizer, messages)
     if len(ids) >= context:
@@ -92,11 +91,7 @@ def take_turn(
     while shared < min(len(held), len(ids) - 1) and held[shared] == ids[shared]:
         shared += 1
     if shared < len(held) or not held:
-        if any(map(forgets, cache.layers)) or not shared:
-            cache.reset()
-            shared = 0
-        else:
-            rewind(cache, shared)
+        shorten(cache, shared)
     streamer = printer(tokenizer)
     try:
         generate(
@@ -108,8 +103,7 @@ def take_turn(
     told = streamer.tokens
     filled = min(int(cache.get_seq_length()), len(told))
     if int(cache.get_seq_length()) > filled:  # a step that nobody was told of
-        cache.reset() if any(map(forgets, cache.layers)) else rewind(cache, filled)
-        filled = int(cache.get_seq_length())
+        filled = shorten(cache, filled)
     return tokenizer.decode(told[len(ids) :], skip_special_tokens=True), told[:filled]
 
 
