@@ -19,6 +19,13 @@ def tiny_model(model_type="llama", seed=0, device="cpu", dtype=torch.float32, **
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def small_model(**settings):
+    """Two layers that end a text, and pad it."""
+    model = tiny_model(**{"num_hidden_layers": 2, "eos_token_id": 7, **settings})
+    model.generation_config.pad_token_id = 0
+    return model
+
+
 def long_model(**settings):
     """Room for 2048 tokens, and four layers: a calibration or an evaluation traces the model, and tries its layers."""
     return tiny_model(**{"num_hidden_layers": 4, "max_position_embeddings": 2048, **settings})

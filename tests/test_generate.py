@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import decode_logits, prefilled, random_tokens, tiny_model
+from models import decode_logits, prefilled, random_tokens, small_model, tiny_model
 from recorder import Recorder
 from tiers import sampled
 from torch._dynamo.utils import counters
@@ -24,12 +24,6 @@ pytestmark = pytest.mark.uncompiled
 @pytest.fixture(scope="module")
 def model():
     return small_model()
-
-
-def small_model(**settings):
-    model = tiny_model(**{"num_hidden_layers": 2, "eos_token_id": 7, **settings})
-    model.generation_config.pad_token_id = 0
-    return model
 
 
 def generate(model, ids, policy=None, seed=0, **options):

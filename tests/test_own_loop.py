@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from families import FAMILIES as EXPECTED
-from models import family_model, odd_model, random_tokens, tiny_model
+from models import family_model, odd_model, random_tokens, small_model
 from tiers import sampled
 from torch._dynamo.utils import counters
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteria
@@ -24,12 +24,6 @@ WIDE = {"num_layers": 2, "layers": {"0": "select", "1": "reuse"}, "defaults": {"
 @pytest.fixture
 def model():
     return small_model()
-
-
-def small_model(**settings):
-    model = tiny_model(**{"num_hidden_layers": 2, "eos_token_id": 7, **settings})
-    model.generation_config.pad_token_id = 0
-    return model
 
 
 def both(model, ids, policy="full", seed=0, **options):
