@@ -330,8 +330,8 @@ def generate_ms(
     model: nn.Module, case: Variant, cache: Any, length: int, token: Tensor, new_tokens: int, saved: dict[int, Any],
     own: bool = False,
 ) -> dict[str, float]:  # fmt: skip
-    """ms a token that `model.generate`, or for a policy our `own`, takes for the same step: at batch 1, warm, between
-    the tokens of a streamer.
+    """ms a token that `model.generate`, or for a policy our `own`, takes for the same step: warm, between the tokens
+    of a streamer.
     """
     from transformers import CompileConfig
 
@@ -343,7 +343,7 @@ def generate_ms(
         options = {"compile_config": compile_config(case.policy)}
     else:
         options = {"disable_compile": True} if case.name == "eager" else {"compile_config": CompileConfig()}
-    ids = torch.cat([token.new_ones(1, length), token], 1)
+    ids = torch.cat([token.new_ones(len(token), length), token], 1)
     for _ in range(2):  # the first call compiles
         rewind(cache, length, saved)
         clock = _Clock()

@@ -63,7 +63,7 @@ def bench_decode(
     batch: BatchesOption = (1,),
     budget: Annotated[list[int] | None, typer.Option(min=1, help="Budgets of each sparse policy; repeat.")] = None,
     steps: Annotated[int, typer.Option(min=4, help="Steps to time.")] = 50,
-    generate: Annotated[int, typer.Option(help="Tokens through model.generate, too, at batch 1; 0: none.")] = 0,
+    generate: Annotated[int, typer.Option(help="Tokens through model.generate and ours, too; 0: none.")] = 0,
     layers: LayersOption = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
@@ -187,7 +187,7 @@ def _measure_decode(
                 measured = list(decode.run_case(net, shape, case, cache, lengths, token, steps, rate, saved))[::-1]
                 for record in measured:
                     record["slots"] = max(group) + extra
-                    if generate and batch == 1 and case.name not in ("inductor", "flash"):
+                    if generate and case.name not in ("inductor", "flash"):
                         length = record["context"] - 1
                         given = net, case, cache, length, token, generate, saved
                         record["generate_ms"] = decode.generate_ms(*given)
