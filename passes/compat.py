@@ -79,12 +79,13 @@ def note_cache_layers(gm: fx.GraphModule) -> None:
 @contextmanager
 def attention_implementation(model: Any, name: str) -> Iterator[None]:
     """Let a transformers model take its attention from the interface's function of this name, whatever it supports."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = name
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
+    config._attn_implementation = name
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        config._attn_implementation = before
 
 
 @contextmanager

@@ -10,9 +10,11 @@ from families import FAMILIES as EXPECTED
 from models import family_model, odd_model, random_tokens, small_model
 from tiers import sampled
 from torch._dynamo.utils import counters
+from torch.nn.attention.bias import CausalBias
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteria
 
 import tidal_compile as tc
+from tidal_compile import prefill
 from tidal_compile.errors import TidalError
 
 pytestmark = pytest.mark.uncompiled
@@ -184,7 +186,7 @@ def test_chat_turns_and_caches_that_go_on(model):
     assert torch.equal(on, model.generate(text, **{**options, "return_dict_in_generate": False}))
 
 
-def test_one_compilation_for_prompts_of_many_lengths(model):
+def test_one_compilation_for_prompts_of_many_lengths(model, monkeypatch):
     """The cache is kept, and grows in steps; prompts are read in chunks."""
     counters.clear()
     for length in (5, 40, 120, 9):
@@ -201,11 +203,8 @@ def test_one_compilation_for_prompts_of_many_lengths(model):
     assert all(one <= loop.slots_for(one) <= max(256, 1.25 * one) for one in range(1, 9000, 7))
     assert all(loop.slots_for(loop.slots_for(one)) == loop.slots_for(one) for one in range(1, 9000, 7))
     read, long = [], random_tokens(1, 250)
-    loop_chunk, loop.CHUNK = loop.CHUNK, 100
-    try:
-        got = tc.generate(model, long, max_new_tokens=6, do_sample=False, report=lambda *now: read.append(now))
-    finally:
-        loop.CHUNK = loop_chunk
+    monkeypatch.setattr(prefill, "CHUNK", 100)
+    got = tc.generate(model, long, max_new_tokens=6, do_sample=False, report=lambda *now: read.append(now))
     assert read == [(100, 250), (200, 250), (250, 250)]
     assert torch.equal(got, model.generate(long, max_new_tokens=6, do_sample=False))
 
@@ -214,11 +213,16 @@ def test_one_compilation_for_prompts_of_many_lengths(model):
 def test_a_prompt_is_read_by_its_live_tokens(name, monkeypatch):
     """In chunks, behind what a cache has, with padding; layers that slide stay as they are."""
     model = family_model(name, 2)
-    monkeypatch.setattr(loop, "CHUNK", 13)
-    ids, widths = random_tokens(2, 40), []
+    monkeypatch.setattr(prefill, "CHUNK", 13)
+    ids, widths, causal = random_tokens(2, 40), [], []
+    dispatch = CausalBias._dispatch
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     attention = torch.nn.functional.scaled_dot_product_attention
+
+    def causally(query, key, *rest, **options):
+        causal.append((query.shape[2], key.shape[2]))
+        return dispatch(query, key, *rest, **options)
 
     def spy(query, key, *rest, **options):
         if query.shape[2] > 1:
@@ -228,12 +232,17 @@ def test_a_prompt_is_read_by_its_live_tokens(name, monkeypatch):
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     for given in ({}, {"attention_mask": mask}):
         theirs = model.generate(ids, cache_implementation="static", disable_compile=True, **options, **given)
-        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        if name == "llama" and not given:
+            monkeypatch.setattr(CausalBias, "_dispatch", causally)
+        else:
+            monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
         got = tc.generate(model, ids, options={"strict": False}, **options, **given)
         monkeypatch.undo()
-        monkeypatch.setattr(loop, "CHUNK", 13)
+        monkeypatch.setattr(prefill, "CHUNK", 13)
         assert torch.equal(theirs, got)
     assert max(widths, default=0) <= 40
+    chunks = [(13, 13), (13, 26), (13, 39), (1, 40)]
+    assert causal == ([each for each in chunks for _ in range(2)] if name == "llama" else [])
 
 
 @pytest.mark.parametrize("padded", [False, True])

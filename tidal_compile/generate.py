@@ -13,7 +13,6 @@ their shapes whatever the prompt: a cache has as many slots as `slots_for` says,
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,14 +26,14 @@ from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from .backend import Options
-from .cache import LiveCache, reading
+from .cache import LiveCache
 from .errors import TidalError
 from .models import continues, forgets, is_recurrent, with_cache
 from .policy import Policy, is_preset, load_any, resolve
-from .run import positions, rewind, shorten, windows
+from .prefill import positions, read, takes
+from .run import rewind, shorten, windows
 
 SMALLEST = 256  # slots of a cache
-CHUNK = 2048  # tokens of a prompt that are read at a time
 
 _caches: WeakKeyDictionary = WeakKeyDictionary()  # of each model: the last one
 
@@ -144,18 +143,23 @@ def _loop(
             raise TidalError("generate: correct_every, but the model has recurrent layers, which can't be set back")
         slots = max(_slots(cache), most)  # of windows alone there are fewer
         mask, place = None, torch.arange(slots, device=model.device).expand(batch, slots)  # of each slot [B, slots]
-        if attention_mask is not None:
+        if attention_mask is not None and not attention_mask.all():  # a step without a mask reads less
             mask = torch.ones(batch, slots, dtype=torch.bool, device=model.device)
             mask[:, :prompt] = attention_mask.bool()
             place = positions(mask)
-        read = functools.partial(_read, model, cache=cache, mask=mask, place=place)
         past = int(cache.get_seq_length())
         if past and prompt - past > 1 and not continues(model):
             raise TidalError(
                 f"generate: the cache holds {past} of {prompt} tokens, and this model can't read several more"
             )
+        if past >= prompt:
+            raise TidalError(
+                f"generate: the cache holds {past} tokens, and the prompt has {prompt}; it must have a new one"
+            )
         with _torn_by_an_interrupt(cache, past):
-            logits = read(input_ids.to(model.device), past, report)
+            for done, after in read(model, input_ids.to(model.device), cache, past=past, mask=mask):
+                logits = after
+                report(done, prompt)
 
         sequences = torch.zeros(batch, most, dtype=torch.long, device=input_ids.device)
         sequences[:, :prompt] = input_ids
@@ -196,7 +200,8 @@ def _loop(
                     if correct_every and (length - prompt) % correct_every == 0:
                         start = length - correct_every
                         rewind(cache, start, saved)
-                        logits = read(sequences[:, start:length].to(model.device), start, first=start)
+                        latest = sequences[:, start:length].to(model.device)
+                        _, logits = next(read(model, latest, cache, past=start, first=start, mask=mask, chunk=length))
                         saved = windows(cache)
             is_over = late.is_over()
             if streamer is not None:
@@ -224,16 +229,11 @@ def _decode(model: Any, step: Callable, token: Tensor, cache: Any, mask: Tensor 
     """The logits `[B, vocab]` after a token, whose position `at [B, 1]` is then that of the next one."""
     torch.compiler.cudagraph_mark_step_begin()
     more = {} if mask is None else {"attention_mask": mask}
-    if _takes_positions(type(model)):
+    if takes(type(model), "position_ids"):
         more["position_ids"] = at.clone()
     logits = step(input_ids=token, **with_cache(model, cache), **more).logits[:, -1]
     at += 1
     return logits
-
-
-@functools.cache
-def _takes_positions(kind: type) -> bool:
-    return "position_ids" in inspect.signature(kind.forward).parameters
 
 
 @contextmanager
@@ -244,35 +244,6 @@ def _torn_by_an_interrupt(cache: Any, complete: int) -> Iterator[None]:
     except BaseException:
         shorten(cache, complete)
         raise
-
-
-def _read(
-    model: Any, input_ids: Tensor, past: int, report: Callable[[int, int], None] = lambda done, total: None, *,
-    cache: Any, mask: Tensor | None, place: Tensor, first: int = 0,
-) -> Tensor:  # fmt: skip
-    """Read what the cache lacks of tokens input_ids `[B, n]`, which begin in slot `first`: the logits `[B, vocab]`."""
-    prompt = first + input_ids.shape[1]
-    if past >= prompt:
-        raise TidalError(
-            f"generate: the cache holds {past} tokens, and the prompt has {prompt}; it must have a new one"
-        )
-    chunk = CHUNK if continues(model) else prompt
-    for start in range(past, prompt, chunk):
-        part = slice(start, min(start + chunk, prompt))
-        more = {} if mask is None else {"attention_mask": mask[:, : part.stop]}
-        if _takes_positions(type(model)):
-            more["position_ids"] = place[:, part]
-        if _keeps_few_logits(type(model)):
-            more["logits_to_keep"] = 1
-        with reading(cache, start):
-            out = model(input_ids=input_ids[:, start - first : part.stop - first], **with_cache(model, cache), **more)
-        report(part.stop, prompt)
-    return out.logits[:, -1]
-
-
-@functools.cache
-def _keeps_few_logits(kind: type) -> bool:
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 def _refuse_arguments(input_ids: Tensor | None, given: dict[str, Any]) -> None:

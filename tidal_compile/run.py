@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .models import continues, empty_cache, forgets, with_cache
+from .cache import LiveCache
+from .models import empty_cache, forgets, with_cache
+from .prefill import read
 from .variant import Variant
 
 ANSWER_TOKENS = 12  # a number of seven digits, and what a model may say before it
@@ -57,24 +59,15 @@ class Result:
         return statistics.median(self.milliseconds)
 
 
-@torch.no_grad()
 def prefill(
     model: PreTrainedModel, input_ids: Tensor, slots: int, mask: Tensor | None = None, chunk: int = 1024
 ) -> Iterator[Any]:
     """Fill a StaticCache of `slots` with input_ids `[B, n]`; `mask [B, slots]` bool leaves out padding on the left.
 
-    Yields the cache after every chunk; the last one is complete. A model that can't go on with several tokens
-    (`models.continues`) gets all of them at once.
+    Yields the cache after every chunk; the last one is complete.
     """
-    from transformers import StaticCache
-
-    cache = StaticCache(config=model.config, max_cache_len=slots)
-    length = input_ids.shape[1]
-    chunk = chunk if length <= chunk or continues(model) else length
-    for start in range(0, length, chunk):
-        part = slice(start, min(start + chunk, length))
-        padded = {} if mask is None else {"attention_mask": mask, "position_ids": positions(mask)[:, part]}
-        model(input_ids=input_ids[:, part], logits_to_keep=1, **with_cache(model, cache), **padded)
+    cache = LiveCache(model.config, slots)
+    for _ in read(model, input_ids, cache, mask=mask, chunk=chunk):
         yield cache
 
 
@@ -83,11 +76,6 @@ def filled(model: PreTrainedModel, input_ids: Tensor, slots: int, mask: Tensor |
     for cache in prefill(model, input_ids, slots, mask):  # noqa: B007  the last one is complete
         pass
     return cache
-
-
-def positions(mask: Tensor) -> Tensor:
-    """The position of each slot in its sequence `[B, slots]`, where `mask [B, slots]` leaves out the padding."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def random_cache(model: PreTrainedModel, length: int, slots: int, batch: int = 1) -> Any:

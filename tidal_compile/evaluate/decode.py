@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from ..models import continues, is_recurrent_model, with_cache
 from ..passes.roles import LayerRole
-from ..run import filled, positions, rewind, windows
+from ..prefill import positions
+from ..run import filled, rewind, windows
 from ..step import PolicyStep
 
 SLOTS = 128  # cache sizes are multiples of it: the decode step is traced once for each size
