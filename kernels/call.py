@@ -1,7 +1,9 @@
 """What the ops are given, said once: an attention call, and what a selection is to keep. Needs no torch.
 
-`B` batch, `Hq` query heads, `Hkv` key/value heads (`g = Hq / Hkv` query heads share one), `T` query tokens (1 in a
-decode step), `S` slots of the static cache, `D` head size, `G` token sets (1, `Hkv` or `Hq`), `K` slots of a set.
+`B` batch, `Hq` query heads, `Hkv` key/value heads (`g = Hq / Hkv` query heads share one), `T` query tokens, `S` slots
+of the static cache, `D` head size, `G` token sets (1, `Hkv` or `Hq`), `K` slots of a set.
+
+Most decode steps have one query token. Several are the last of the live tokens, and each sees those up to itself.
 
 A token set is an `index [B, G, K]` int32 (`[B, T, G, K]` for T > 1): positions, ascending, padded with -1.
 """
@@ -13,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 SHARES = ("query_head", "kv_head", "layer")
 POOLS = ("sum", "max", "union")
+MOST_TOKENS = 16  # T of a decode step; more are a prefill
 
 T = TypeVar("T")  # of a call: a Tensor, or an fx.Node where a graph is rewritten
 

@@ -8,7 +8,8 @@
     linear            (x, weights, biases)            -> out
 
 `call` are the fields of a `Call`, `selection` those of a `Selection`, in their order: see `call` for shapes and dtypes.
-A decode step has T = 1. Outputs never alias inputs, and no shape depends on data.
+A decode step has T = 1, or up to `MOST_TOKENS`; only one for methods that aren't for `several`. Outputs never alias
+inputs, and no shape depends on data.
 
 The operators are `custom_op`s, which are opaque to Inductor: a `triton_op` would be traced into its Triton call even on
 a CPU. A CPU runs `reference`. A GPU runs the Triton kernels, which are imported at the first call because a machine
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .call import POOLS, SHARES, Call, Selection
+from .call import MOST_TOKENS, POOLS, SHARES, Call, Selection
 from .methods import METHODS, Method
 
 TYPES = {"T": "Tensor", "T | None": "Tensor?", "float": "float", "int": "int", "str": "str", "bool": "bool"}
@@ -104,24 +105,28 @@ def _empty_out(call: Call, *_: Any) -> Tensor:
 
 
 def _empty_index(call: Call, selection: Selection, *_: Any) -> Tensor:
-    batch, num_heads = call.query.shape[:2]
+    batch, num_heads, tokens, _ = call.query.shape
     num_kv_heads, slots = call.key.shape[1:3]
-    shape = batch, selection.num_sets(num_heads, num_kv_heads), selection.width(slots)
-    return call.query.new_empty(shape, dtype=torch.int32)
+    shape = batch, tokens, selection.num_sets(num_heads, num_kv_heads), selection.width(slots)
+    return reference.as_index(call.query.new_empty(shape, dtype=torch.int32))
 
 
 def _check_index(call: Call, index: Tensor) -> None:
-    num_heads, num_kv_heads = call.query.shape[1], call.key.shape[1]
+    (batch, num_heads, tokens, _), num_kv_heads = call.query.shape, call.key.shape[1]
     if (
         index.dtype != torch.int32
-        or index.dim() != 3
-        or index.shape[0] != call.query.shape[0]
-        or index.shape[1] not in (1, num_kv_heads, num_heads)
+        or index.shape[:-2] != ((batch,) if tokens == 1 else (batch, tokens))
+        or index.shape[-2] not in (1, num_kv_heads, num_heads)
     ):
         raise ValueError(
-            f"tidal: index must be int32 [B, G, K] with G one of 1, {num_kv_heads} and {num_heads}, and B as in query "
-            f"{tuple(call.query.shape)}; found {index.dtype} {tuple(index.shape)}"
+            f"tidal: index must be int32 [B, G, K], or for T > 1 [B, T, G, K], with G one of 1, {num_kv_heads} and "
+            f"{num_heads}, and B and T as in query {tuple(call.query.shape)}; found {index.dtype} {tuple(index.shape)}"
         )
+
+
+def _check_one_token(call: Call, *_: Any) -> None:
+    if call.query.shape[2] != 1:
+        raise ValueError(f"tidal: this method takes one query token; found query {tuple(call.query.shape)}")
 
 
 full_attention = _define(
@@ -142,6 +147,7 @@ by_method = {
         lambda call, selection, method, *kept: method.step_on_gpu(call, selection, *kept),
         lambda call, selection, method, *kept: method.step(call, selection, *kept),
         _empty_out if kind.attends else _empty_index,
+        check=None if kind.several else _check_one_token,
     )
     for name, kind in METHODS.items()
 }  # fmt: skip
@@ -198,8 +204,8 @@ def _check(given: Call | Selection | Method) -> None:
 
 def _check_call(call: Call) -> None:
     q, k, v = call.query, call.key, call.value
-    if q.dim() != 4 or q.shape[2] != 1:
-        raise ValueError(f"tidal: query must be [B, Hq, 1, D]; found {tuple(q.shape)}")
+    if q.dim() != 4 or not 1 <= q.shape[2] <= MOST_TOKENS:
+        raise ValueError(f"tidal: query must be [B, Hq, T, D] with T from 1 to {MOST_TOKENS}; found {tuple(q.shape)}")
     if k.dim() != 4 or k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(
             f"tidal: key and value must be [B, Hkv, S, D] with B and D as in query {tuple(q.shape)}; found "
@@ -219,10 +225,11 @@ def _check_call(call: Call) -> None:
         not (mask.dtype == torch.bool or mask.is_floating_point())
         or mask.dim() != 4
         or mask.shape[0] not in (1, q.shape[0])
-        or mask.shape[1:] != (1, 1, k.shape[2])
+        or mask.shape[1:] not in ((1, 1, k.shape[2]), (1, q.shape[2], k.shape[2]))
     ):
         raise ValueError(
-            f"tidal: mask must be bool or floating [B or 1, 1, 1, {k.shape[2]}]; found {mask.dtype} {tuple(mask.shape)}"
+            f"tidal: mask must be bool or floating [B or 1, 1, 1 or T, {k.shape[2]}] for query {tuple(q.shape)}; found "
+            f"{mask.dtype} {tuple(mask.shape)}"
         )
     logit = call.sink_logit
     if logit is not None and (logit.shape != (q.shape[1],) or not logit.is_floating_point()):

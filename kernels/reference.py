@@ -1,8 +1,9 @@
 """The ops in plain PyTorch: their definition, and what a CPU runs. Letters and shapes are those of `call`.
 
-Sums and softmax are float32 whatever the dtype of the input is. There may be T query tokens, each with a row of the
-mask: that is how many decode steps are replayed in one pass. A bool mask says which tokens count. A floating mask is
-added to the scores, and hides tokens at `HIDES` or below: models write the lowest value of the dtype, -1e9 or -1e4.
+Sums and softmax are float32 whatever the dtype of the input is. T query tokens are the last T of the live ones, and
+each sees those up to itself, and of these what its row of the mask shows: several tokens of a decode step, or many
+decode steps that are replayed in one pass. A bool mask says which tokens count. A floating mask is added to the scores,
+and hides tokens at `HIDES` or below: models write the lowest value of the dtype, -1e9 or -1e4.
 
 The reference reads the live length on the host, which costs nothing on a CPU, and slices `[:n]` to keep out the garbage
 beyond it. What is marked "on any device" doesn't, and is captured in CUDA graphs.
@@ -42,7 +43,7 @@ def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
     num_kv_heads, slots = call.key.shape[1:3]
     index = index.view(batch, num_tokens, *index.shape[-2:])
     pairs = max(index.shape[2], num_kv_heads)  # of a token set and a kv head: each gathers rows of the cache once
-    live = (index >= 0) & (index < call.length)
+    live = (index >= 0) & (index < live_until(call)[:, None, None])
     token = index.clamp(0, slots - 1).long()  # [B, T, G, K]
     bias = None
     if call.mask is not None:
@@ -64,7 +65,7 @@ def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
         values = values.masked_fill(~live[..., None], 0.0)
     sink = None if call.sink_logit is None else call.sink_logit.float().view(pairs, -1, 1)
     out = probabilities(scores, sink) @ values  # [B, T, pairs, g', D]
-    return out.reshape(batch, num_tokens, num_heads, head_dim).transpose(1, 2).to(call.query.dtype)
+    return out.reshape(batch, num_tokens, num_heads, head_dim).transpose(1, 2).to(call.query.dtype).contiguous()
 
 
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
@@ -83,11 +84,17 @@ def hidden(mask: Tensor) -> Tensor:
     return mask <= HIDES if mask.is_floating_point() else ~mask
 
 
+def live_until(call: Call[Tensor]) -> Tensor:
+    """How many of the first slots each query token sees, but for the mask: `[T]`. On any device."""
+    num_tokens = call.query.shape[2]
+    return call.length.reshape(1) - torch.arange(num_tokens - 1, -1, -1, device=call.length.device)
+
+
 def seen(call: Call[Tensor]) -> Tensor:
     """Which slots hold a token that a query sees: `[B, T, S]` bool. On any device."""
     batch, _, num_tokens, _ = call.query.shape
     slots = call.key.shape[2]
-    live = (torch.arange(slots, device=call.key.device) < call.length).expand(batch, num_tokens, slots)
+    live = (torch.arange(slots, device=call.key.device) < live_until(call)[:, None]).expand(batch, num_tokens, slots)
     return live if call.mask is None else live & ~hidden(call.mask.expand(batch, 1, num_tokens, slots)[:, 0])
 
 
@@ -104,6 +111,9 @@ def score_live_tokens(call: Call[Tensor]) -> Tensor:
 def as_scores(call: Call[Tensor], products: Tensor) -> Tensor:
     """Scores of products `[B, Hkv, g, T, n]` of queries and the first n keys: scaled, capped, masked. On any device."""
     scores = _cap(products * call.scale, call.softcap)
+    if call.query.shape[2] > 1:  # one token sees all that are live
+        later = torch.arange(products.shape[-1], device=products.device) >= live_until(call)[:, None]  # [T, n]
+        scores = scores.masked_fill(later, -torch.inf)
     if call.mask is not None:
         live_mask = call.mask[..., : products.shape[-1]].unsqueeze(1)  # [B or 1, 1, 1, 1 or T, n]
         if call.mask.is_floating_point():

@@ -1,8 +1,8 @@
 """Find the attention calls of a decode graph.
 
-Graph in: what Dynamo captured from one decode step of a Hugging Face model with a static cache,
+Graph in: what Dynamo captured from one decode step, of T tokens, of a Hugging Face model with a static cache,
 
-    cumulative_length.add_(1)
+    cumulative_length.add_(T)
     keys.index_copy_(2, position, new_key);  values.index_copy_(2, position, new_value)
     attention(q, repeat_kv(keys), repeat_kv(values), mask, scale)        in one of the spellings of `forms`
 
@@ -10,6 +10,7 @@ where `keys`, `values` and `cumulative_length` are graph inputs that come from `
 is `reshape(expand(x[:, :, None]))`, or missing (one query head a kv head, or `enable_gqa=True`).
 
 Out: an `AttentionSite` for every call of that form, an `Unmatched` with the reason for every other. Changes nothing.
+A mask that only says which slots are live is left out of the call: see `masks`.
 """
 
 import operator
@@ -19,11 +20,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from ..kernels.call import Call
+from ..kernels.call import MOST_TOKENS, Call
 from . import compat
 from .compat import free_unbacked_symbols, note_cache_layers
 from .compat import source_of as _source
 from .forms import NoMatch, is_method, is_sdpa, is_softmax, query_length, read_call, shape, target_name
+from .masks import repeats_length
 
 CACHE_LAYER = re.compile(r"\.layers\[(\d+)\]\.keys$")
 LAYER = re.compile(r"\.layers\[(\d+)\]\.\w+$|(?:\.layers|\.h|\.blocks)\.(\d+)$")  # of a cache, or of a module
@@ -46,6 +48,11 @@ class AttentionSite:
     sharded: bool = False
 
     @property
+    def num_tokens(self) -> int:
+        """Query tokens."""
+        return shape(self.call.query)[2]
+
+    @property
     def num_heads(self) -> int:
         """Query heads."""
         return shape(self.call.query)[1]
@@ -60,7 +67,7 @@ class AttentionSite:
 class Unmatched:
     """One attention call that is left as it is.
 
-    `kind`: `tokens` (no decode step: several query tokens, or nothing cached yet), `sliding` (a window is small by
+    `kind`: `tokens` (no decode step: many query tokens, or nothing cached yet), `sliding` (a window is small by
     itself) or `unsupported`.
     """
 
@@ -81,12 +88,13 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
     found: list[AttentionSite | Unmatched] = []
     sharded = _is_sharded(gm)
     read: set[str] = set()
+    useless: dict[fx.Node | None, bool] = {None: False}  # masks that say what the live length says
     for node in gm.graph.nodes:
         if not _is_attention(node):
             continue
         layer = _layer_of(node)
         try:
-            _check_one_token(node)
+            _check_tokens(node)
             keys = _cached_keys(node)
             if keys not in read and (match := CACHE_LAYER.search(keys)):
                 layer = int(match[1])
@@ -94,7 +102,11 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
             site = _match(node, layer)
             if site.layer in {one.layer for one in found if isinstance(one, AttentionSite)}:
                 raise NoMatch(f"a second attention call of layer {site.layer}")
-            found.append(replace(site, sharded=sharded))
+            mask = site.call.mask
+            if mask not in useless:
+                useless[mask] = repeats_length(mask, shape(site.call.query)[2], shape(site.call.key)[2])
+            call = replace(site.call, mask=None) if useless[mask] else site.call
+            found.append(replace(site, call=call, sharded=sharded))
         except NoMatch as problem:
             found.append(Unmatched(layer, node, str(problem), problem.kind))
     return found
@@ -119,13 +131,13 @@ def count_layers(gm: fx.GraphModule) -> int:
     return max(layers, default=-1) + 1
 
 
-def _check_one_token(node: fx.Node) -> None:
-    """Raises `NoMatch` where an attention call has more than one query token."""
+def _check_tokens(node: fx.Node) -> None:
+    """Raises `NoMatch` where an attention call has more query tokens than a decode step."""
     query_len = query_length(node)
     if isinstance(query_len, torch.SymInt) and free_unbacked_symbols(query_len):
         raise NoMatch("the number of query tokens depends on data; pass attention_mask to the model")
-    if query_len not in (1, None):
-        raise NoMatch(f"{query_len} query tokens (prefill, or several tokens at once): left exact", "tokens")
+    if query_len is not None and not (isinstance(query_len, int) and query_len <= MOST_TOKENS):
+        raise NoMatch(f"{query_len} query tokens, as in a prefill: left exact", "tokens")
 
 
 def _match(node: fx.Node, layer: int | None) -> AttentionSite:
@@ -133,7 +145,7 @@ def _match(node: fx.Node, layer: int | None) -> AttentionSite:
     output, call = read_call(node)
     if _slides(node):
         raise NoMatch("sliding-window layer: left as it is", "sliding")
-    batch, num_heads, _, head_dim = shape(call.query)
+    batch, num_heads, tokens, head_dim = shape(call.query)
     key, key_layer = _cache_input(call.key, "keys", num_heads, layer)
     value, value_layer = _cache_input(call.value, "values", num_heads, layer)
     if key_layer != value_layer:
@@ -143,8 +155,8 @@ def _match(node: fx.Node, layer: int | None) -> AttentionSite:
     dtypes = [one.meta["example_value"].dtype for one in (call.query, key, value)]
     if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
         raise NoMatch(f"q, keys and values are {dtypes}; one of {', '.join(map(str, DTYPES))} for all is supported")
-    mask = _checked_mask(call.mask, shape(key))
-    call = replace(call, key=key, value=value, length=_live_length(node, key), mask=mask)
+    mask = _checked_mask(call.mask, shape(key), tokens)
+    call = replace(call, key=key, value=value, length=_live_length(node, key, tokens), mask=mask)
     return AttentionSite(key_layer if layer is None else layer, output, call)
 
 
@@ -189,14 +201,14 @@ def _strip_repeat(node: fx.Node) -> fx.Node:
     return base if unrepeated and shape(node) == (batch, kv_heads * copies, slots, head_dim) else node
 
 
-def _live_length(site: fx.Node, key: fx.Node) -> fx.Node:
-    """The cache layer's token counter, which already counts the new token when attention runs."""
+def _live_length(site: fx.Node, key: fx.Node, tokens: int) -> fx.Node:
+    """The cache layer's token counter, which already counts the new tokens when attention runs."""
     wanted = re.sub(r"\.keys$", ".cumulative_length", _source(key))
     for node in site.graph.nodes:
         if node.op == "placeholder" and _source(node) == wanted:
             steps = [user for user in node.users if is_method(user, "add_")]
-            if len(steps) != 1 or steps[0].args[1] != 1:
-                raise NoMatch(f"{wanted} is not advanced by one token")
+            if len(steps) != 1 or steps[0].args[1] != tokens:
+                raise NoMatch(f"{wanted} is not advanced by {tokens}, the number of query tokens")
             return node
     raise NoMatch(f"the cache layer has no token counter ({wanted})")
 
@@ -239,8 +251,8 @@ def _way_from_cache(node: fx.Node, layer: int | None) -> list[str] | None:
     return None
 
 
-def _checked_mask(mask: fx.Node | None, cache_shape: tuple) -> fx.Node | None:
-    """The mask, if the ops can take it: bool or additive, `[B or 1, 1, 1, S]`, before it was expanded.
+def _checked_mask(mask: fx.Node | None, cache_shape: tuple, tokens: int) -> fx.Node | None:
+    """The mask, if the ops can take it: bool or additive, `[B or 1, 1, 1 or T, S]`, before it was expanded.
 
     Inductor would write the expanded one anew for every call.
     """
@@ -250,7 +262,8 @@ def _checked_mask(mask: fx.Node | None, cache_shape: tuple) -> fx.Node | None:
     if value.dtype != torch.bool and not value.is_floating_point():
         raise NoMatch(f"a {value.dtype} mask; bool and floating masks are supported")
     found = tuple(value.shape)
-    if len(found) != 4 or found[0] not in (1, cache_shape[0]) or found[1:] != (1, 1, cache_shape[2]):
+    fits = len(found) == 4 and found[0] in (1, cache_shape[0]) and found[2] in (1, tokens)
+    if not fits or (found[1], found[3]) != (1, cache_shape[2]):
         raise NoMatch(f"a mask of shape {found} over a cache of {cache_shape[2]} slots; one for all heads is supported")
     while is_method(mask, "expand") and len(shape(mask.args[0])) == 4 and shape(mask.args[0])[1:] == found[1:]:
         mask = mask.args[0]

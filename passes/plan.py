@@ -35,7 +35,10 @@ class Plan:
 
 
 def make_plan(calls: Sequence[AttentionSite | Unmatched], roles: Sequence[LayerRole]) -> Plan:
-    """Give every call its role. A layer that can't follow stays exact, and so do the layers that reuse its tokens."""
+    """Give every call its role. A layer that can't follow stays exact, and so do the layers that reuse its tokens.
+
+    Several query tokens at once get attention to everything where a method chooses for one at a time.
+    """
     decisions: list[Decision] = []
     problems: list[str] = []
     selected: dict[int, AttentionSite | None] = {}  # None: a selection that is left alone
@@ -44,6 +47,8 @@ def make_plan(calls: Sequence[AttentionSite | Unmatched], roles: Sequence[LayerR
         role = roles[layer] if layer is not None and layer < len(roles) else None
         reason = call.reason if isinstance(call, Unmatched) else ""
         if isinstance(call, AttentionSite):
+            if role is not None and call.num_tokens > 1 and role.role != "full" and not role.method.several:
+                role = LayerRole(role.layer, "full")
             reason = _cannot_follow(call, role, selected)
         if role is not None and role.role == "select":
             selected[layer] = None if reason else call

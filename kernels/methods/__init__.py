@@ -28,6 +28,7 @@ class Method:
     `full`, to all tokens, is for `scores` alone, whose op does both in one pass.
     `attends`: whether it attends by itself instead of choosing a token set that other layers could reuse.
     `by_slot`: whether a choice depends on the slots in which tokens stand, not only on their order.
+    `several`: whether its step takes several query tokens, as `choose` and `attend` always do.
     `keeps`: names of the tensors that it keeps beside the keys of a layer, so as not to read all of these at each step.
     `summarize` makes them of the keys, and `update` takes in what a step knows: its keys, and which slots are live.
     """
@@ -35,6 +36,7 @@ class Method:
     outputs: ClassVar[tuple[str, ...]] = ("sparse",)
     attends: ClassVar[bool] = False
     by_slot: ClassVar[bool] = False
+    several: ClassVar[bool] = False
     keeps: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -61,7 +63,7 @@ class Method:
         return (self.attend if self.attends else self.choose)(call, selection, *kept)
 
     def step_on_gpu(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
-        """`step` as kernels, for T = 1."""
+        """`step` as kernels, for T = 1 and, if `several`, more."""
         return self.step(call, selection, *kept)
 
     def summarize(self, key: Tensor) -> tuple[Tensor, ...]:

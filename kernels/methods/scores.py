@@ -22,6 +22,7 @@ class Scores(Method):
     """No keys of its own: `share` and `pool` say how the scores of heads are joined."""
 
     outputs: ClassVar[tuple[str, ...]] = ("full", "sparse")
+    several: ClassVar[bool] = True
 
     def choose(self, call: Call[Tensor], selection: Selection) -> Tensor:
         """See `reference.importance`."""

@@ -11,6 +11,7 @@ from .split import (
     after_previous,
     check_rows,
     empty_scores,
+    live_until,
     load_group,
     load_keys,
     load_values,
@@ -25,18 +26,26 @@ from .split import (
     store_split,
     sum_tile,
     tile_tokens,
+    token_stride,
     unmasked,
     weigh_tile,
 )
 
+MOST_ROWS = 64  # of a tile of queries, whose sums stay in registers
+
 
 @triton.jit
 def _attend(
-    q, keys, values, mask_ptr, score_ptr, scale, stride_s, begin, end, stride_kn, stride_vn, stride_mn,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr, WRITE_SCORES: tl.constexpr, VALUES: tl.constexpr,
+    q, keys, values, mask_ptr, score_ptr, scale, stride_s, begin, end, until, tokens, stride_kn, stride_vn, stride_mt,
+    stride_mn,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
+    WRITE_SCORES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax (m, l, acc: see split.py) of one query group over the tokens from `begin` to `end`."""
+    """The running softmax (m, l, acc: see split.py) of one query group over the tokens from `begin` to `end`.
+
+    Its rows are those of `tokens` query tokens, which see the slots before `until [ROWS]`.
+    """
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -50,11 +59,19 @@ def _attend(
         k = load_keys(keys, lane * stride_kn, inside, D, BLOCK_D)
         if VALUES:
             v = load_values(values, lane * stride_vn, inside, D, BLOCK_D)
-        valid, bias = mask_tile(mask_ptr, token * stride_mn, inside, MASK, HIDES)
-        score = score_tile(q, k, valid, bias, scale, CAP)
+        if TOKENS == 1:
+            valid, bias = mask_tile(mask_ptr, token * stride_mn, inside, MASK, HIDES)
+            score = score_tile(q, k, valid[None, :], bias[None, :], scale, CAP)
+        else:  # each row has its own part of the mask
+            sees = inside[None, :] & (token[None, :] < until[:, None])
+            offset = (row // GROUP)[:, None] * stride_mt + token[None, :] * stride_mn
+            sees, bias = mask_tile(mask_ptr, offset, sees & (row < GROUP * tokens)[:, None], MASK, HIDES)
+            score = score_tile(q, k, sees, bias, scale, CAP)
+            valid = tl.max(sees.to(tl.int32), 0) != 0
         if WRITE_SCORES:
-            rows = score_ptr + row.to(tl.int64)[:, None] * stride_s + token[None, :]
-            stored = (row[:, None] < GROUP) & inside[None, :]
+            place = (row // GROUP * NUM_HEADS + row % GROUP).to(tl.int64)
+            rows = score_ptr + place[:, None] * stride_s + token[None, :]
+            stored = (row[:, None] < GROUP * tokens) & inside[None, :]
             # The selection reads scores back from L2, which the much larger stream of keys and values would push out.
             tl.store(rows, score, mask=stored, eviction_policy="evict_last")
         if VALUES:
@@ -69,28 +86,33 @@ def _attend(
 @triton.jit
 def _scan(
     q_ptr, k_ptr, v_ptr, mask_ptr, length_ptr, acc_ptr, stat_ptr, score_ptr, scale, slots,
-    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_mb, stride_mn, stride_s, splits,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
-    WRITE_SCORES: tl.constexpr, VALUES: tl.constexpr, PDL: tl.constexpr,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_mb, stride_mn, stride_mt, stride_s, splits,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, PER: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr,
+    CAP: tl.constexpr, WRITE_SCORES: tl.constexpr, VALUES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the query group of one kv head against one split of its cache."""
+    """One program: the query group of one kv head, of PER query tokens, against one split of its cache."""
     after_previous(PDL)
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    head = (batch * NUM_KV_HEADS + kv_head) * GROUP
+    first = batch * 0  # query token
+    if TOKENS > PER:
+        first = batch % tl.cdiv(TOKENS, PER) * PER
+        batch = batch // tl.cdiv(TOKENS, PER)
+    tokens = tl.minimum(PER, TOKENS - first).to(tl.int32)
+    head = ((batch * TOKENS + first) * NUM_KV_HEADS + kv_head) * GROUP
 
-    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+    length = live_until(length_ptr, slots, 0, 1)
+    until = live_until(length_ptr, slots, first + tl.arange(0, ROWS) // GROUP, TOKENS)  # [ROWS]
     tiles = tl.cdiv(length, BLOCK_N)
     chunk = tl.cdiv(tiles, splits) * BLOCK_N  # equal splits of the live length, which only the device knows
     begin = split * chunk
     end = tl.minimum(begin + chunk, length)
 
-    q = load_group(
-        q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D
-    )
+    queries = q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh + first * stride_qt
+    q = load_group(queries, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D, stride_qt, tokens)
     keys = k_ptr + batch * stride_kb + kv_head * stride_kh
     values = v_ptr + batch * stride_vb + kv_head * stride_vh
     scores = score_ptr
@@ -98,40 +120,48 @@ def _scan(
         scores += head * stride_s
     masks = mask_ptr
     if MASK != "none":
-        masks += batch * stride_mb
-    if MASK == "none" or unmasked(masks, stride_mn, begin, end, MASK, HIDES, 4096):
+        masks += batch * stride_mb + first * stride_mt
+    if MASK == "none" or (TOKENS == 1 and unmasked(masks, stride_mn, begin, end, MASK, HIDES, 4096)):
         m, l, acc = _attend(
-            q, keys, values, masks, scores, scale, stride_s, begin, end, stride_kn, stride_vn, stride_mn,
-            GROUP, ROWS, D, BLOCK_D, BLOCK_N, "none", HIDES, CAP, WRITE_SCORES, VALUES,
+            q, keys, values, masks, scores, scale, stride_s, begin, end, until, tokens, stride_kn, stride_vn, stride_mt,
+            stride_mn, NUM_KV_HEADS * GROUP, GROUP, TOKENS, ROWS, D, BLOCK_D, BLOCK_N, "none", HIDES, CAP,
+            WRITE_SCORES, VALUES,
         )  # fmt: skip
     else:
         m, l, acc = _attend(
-            q, keys, values, masks, scores, scale, stride_s, begin, end, stride_kn, stride_vn, stride_mn,
-            GROUP, ROWS, D, BLOCK_D, BLOCK_N, MASK, HIDES, CAP, WRITE_SCORES, VALUES,
+            q, keys, values, masks, scores, scale, stride_s, begin, end, until, tokens, stride_kn, stride_vn, stride_mt,
+            stride_mn, NUM_KV_HEADS * GROUP, GROUP, TOKENS, ROWS, D, BLOCK_D, BLOCK_N, MASK, HIDES, CAP, WRITE_SCORES,
+            VALUES,
         )  # fmt: skip
-    store_split(m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, VALUES)
+    store_split(
+        m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, VALUES, NUM_KV_HEADS * GROUP,
+        tokens,
+    )  # fmt: skip
 
 
 def scan(call: Call[Tensor], write_scores: bool = False, values: bool = True) -> Splits:
     """Attend to the whole live cache, in splits; without `values`, only score its keys."""
     q, k, v, length, mask, scale, _, softcap = arguments(call)
     check_rows(k, v)
-    batch, num_heads, _, head_dim = q.shape
+    batch, num_heads, tokens, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
+    group = num_heads // num_kv_heads
+    per = min(tokens, max(1, MOST_ROWS // group))  # query tokens a program
+    programs = batch * triton.cdiv(tokens, per)
     # A large cache keeps every processor busy with one program of long tiles; a small one needs more, shorter programs.
     large = head_dim > 64 and batch * num_kv_heads * slots >= 2**17
     block_n = tile_tokens(k, stage_bytes=2**16 if large else 2**15)
     warps, stages = (8, 3) if large and values else (4, 3 if values else 4)
-    splits = num_splits(q.device, batch * num_kv_heads, triton.cdiv(slots, block_n), per_processor=1 if large else 2)
-    acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32) if values else None
-    stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
+    splits = num_splits(q.device, programs * num_kv_heads, triton.cdiv(slots, block_n), per_processor=1 if large else 2)
+    acc = q.new_empty(batch * tokens, num_heads, splits, head_dim, dtype=torch.float32) if values else None
+    stats = q.new_empty(batch * tokens, num_heads, splits, 2, dtype=torch.float32)
     scores = empty_scores(q, slots) if write_scores else None
     stride_s = 0 if scores is None else scores.stride(1)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
-    _scan[(splits, num_kv_heads, batch)](
+    _scan[(splits, num_kv_heads, programs)](
         q, k, v, mask_data, length, acc, stats, scores, scale, slots,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m, stride_s, splits,
-        NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, ROWS=padded_rows(num_heads // num_kv_heads),
+        *q.stride(), *k.stride()[:3], *v.stride()[:3], *stride_m, token_stride(mask), stride_s, splits,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, TOKENS=tokens, PER=per, ROWS=padded_rows(group * per),
         D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, **mask_kind, CAP=softcap,
         WRITE_SCORES=write_scores, VALUES=values, num_warps=warps, num_stages=stages, **overlap(q.device),
     )  # fmt: skip

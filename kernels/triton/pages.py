@@ -246,7 +246,7 @@ def _score_chosen(
         k_ptr + batch * stride_kb + kv_head * stride_kh, token.to(tl.int64) * stride_kn, token >= 0, D, BLOCK_D
     )
     valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token >= 0, MASK, HIDES)
-    score = score_tile(q, k, valid, bias, scale, CAP)
+    score = score_tile(q, k, valid[None, :], bias[None, :], scale, CAP)
     scores = score_ptr + (head + row)[:, None] * stride_s + column[None, :]
     tl.store(scores, score, mask=(row < GROUP)[:, None] & (column < width)[None, :])
     m, l = sum_tile(score, tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32))

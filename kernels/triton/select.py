@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..call import Call, Selection
+from ..reference import as_index
 from .dense import scan
 from .split import Splits
 from .topk import choose_tokens, merge_and_prepare, take_turns
@@ -42,15 +43,18 @@ def choose(
     num_heads, num_kv_heads, width = call.query.shape[1], call.key.shape[1], selection.width(call.key.shape[2])
     slots = call.key.shape[2] if of is None else of.shape[2]
     num_sets = selection.num_sets(num_heads, num_kv_heads)
-    given = {"slots": slots, "width": width, "page": page, "num_valid": num_valid}
+    batch, tokens = call.query.shape[0], call.query.shape[2]
+    given = {"slots": slots, "width": width, "tokens": tokens, "page": page, "num_valid": num_valid}
     by_token = given | {"of": of}
     if not takes_turns(selection, num_sets, num_heads):
         pool = "score" if num_sets == num_heads else selection.pool
         prepared = merge_and_prepare(splits, call, num_sets, slots, out)
-        return choose_tokens(splits.scores, prepared, call.length, selection, pool, **by_token)
+        index = choose_tokens(splits.scores, prepared, call.length, selection, pool, **by_token)
+        return as_index(index.unflatten(0, (batch, tokens)))
     prepared = merge_and_prepare(splits, call, num_heads, slots, out)
     own = replace(selection, share="query_head")
     by_head = choose_tokens(splits.scores, prepared, call.length, own, "score", **given)
     worth = take_turns(splits.scores, by_head, num_sets)
     prepared = merge_and_prepare(None, call, num_sets, slots)
-    return choose_tokens(worth, prepared, call.length, selection, "turn", **by_token)
+    index = choose_tokens(worth, prepared, call.length, selection, "turn", **by_token)
+    return as_index(index.unflatten(0, (batch, tokens)))

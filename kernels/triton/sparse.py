@@ -10,6 +10,7 @@ from .split import (
     Splits,
     after_previous,
     check_rows,
+    live_until,
     load_group,
     load_keys,
     load_values,
@@ -23,6 +24,7 @@ from .split import (
     score_tile,
     store_split,
     tile_tokens,
+    token_stride,
     weigh_tile,
 )
 
@@ -30,22 +32,28 @@ from .split import (
 @triton.jit
 def _gather(
     q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, length_ptr, acc_ptr, stat_ptr, scale, slots,
-    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ib, stride_ig, stride_ik, stride_mb, stride_mn, width, splits,
-    PAIRS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PAIRS_PER_KV_HEAD: tl.constexpr,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ir, stride_ig, stride_ik, stride_mb, stride_mn, stride_mt, width, splits,
+    TOKENS: tl.constexpr, PAIRS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PAIRS_PER_KV_HEAD: tl.constexpr,
     ONE_SET: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
     HIDES: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the GROUP query heads of one pair of a token set and a kv head, against one split of that set."""
+    """One program: the GROUP query heads of one pair of a token set and a kv head, against one split of that set.
+
+    Of several query tokens, each has token sets of its own, and programs of its own.
+    """
     after_previous(PDL)
     split = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
+    batch = row // TOKENS
     kv_head = pair // PAIRS_PER_KV_HEAD
     token_set = 0 if ONE_SET else pair
-    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+    length = live_until(length_ptr, slots, row % TOKENS, TOKENS)
 
-    q = load_group(q_ptr + batch * stride_qb + pair * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D)
+    queries = q_ptr + batch * stride_qb + pair * GROUP * stride_qh + row % TOKENS * stride_qt
+    q = load_group(queries, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D)
+    masks = batch * stride_mb + row % TOKENS * stride_mt
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -56,16 +64,16 @@ def _gather(
     for start in range(split * chunk, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         inside = column < end
-        entry = index_ptr + batch * stride_ib + token_set * stride_ig + column * stride_ik
+        entry = index_ptr + row * stride_ir + token_set * stride_ig + column * stride_ik
         token = tl.load(entry, mask=inside, other=-1)
         alive = (token >= 0) & (token < length)
         cache_row = token.to(tl.int64)
         k = load_keys(keys, cache_row * stride_kn, alive, D, BLOCK_D)
         v = load_values(values, cache_row * stride_vn, alive, D, BLOCK_D)
-        valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, alive, MASK, HIDES)
-        score = score_tile(q, k, valid, bias, scale, CAP)
+        valid, bias = mask_tile(mask_ptr, masks + token * stride_mn, alive, MASK, HIDES)
+        score = score_tile(q, k, valid[None, :], bias[None, :], scale, CAP)
         m, l, acc = weigh_tile(score, v, valid, m, l, acc, MASK)
-    head = (batch * PAIRS + pair) * GROUP
+    head = (row * PAIRS + pair) * GROUP
     store_split(m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, True)
 
 
@@ -73,23 +81,23 @@ def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
     """See `reference.sparse_attention`."""
     q, k, v, length, mask, scale, sink_logit, softcap = arguments(call)
     check_rows(k, v)
-    batch, num_heads, _, head_dim = q.shape
+    batch, num_heads, tokens, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
-    sets, width = index.shape[1:]
+    rows, (sets, width) = batch * tokens, index.shape[-2:]
+    index = index.reshape(rows, sets, width)
     pairs = max(sets, num_kv_heads)
     group = num_heads // pairs
     # Few pairs: short programs, whose loads are all in flight at once. Many pairs: longer programs, with a pipeline.
-    most, stages, per_processor = (64, 1, 8) if batch * pairs < 32 else (128, 2, 2)
+    most, stages, per_processor = (64, 1, 8) if rows * pairs < 32 else (128, 2, 2)
     block_n = tile_tokens(k, most * 2**9, most)
-    splits = num_splits(q.device, batch * pairs, triton.cdiv(width, block_n), per_processor)
-    acc = q.new_empty(batch, num_heads, splits, head_dim, dtype=torch.float32)
-    stats = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32)
+    splits = num_splits(q.device, rows * pairs, triton.cdiv(width, block_n), per_processor)
+    acc = q.new_empty(rows, num_heads, splits, head_dim, dtype=torch.float32)
+    stats = q.new_empty(rows, num_heads, splits, 2, dtype=torch.float32)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
-    _gather[(splits, pairs, batch)](
+    _gather[(splits, pairs, rows)](
         q, k, v, index, mask_data, length, acc, stats, scale, slots,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *index.stride(), *stride_m,
-        width, splits,
-        PAIRS=pairs, GROUP=group, ROWS=padded_rows(group), PAIRS_PER_KV_HEAD=pairs // num_kv_heads,
+        *q.stride(), *k.stride()[:3], *v.stride()[:3], *index.stride(), *stride_m, token_stride(mask), width, splits,
+        TOKENS=tokens, PAIRS=pairs, GROUP=group, ROWS=padded_rows(group), PAIRS_PER_KV_HEAD=pairs // num_kv_heads,
         ONE_SET=sets == 1, D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n,
         **mask_kind, CAP=softcap, num_warps=4, num_stages=stages, **overlap(q.device),
     )  # fmt: skip

@@ -50,17 +50,28 @@ def dot(a, b):
 
 @triton.jit
 def load_group(
-    q_ptr, stride_h, stride_d, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """The query heads of one group `[ROWS, BLOCK_D]`, zero beyond GROUP and D (tensor cores want 16 rows or more)."""
+    q_ptr, stride_h, stride_d, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_t=0, tokens=1,
+):  # fmt: skip
+    """The query heads of one group `[ROWS, BLOCK_D]`, of one token after the other (`row // GROUP` is the token).
+
+    Zero beyond GROUP * tokens and D (tensor cores want 16 rows or more).
+    """
     row = tl.arange(0, ROWS)[:, None]
     dim = tl.arange(0, BLOCK_D)[None, :]
-    return tl.load(q_ptr + row * stride_h + dim * stride_d, mask=(row < GROUP) & (dim < D), other=0.0)
+    place = row // GROUP * stride_t + row % GROUP * stride_h
+    return tl.load(q_ptr + place + dim * stride_d, mask=(row < GROUP * tokens) & (dim < D), other=0.0)
+
+
+@triton.jit
+def live_until(length_ptr, slots, token, TOKENS: tl.constexpr):
+    """How many of the first slots the query tokens `token`, of TOKENS, see."""
+    return tl.minimum(tl.load(length_ptr) - (TOKENS - 1) + token, slots).to(tl.int32)
 
 
 @triton.jit
 def mask_tile(mask_ptr, offset, inside, MASK: tl.constexpr, HIDES: tl.constexpr):
-    """Which of N tokens count `[N]`, and what is added to their scores `[N]`. MASK: see `mask_args`."""
+    """Which of N tokens count `[N]`, and what is added to their scores `[N]`. MASK: see `mask_args`. Or `[ROWS, N]`."""
     valid = inside
     bias = tl.zeros(inside.shape, tl.float32)
     if MASK == "bool":
@@ -72,13 +83,17 @@ def mask_tile(mask_ptr, offset, inside, MASK: tl.constexpr, HIDES: tl.constexpr)
 
 
 @triton.jit
-def unmasked(mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr):
+def unmasked(
+    mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr,
+    stride_mt=0, TOKENS: tl.constexpr = 1,
+):  # fmt: skip
     """Whether the mask changes no score from `begin` to `end`. In most models it only changes those of padding."""
     changed = begin * 0
-    for start in range(begin, end, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        valid, bias = mask_tile(mask_ptr, token * stride_mn, token < end, MASK, HIDES)
-        changed += tl.sum((((token < end) & (valid == 0)) | (bias != 0.0)).to(tl.int32), 0)
+    for row in tl.static_range(TOKENS):
+        for start in range(begin, end, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            valid, bias = mask_tile(mask_ptr, row * stride_mt + token * stride_mn, token < end, MASK, HIDES)
+            changed += tl.sum((((token < end) & (valid == 0)) | (bias != 0.0)).to(tl.int32), 0)
     return changed == 0
 
 
@@ -108,9 +123,12 @@ def load_values(v_ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def score_tile(q, k, valid, bias, scale, CAP: tl.constexpr):
-    """Base-2 scores `[ROWS, N]` of keys `[BLOCK_D, N]`; -inf for tokens that don't count, whatever their keys are."""
-    score = (cap(dot(q, k) * scale, CAP) + bias[None, :]) * LOG2E
-    return tl.where(valid[None, :], score, float("-inf"))
+    """Base-2 scores `[ROWS, N]` of keys `[BLOCK_D, N]`; -inf for tokens that don't count, whatever their keys are.
+
+    `valid` and `bias` are those of all rows `[1, N]`, or of each `[ROWS, N]`.
+    """
+    score = (cap(dot(q, k) * scale, CAP) + bias) * LOG2E
+    return tl.where(valid, score, float("-inf"))
 
 
 @triton.jit
@@ -142,24 +160,32 @@ def sum_tile(score, m, l):
 @triton.jit
 def store_split(
     m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, VALUES: tl.constexpr,
+    BLOCK_D: tl.constexpr, VALUES: tl.constexpr, num_heads=0, tokens=1,
 ):  # fmt: skip
-    """Write one split of GROUP heads, the first of which is `head`, counted over the batch: (m, l), any acc."""
+    """Write one split of GROUP heads, the first of which is `head`, counted over batch and tokens: (m, l), any acc.
+
+    The rows of several tokens are `num_heads` apart.
+    """
     row = tl.arange(0, ROWS)
-    slot = (head + row) * splits + split
+    inside = row < GROUP * tokens
+    slot = (head + row // GROUP * num_heads + row % GROUP) * splits + split
     if VALUES:
         dim = tl.arange(0, BLOCK_D)
-        tl.store(acc_ptr + slot[:, None] * D + dim[None, :], acc, mask=(row[:, None] < GROUP) & (dim[None, :] < D))
-    tl.store(stat_ptr + slot * 2, m, mask=row < GROUP)
-    tl.store(stat_ptr + slot * 2 + 1, l, mask=row < GROUP)
+        tl.store(acc_ptr + slot[:, None] * D + dim[None, :], acc, mask=inside[:, None] & (dim[None, :] < D))
+    tl.store(stat_ptr + slot * 2, m, mask=inside)
+    tl.store(stat_ptr + slot * 2 + 1, l, mask=inside)
 
 
 @triton.jit
 def merge_part(
     head, part, acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits, BLOCK_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits of one head (counted over the batch): the BLOCK_D values of one part, and the log-sum-exp."""
+    """Join the splits of one head: the BLOCK_D values of one part, and the log-sum-exp.
+
+    Heads are counted over batch and tokens, `[B, T, Hq]`; the output is `[B, Hq, T, D]`.
+    """
     head = head.to(tl.int64)
     stats = stat_ptr + head * splits * 2
     split = tl.arange(0, BLOCK_SPLITS)
@@ -187,7 +213,11 @@ def merge_part(
             )
             out += tl.sum(acc * tl.exp2(some_m - shift)[:, None], 0)
         out = tl.where(total > 0.0, out / total, 0.0)  # no token to attend to: zeros
-        tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty), mask=dim < D)
+        place = head
+        if TOKENS > 1:
+            row = head // num_heads
+            place = (row // TOKENS * num_heads + head % num_heads) * TOKENS + row % TOKENS
+        tl.store(out_ptr + place * D + dim, out.to(out_ptr.dtype.element_ty), mask=dim < D)
     if part == 0:
         tl.store(lse_ptr + head, shift + tl.log2(total))
 
@@ -196,45 +226,48 @@ def merge_part(
 def _merge(
     acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits, BLOCK_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
+    TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D values of one head."""
     after_previous(PDL)
     merge_part(
         tl.program_id(0), tl.program_id(1), acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits,
-        BLOCK_SPLITS, CHUNK, HAS_SINK, VALUES, D, BLOCK_D,
+        BLOCK_SPLITS, CHUNK, HAS_SINK, VALUES, D, BLOCK_D, TOKENS,
     )  # fmt: skip
 
 
 class Splits(NamedTuple):
-    """What a scan leaves behind: its splits P, to be merged, and on request its scores."""
+    """What a scan leaves behind: its splits P, to be merged, and on request its scores.
 
-    stats: Tensor  # [B, Hq, P, 2]: m and l
-    acc: Tensor | None  # [B, Hq, P, D]; None: keys were scored, and no values weighted
-    scores: Tensor | None = None  # [B, Hq, >= S] in base 2, -inf where hidden, unwritten beyond the live length
+    R = B T: several query tokens are like as many rows of a batch.
+    """
+
+    stats: Tensor  # [R, Hq, P, 2]: m and l
+    acc: Tensor | None  # [R, Hq, P, D]; None: keys were scored, and no values weighted
+    scores: Tensor | None = None  # [R, Hq, >= S] in base 2, -inf where hidden, unwritten beyond the live length
 
 
-def empty_scores(q: Tensor, tokens: int) -> Tensor:
-    """The scores of a scan `[B, Hq, >= tokens]`, to be written: rows are aligned, for wide loads."""
-    return q.new_empty(*q.shape[:2], triton.cdiv(tokens, 16) * 16, dtype=torch.float32)
+def empty_scores(q: Tensor, slots: int) -> Tensor:
+    """The scores of a scan `[R, Hq, >= slots]`, to be written: rows are aligned, for wide loads."""
+    return q.new_empty(q.shape[0] * q.shape[2], q.shape[1], triton.cdiv(slots, 16) * 16, dtype=torch.float32)
 
 
 def merge(splits: Splits, sink_logit: Tensor | None, out: Tensor) -> Tensor:
-    """Join splits into `out [B, Hq, 1, D]`; -> log2-sum-exp `[B, Hq]`. `sink_logit [Hq]` takes part in both."""
+    """Join splits into `out [B, Hq, T, D]`; -> log2-sum-exp `[R, Hq]`. `sink_logit [Hq]` takes part in both."""
     arguments, sizes = merge_args(splits, sink_logit, out)
-    _merge[(out.shape[0] * out.shape[1], parts(sizes))](*arguments, **sizes, **overlap(out.device))
+    _merge[(splits.stats.shape[0] * splits.stats.shape[1], parts(sizes))](*arguments, **sizes, **overlap(out.device))
     return arguments[4]
 
 
 def merge_args(splits: Splits, sink_logit: Tensor | None, out: Tensor | None) -> tuple[list, dict[str, int]]:
-    """The arguments of `merge_part` from `acc` on; the fifth is an empty log2-sum-exp `[B, Hq]`."""
-    batch, num_heads, count, _ = splits.stats.shape
+    """The arguments of `merge_part` from `acc` on; the fifth is an empty log2-sum-exp `[R, Hq]`."""
+    rows, num_heads, count, _ = splits.stats.shape
     head_dim = 1 if splits.acc is None else splits.acc.shape[3]
-    lse = splits.stats.new_empty(batch, num_heads)
+    lse = splits.stats.new_empty(rows, num_heads)
     sizes = {
         "BLOCK_SPLITS": triton.next_power_of_2(count), "CHUNK": min(64, triton.next_power_of_2(count)),
         "HAS_SINK": sink_logit is not None, "VALUES": splits.acc is not None, "D": head_dim,
-        "BLOCK_D": min(32, padded_dim(head_dim)),
+        "BLOCK_D": min(32, padded_dim(head_dim)), "TOKENS": 1 if out is None else out.shape[2],
     }  # fmt: skip
     sink_logit = None if sink_logit is None else sink_logit.contiguous()
     return [splits.acc, splits.stats, sink_logit, out, lse, num_heads, count], sizes
@@ -283,9 +316,10 @@ def overlap(device: torch.device) -> dict[str, bool]:
 
 
 def mask_args(mask: Tensor | None, batch: int, slots: int) -> tuple[tuple, dict]:
-    """How kernels take a mask `[B or 1, 1, 1, S]`: (data, stride along B, stride along S), and MASK and HIDES.
+    """How kernels take a mask `[B or 1, 1, 1 or T, S]`: (data, stride along B, stride along S), and MASK and HIDES.
 
-    MASK is "none", "bool" (data are bytes) or "added" to the scores; HIDES is the largest value that hides a token.
+    The stride along T is `token_stride`. MASK is "none", "bool" (data are bytes) or "added" to the scores; HIDES is the
+    largest value that hides a token.
     """
     if mask is None:
         return (None, 0, 0), {"MASK": "none", "HIDES": 0.0}
@@ -293,8 +327,13 @@ def mask_args(mask: Tensor | None, batch: int, slots: int) -> tuple[tuple, dict]
         data, kind = mask, {"MASK": "added", "HIDES": HIDES}
     else:
         data, kind = mask.view(torch.uint8), {"MASK": "bool", "HIDES": 0.0}
-    data = data.expand(batch, 1, 1, slots)
+    data = data.expand(batch, 1, -1, slots)
     return (data, data.stride(0), data.stride(3)), kind
+
+
+def token_stride(mask: Tensor | None) -> int:
+    """How far the mask of a query token is from that of the next one."""
+    return 0 if mask is None or mask.shape[2] == 1 else mask.stride(2)
 
 
 def check_rows(k: Tensor, v: Tensor) -> None:

@@ -9,7 +9,8 @@ Four launches follow the scan that has written the scores:
 
 K maxima reach the floor of that bin, so at least K tokens do, and not many more. This is cheap because only one token
 in RUN enters the histogram, and only about K candidates are compared. Nothing is sorted, and the host reads nothing:
-the live length and K stay on the device. Launches cover the whole cache, TILE tokens a program.
+the live length and K stay on the device. Launches cover the whole cache, TILE tokens a program. Several query tokens
+are like as many rows of a batch, which see fewer slots the earlier they are: in shapes, R = B T stands for B.
 
 The importance of a token depends on POOL: its base-2 `score` where a token set belongs to one query head; the `sum` or
 the `max` of its probabilities over the MEMBERS query heads that share the set; or what `union` makes of the `turn` that
@@ -24,7 +25,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call, Selection
-from .split import Splits, after_previous, mask_args, mask_tile, merge_args, merge_part, overlap, parts
+from .split import (
+    Splits,
+    after_previous,
+    live_until,
+    mask_args,
+    mask_tile,
+    merge_args,
+    merge_part,
+    overlap,
+    parts,
+    token_stride,
+)
 
 LOWEST_CODE = tl.constexpr(-(2**31))  # below what `encode` returns for any number, as HIGHEST_CODE is above
 HIGHEST_CODE = tl.constexpr(2**31 - 1)
@@ -104,26 +116,29 @@ def _bin_floor(bin, ceiling, POOL: tl.constexpr):
 @triton.jit
 def _merge_and_prepare(
     acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads, splits,
-    mask_ptr, length_ptr, valid_count_ptr, histogram_ptr, total_ptr, slots, tiles, stride_mb, stride_mn,
+    mask_ptr, length_ptr, valid_count_ptr, histogram_ptr, total_ptr, slots, tiles, stride_mb, stride_mn, stride_mt,
     BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr, HAS_SINK: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, PARTS: tl.constexpr, SETS: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr,
-    HIDES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, SETS: tl.constexpr, TILE: tl.constexpr,
+    MASK: tl.constexpr, HIDES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first programs merge one part of one head each; the others count one tile, and clear one set's histogram."""
     after_previous(PDL)
-    batch = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)  # R
     job = tl.program_id(0)
     if job < num_heads * PARTS:
         merge_part(
             batch * num_heads + job // PARTS, job % PARTS, acc_ptr, stat_ptr, sink_ptr, out_ptr, lse_ptr, num_heads,
-            splits, BLOCK_SPLITS, CHUNK, HAS_SINK, VALUES, D, BLOCK_D,
+            splits, BLOCK_SPLITS, CHUNK, HAS_SINK, VALUES, D, BLOCK_D, TOKENS,
         )  # fmt: skip
         return
     job -= num_heads * PARTS
     if job < tiles:
-        length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+        length = live_until(length_ptr, slots, batch % TOKENS, TOKENS)
         token = job * TILE + tl.arange(0, TILE)
-        valid, _ = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token < length, MASK, HIDES)
+        masks = mask_ptr
+        if MASK != "none":
+            masks += batch // TOKENS * stride_mb + batch % TOKENS * stride_mt
+        valid, _ = mask_tile(masks, token * stride_mn, token < length, MASK, HIDES)
         tl.store(valid_count_ptr + batch * tiles + job, tl.sum(valid.to(tl.int32), 0))
     if job < SETS:
         tl.store(histogram_ptr + (batch * SETS + job) * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
@@ -135,14 +150,14 @@ def _rank(
     score_ptr, lse_ptr, valid_count_ptr, length_ptr, count_ptr, histogram_ptr, keep_ptr, slots, stride_s, tiles,
     budget, ratio_ppm, sinks, recent,
     SETS: tl.constexpr, MEMBERS: tl.constexpr, POOL: tl.constexpr, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr,
-    HAS_COUNT: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
+    HAS_COUNT: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one token set. Its importance overwrites the scores of the set's first query head."""
     after_previous(PDL)
     tile = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
     row = batch * SETS + tl.program_id(1)
-    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+    length = live_until(length_ptr, slots, tl.program_id(2) % TOKENS, TOKENS)
     if tile > 0 and tile * TILE >= length:
         return
     tile_number = tl.arange(0, BLOCK_TILES)
@@ -198,7 +213,7 @@ def _rank(
 def _sift(
     score_ptr, lse_ptr, length_ptr, keep_ptr, histogram_ptr, total_ptr, segment_ptr, bound_ptr, code_ptr, position_ptr,
     slots, stride_s, tiles, SETS: tl.constexpr, MEMBERS: tl.constexpr, POOL: tl.constexpr, TILE: tl.constexpr,
-    PDL: tl.constexpr,
+    TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the candidates of one tile of one token set, written as a segment in ascending order of position.
 
@@ -207,7 +222,7 @@ def _sift(
     after_previous(PDL)
     tile = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64) * SETS + tl.program_id(1)
-    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+    length = live_until(length_ptr, slots, tl.program_id(2) % TOKENS, TOKENS)
     if tile > 0 and tile * TILE >= length:
         return
     token = tile * TILE + tl.arange(0, TILE)
@@ -280,7 +295,7 @@ def _is_chosen(code, position, threshold, last_tied):
 def _emit(
     length_ptr, keep_ptr, total_ptr, segment_ptr, bound_ptr, code_ptr, position_ptr, of_ptr, index_ptr, slots, tiles,
     width, SETS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, HAS_OF: tl.constexpr,
-    PDL: tl.constexpr,
+    TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the positions chosen from SPAN tiles of one token set, written to their place in the index.
 
@@ -295,7 +310,7 @@ def _emit(
     entry = tl.arange(0, BLOCK)
     code = tl.load(codes + entry, mask=entry < slots, other=0)
     position = tl.load(positions + entry, mask=entry < slots, other=0)
-    length = tl.minimum(tl.load(length_ptr), slots).to(tl.int32)
+    length = live_until(length_ptr, slots, tl.program_id(2) % TOKENS, TOKENS)
     keep = tl.load(keep_ptr + tl.program_id(2))
     total = tl.load(total_ptr + row)
     bound = tl.load(bound_ptr + row)
@@ -396,8 +411,9 @@ def _tile(batch: int, sets: int, slots: int) -> int:
 def merge_and_prepare(
     splits: Splits | None, call: Call[Tensor], num_sets: int, slots: int, out: Tensor | None = None
 ) -> Prepared:  # fmt: skip
-    """Merge the splits of a scan, if there are any, into `out [B, Hq, 1, D]`, and prepare a choice of token sets."""
-    batch, num_heads = call.query.shape[:2]
+    """Merge the splits of a scan, if there are any, into `out [B, Hq, T, D]`, and prepare a choice of token sets."""
+    num_heads, tokens = call.query.shape[1:3]
+    batch = call.query.shape[0] * tokens  # R
     device = call.query.device
     tile = _tile(batch, num_sets, slots)
     tiles = triton.cdiv(slots, tile)
@@ -408,21 +424,22 @@ def merge_and_prepare(
     empty = torch.empty(batch, 0, 1, 2, device=device)
     arguments, sizes = merge_args(Splits(empty, None) if splits is None else splits, call.sink_logit, out)
     to_merge = 0 if splits is None else num_heads
-    (mask_data, *stride_m), mask_kind = mask_args(call.mask, batch, slots)
+    (mask_data, *stride_m), mask_kind = mask_args(call.mask, call.query.shape[0], slots)
+    sizes["TOKENS"] = tokens
     _merge_and_prepare[(to_merge * parts(sizes) + max(tiles, num_sets), batch)](
-        *arguments, mask_data, call.length, valid_counts, histogram, total, slots, tiles, *stride_m, **sizes,
-        PARTS=parts(sizes), SETS=num_sets, TILE=tile, **mask_kind, **overlap(device),
+        *arguments, mask_data, call.length, valid_counts, histogram, total, slots, tiles, *stride_m,
+        token_stride(call.mask), **sizes, PARTS=parts(sizes), SETS=num_sets, TILE=tile, **mask_kind, **overlap(device),
     )  # fmt: skip
     return Prepared(arguments[4], valid_counts, histogram, total)
 
 
 def choose_tokens(
     scores: Tensor, prepared: Prepared, length: Tensor, selection: Selection, pool: str, slots: int, width: int,
-    page: int = 0, num_valid: Tensor | None = None, of: Tensor | None = None,
+    tokens: int = 1, page: int = 0, num_valid: Tensor | None = None, of: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The chosen positions `[B, G, K]` int32 by base-2 scores `[B, Hq, >= S]`, or turns, which are overwritten.
 
-    `width`: K. `page`, `num_valid` and `of`: see `select.choose`.
+    `width`: K; `tokens`: T. `page`, `num_valid` and `of`: see `select.choose`.
     """
     lse, valid_counts, histogram, total = prepared
     batch, num_heads, stride_s = scores.shape
@@ -435,7 +452,7 @@ def choose_tokens(
     keep, index = empty(), empty(sets, width)
     segments, bound = empty(sets, tiles, 2), empty(sets)  # segments: start and size
     codes, positions = empty(sets, slots), empty(sets, slots)  # of candidates
-    common = {"SETS": sets, "TILE": tile, **overlap(scores.device)}
+    common = {"SETS": sets, "TILE": tile, "TOKENS": tokens, **overlap(scores.device)}
     size = {"MEMBERS": num_heads // sets, "POOL": pool, "num_warps": tile // 256}
     _rank[(tiles, sets, batch)](
         scores, lse, valid_counts, length, num_valid, histogram, keep, slots, stride_s, tiles, selection.budget,
