@@ -19,7 +19,12 @@ COUNTER = ".cumulative_length"
 
 
 def repeats_length(mask: fx.Node, num_tokens: int, slots: int) -> bool:
-    """Whether a mask `[., ., T or 1, S]` hides from each of T query tokens exactly the slots behind it."""
+    """Whether a mask `[., ., T or 1, S]` hides from each of T query tokens exactly the slots behind it.
+
+    Sizes that are symbols, in a graph for any number of slots, can't be tried: then it may not.
+    """
+    if not (isinstance(num_tokens, int) and isinstance(slots, int)):
+        return False
     nodes = _way_to(mask)
     counters = [node for node in nodes if node.op == "placeholder"]
     if not counters or not all(source_of(node).endswith(COUNTER) for node in counters):

@@ -322,7 +322,7 @@ def test_bad_arguments_are_named():
     bad = [
         (ops.full_attention, arguments(replace(call, **changes)), message)
         for changes, message in (
-            ({"query": q.repeat(1, 1, 2, 1)}, "query must be"),
+            ({"query": q.repeat(1, 1, 17, 1)}, "query must be"),
             ({"value": call.value[..., :16]}, "key and value must be"),
             ({"query": q[:, :3]}, "3 query heads"),
             ({"key": k.half()}, "must share one of"),
@@ -331,6 +331,7 @@ def test_bad_arguments_are_named():
             ({"sink_logit": torch.zeros(2, device=DEVICE)}, "sink_logit must be one number a query head"),
             ({"softcap": -1.0}, "softcap must be positive"),
             ({"mask": call.mask[..., :9]}, "mask must be bool"),
+            ({"query": q.repeat(1, 1, 3, 1), "mask": call.mask.repeat(1, 1, 2, 1)}, "mask must be bool"),
         )
     ]
     bad += [

@@ -18,12 +18,12 @@ from tidal_compile.passes.rewrite import apply_plan
 from tidal_compile.policy import resolve
 
 
-def record(model, tokens=None, slots=64, prompt=20, **options):
+def record(model, tokens=None, slots=64, prompt=20, masks=None, **options):
     """Prefill, then decode one token through the recorder."""
     recorder = Recorder(**options)
     step = torch.compile(model, backend=recorder, fullgraph=True)
     cache = prefilled(model, random_tokens(1, prompt), slots)
-    logits = decode_logits(step, cache, random_tokens(1, 1, seed=2) if tokens is None else tokens)
+    logits = decode_logits(step, cache, random_tokens(1, 1, seed=2) if tokens is None else tokens, masks)
     return recorder, logits
 
 
@@ -56,7 +56,8 @@ def test_reuse_reads_the_token_set_of_its_source():
 
 def test_reuse_needs_no_mask_under_which_its_set_was_chosen():
     """A bool mask hides nothing that a selection chose under it; one that is added to the scores is still needed."""
-    recorder, _ = record(tiny_model(num_hidden_layers=4), policy="tidal", budget=80)
+    padding = [torch.ones(1, 64, dtype=torch.bool)]
+    recorder, _ = record(tiny_model(num_hidden_layers=4), masks=padding, policy="tidal", budget=80)
     nodes = list(recorder.graphs[0].graph.nodes)
     masks = {
         name: [n.args[4] for n in nodes if f"tidal.{name}_attention" in str(n.target)]
@@ -65,9 +66,50 @@ def test_reuse_needs_no_mask_under_which_its_set_was_chosen():
     assert len(masks["sparse"]) == 1 and set(masks["sparse"]) == {None}
     assert None not in masks["full"] + masks["select"] and len(set(masks["full"] + masks["select"])) == 1
 
-    recorder, _ = record(tiny_model(num_hidden_layers=4, attn_implementation="eager"), policy="tidal", budget=80)
+    eager = tiny_model(num_hidden_layers=4, attn_implementation="eager")
+    recorder, _ = record(eager, masks=padding, policy="tidal", budget=80)
     added = [n.args[4] for n in recorder.graphs[0].graph.nodes if "tidal.sparse_attention" in str(n.target)]
     assert len(added) == 1 and None not in added
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_mask_that_repeats_the_live_length_is_dropped(implementation, tokens):
+    model = tiny_model(num_hidden_layers=2, attn_implementation=implementation)
+    ids = random_tokens(1, tokens, seed=2)
+    for given, is_dropped in (({}, True), ({"attention_mask": torch.ones(1, 64, dtype=torch.bool)}, False)):
+        recorder, cache = Recorder(policy="full"), prefilled(model, random_tokens(1, 20), 64)
+        with torch.no_grad():
+            got = torch.compile(model, backend=recorder, fullgraph=True, dynamic=False)(
+                input_ids=ids, past_key_values=cache, **given
+            )
+            expected = model(input_ids=ids, past_key_values=prefilled(model, random_tokens(1, 20), 64))
+        assert {one.call.call.mask is None for one in recorder.plans[0].decisions} == {is_dropped}
+        torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wide-window", "window", "chunks", "without-itself", "one-hole"])
+def test_other_masks_of_counters_are_kept(name):
+    """What a mask of the model's own says is computed, whatever its spelling, where it rests on counters alone."""
+    sees = {
+        "wide-window": lambda b, h, q, k: (k <= q) & (k > q - 64),
+        "window": lambda b, h, q, k: (k <= q) & (k > q - 40),
+        "chunks": lambda b, h, q, k: (k <= q) & (k // 48 == q // 48),
+        "without-itself": lambda b, h, q, k: k < q,
+        "one-hole": lambda b, h, q, k: (k <= q) & (k != 3),
+    }[name]
+
+    def mask_of(*args, mask_function=None, **options):
+        return sdpa_mask(*args, mask_function=sees, **options)
+
+    AttentionMaskInterface.register("masked_for_a_test", mask_of)
+    AttentionInterface.register("masked_for_a_test", AttentionInterface()["sdpa"])
+    model = tiny_model(num_hidden_layers=2)
+    model.config._attn_implementation = "masked_for_a_test"
+    recorder, logits = record(model, policy="full")
+    assert {one.call.call.mask is None for one in recorder.plans[0].decisions} == {name == "wide-window"}
+    eager = decode_logits(model, prefilled(model, random_tokens(1, 20), 64), random_tokens(1, 1, seed=2))
+    torch.testing.assert_close(logits, eager, atol=1e-4, rtol=1e-4)
 
 
 def test_what_cuda_graphs_need_survives():
@@ -102,7 +144,7 @@ def test_prefill_is_left_alone():
     model, recorder = tiny_model(num_hidden_layers=2), Recorder(policy="tidal")
     cache = prefilled(model, random_tokens(1, 5), 64)
     with torch.no_grad():
-        torch.compile(model, backend=recorder, fullgraph=True)(input_ids=random_tokens(1, 7), past_key_values=cache)
+        torch.compile(model, backend=recorder, fullgraph=True)(input_ids=random_tokens(1, 17), past_key_values=cache)
     assert recorder.plans == [None] and recorder.before == recorder.after
 
 

@@ -167,10 +167,10 @@ def test_a_step_of_several_tokens_is_as_many_steps(name, padded):
             some = tokens[:, first : first + 4].clone()
             at_once.append(step(input_ids=some, past_key_values=caches[1], **given, **places).logits)
     assert counters["stats"]["unique_graphs"] == 2
-    torch.testing.assert_close(torch.cat(at_once, 1), torch.cat(one_by_one, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(at_once, 1), torch.cat(one_by_one, 1), atol=1e-4, rtol=1e-4)
     for one, other in zip(*(cache.layers for cache in caches), strict=True):
         assert int(one.cumulative_length) == int(other.cumulative_length) == 58
-        torch.testing.assert_close(one.keys[:, :, 7:58], other.keys[:, :, 7:58], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.keys[:, :, 7:58], other.keys[:, :, 7:58], atol=1e-4, rtol=1e-4)
 
 
 def test_methods_that_take_one_token_are_exact_for_several():
@@ -189,4 +189,4 @@ def test_methods_that_take_one_token_are_exact_for_several():
     ):
         with torch.no_grad():
             results.append(run(input_ids=tokens, past_key_values=prefilled(model, prompt, 64)).logits)
-    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)

@@ -27,8 +27,9 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from .backend import Options
 from .cache import LiveCache
+from .drafts import WIDTH, Drafter, Drafting, Upcoming
 from .errors import TidalError
-from .models import continues, forgets, is_recurrent, with_cache
+from .models import continues, forgets, is_plain, is_recurrent, with_cache
 from .policy import Policy, is_preset, load_any, resolve
 from .prefill import positions, read, takes
 from .run import rewind, shorten, windows
@@ -43,7 +44,7 @@ def generate(
     generation_config: GenerationConfig | None = None, stopping_criteria: StoppingCriteriaList | None = None,
     streamer: Any = None, tokenizer: Any = None, options: dict[str, Any] | None = None,
     report: Callable[[int, int], None] = lambda done, total: None, keep_cache: bool = True,
-    correct_every: int | None = None, **kwargs: Any,
+    correct_every: int | None = None, exact: bool | Drafting = False, **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
     """Generate tokens after input_ids `[B, n]`, with padding on the left, each by a step under the policy.
 
@@ -66,10 +67,14 @@ def generate(
         correct_every: after so many decoded tokens, pass these through the dense model once more, which writes their
             keys and values anew: what sparse steps left out of them doesn't add up. The next token follows from this
             pass. None: never. TidalDecode's "cache correction" (https://arxiv.org/abs/2410.05076).
+        exact: return what the dense model would: the policy only drafts tokens, which a dense step of several tokens
+            then accepts or corrects (see `drafts`). Greedy tokens are the dense model's, but for rounding; sampled ones
+            come from its distribution, though not the ones that it would draw with a seed. Logits processors are asked
+            more than once for a position. A `Drafting` says how many drafts to make, and counts them.
 
     Raises `TidalError` for a cache that is too small, or for what this loop doesn't do (beams, an assistant model,
-    hidden states; corrections of recurrent layers, or of `place: cpu`); `PolicyError` and
-    `UnsupportedModelError` as the backend does.
+    hidden states; corrections of recurrent layers, or of `place: cpu`; `exact` for a model with layers that forget);
+    `PolicyError` and `UnsupportedModelError` as the backend does.
     """
     _refuse_arguments(input_ids, kwargs)
     criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -84,11 +89,19 @@ def generate(
         criteria.append(StopStringCriteria(tokenizer, strings))
     given = {name: kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
     step = _step(model, policy, options or {})
+    dense, drafting = None, None
     if correct_every is not None:
-        _check_corrections(model, policy, correct_every)
+        if correct_every < 1:
+            raise TidalError(f"generate: correct_every {correct_every}; it is a number of tokens, or None")
+        _check_rewrites(model, policy, "correct_every")
+    if exact:
+        if correct_every is not None:
+            raise TidalError("generate: exact corrects the cache by itself; leave out correct_every")
+        _check_rewrites(model, policy, "exact")
+        dense, drafting = _step(model, "full", options or {}), exact if isinstance(exact, Drafting) else Drafting()
     loop = functools.partial(
-        _loop, step=step, streamer=streamer, report=report, own_cache=not given, keep_cache=keep_cache,
-        correct_every=correct_every,
+        _loop, step=step, dense=dense, drafting=drafting, streamer=streamer, report=report, own_cache=not given,
+        keep_cache=keep_cache, correct_every=correct_every,
     )  # fmt: skip
     # Each number of rows, and of slots, is wanted, and compiled
     with torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
@@ -107,13 +120,11 @@ def _step(model: PreTrainedModel, policy: Any, options: dict[str, Any]) -> Calla
     )
 
 
-def _check_corrections(model: PreTrainedModel, policy: Any, every: int) -> None:
-    """Raise `TidalError` for corrections that can't be, or that would cost more than they are worth."""
-    if every < 1:
-        raise TidalError(f"generate: correct_every {every}; it is a number of tokens, or None")
+def _check_rewrites(model: PreTrainedModel, policy: Any, option: str) -> None:
+    """Raise `TidalError` for a policy to which writing keys and values anew, again and again, costs too much."""
     roles = resolve(policy, model.config.get_text_config(decoder=True).num_hidden_layers).roles
     if any(role.keeps and role.method.prepares for role in roles):
-        raise TidalError("generate: correct_every with place: cpu, which would sort all tokens anew each time")
+        raise TidalError(f"generate: {option} with place: cpu, which would sort all tokens anew each time")
 
 
 def slots_for(length: int) -> int:
@@ -126,8 +137,8 @@ def slots_for(length: int) -> int:
 
 def _loop(
     model: PreTrainedModel, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
-    generation_config: GenerationConfig, *, step: Callable, streamer: Any, report: Callable, own_cache: bool,
-    keep_cache: bool, correct_every: int | None, **model_kwargs: Any,
+    generation_config: GenerationConfig, *, step: Callable, dense: Callable | None, drafting: Drafting | None,
+    streamer: Any, report: Callable, own_cache: bool, keep_cache: bool, correct_every: int | None, **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
     """In place of transformers' own loop, for its own arguments; by name it may only take what is not among these."""
     batch, prompt = input_ids.shape
@@ -138,10 +149,15 @@ def _loop(
     attention_mask = model_kwargs.pop("attention_mask", None)
     _refuse(config, model_kwargs)
     keeps = keep_cache and not config.return_dict_in_generate
-    with _cache_of(model, given, batch, most, keeps) as cache:
+    room = most if drafting is None else most + WIDTH  # of which a verification may write some for nothing
+    with _cache_of(model, given, batch, room, keeps) as cache:
+        if drafting is not None and not all(map(is_plain, cache.layers)):
+            raise TidalError(
+                "generate: exact, but the model has sliding windows or recurrent layers, which can't take back a draft"
+            )
         if correct_every and any(map(is_recurrent, cache.layers)):
             raise TidalError("generate: correct_every, but the model has recurrent layers, which can't be set back")
-        slots = max(_slots(cache), most)  # of windows alone there are fewer
+        slots = max(_slots(cache), room)  # of windows alone there are fewer
         mask, place = None, torch.arange(slots, device=model.device).expand(batch, slots)  # of each slot [B, slots]
         if attention_mask is not None and not attention_mask.all():  # a step without a mask reads less
             mask = torch.ones(batch, slots, dtype=torch.bool, device=model.device)
@@ -161,28 +177,36 @@ def _loop(
                 logits = after
                 report(done, prompt)
 
-        sequences = torch.zeros(batch, most, dtype=torch.long, device=input_ids.device)
+        sequences = torch.zeros(batch, room, dtype=torch.long, device=input_ids.device)
         sequences[:, :prompt] = input_ids
         unfinished = torch.ones(batch, dtype=torch.long, device=input_ids.device)
         has_eos = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
         pad = getattr(config, "_pad_token_tensor", None)
         token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-        at = place[:, prompt : prompt + 1].clone()  # the position of the next token [B, 1]
         late = _Late(batch, input_ids.device)
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
-        length, is_ahead = prompt, False
+        length = cached = prompt
+        upcoming = [Upcoming(logits)]
+        drafter = None
+        if drafting is not None:
+            draft, verify = (functools.partial(_decode, model, one, cache=cache, mask=mask) for one in (step, dense))
+            drafter = Drafter(drafting, cache, draft, verify, place, logits_processor, config.do_sample)
         saved = windows(cache) if correct_every else {}
         # A step too many can't be taken back from layers that forget: only where nobody sees the cache again
         looks_first = any(map(forgets, cache.layers)) and not (own_cache and keeps)
         while True:
-            raw = logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
+            now = upcoming.pop(0)
+            raw = now.logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
             scores = logits_processor(sequences[:, :length], raw)
             if config.return_dict_in_generate and config.output_scores:
                 kept["scores"].append(scores)
             if config.return_dict_in_generate and config.output_logits:
                 kept["logits"].append(raw)
-            if config.do_sample:
-                chosen = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+            if now.token is not None:
+                chosen = now.token
+            elif config.do_sample:
+                weights = scores.softmax(-1) if now.weights is None else now.weights
+                chosen = torch.multinomial(weights, num_samples=1).squeeze(1)
             else:
                 chosen = scores.argmax(-1)
             if has_eos:
@@ -191,24 +215,31 @@ def _loop(
             length += 1
             unfinished = unfinished & ~stopping_criteria(sequences[:, :length], tuple(kept["scores"]) or None)
             late.send(chosen, unfinished)
-            is_over = late.is_over() if looks_first else False
-            is_ahead = length < most and not is_over
-            if is_ahead:
+            is_over = late.is_over() if looks_first or drafter else False
+            goes_on = length < most and not is_over
+            drafts = drafter.drafts(most - length) if drafter and goes_on and not upcoming else 0
+            if goes_on and not upcoming:
                 token.copy_(chosen[:, None])
                 with _torn_by_an_interrupt(cache, length - 1):
-                    logits = _decode(model, step, token, cache, mask, at)
+                    if drafts:
+                        upcoming = drafter.cycle(sequences, length, unfinished, drafts)
+                    else:
+                        at = place[:, length - 1 : length].clone()
+                        logits = _decode(model, dense or step, token, at, cache=cache, mask=mask)[:, -1]
+                        upcoming = [Upcoming(logits)]
                     if correct_every and (length - prompt) % correct_every == 0:
                         start = length - correct_every
                         rewind(cache, start, saved)
                         latest = sequences[:, start:length].to(model.device)
                         _, logits = next(read(model, latest, cache, past=start, first=start, mask=mask, chunk=length))
-                        saved = windows(cache)
+                        saved, upcoming = windows(cache), [Upcoming(logits)]
+                cached = length + len(upcoming) - 1
             is_over = late.is_over()
             if streamer is not None:
                 streamer.put(late.tokens())
-            if is_over or not is_ahead:
+            if is_over or not goes_on:
                 break
-        if is_ahead:
+        if cached >= length:
             rewind(cache, length - 1)
     if streamer is not None:
         streamer.end()
@@ -225,15 +256,15 @@ def _named(cache: Any) -> dict[str, Any]:
     return {"cache" if "cache" in names else "past_key_values": cache}
 
 
-def _decode(model: Any, step: Callable, token: Tensor, cache: Any, mask: Tensor | None, at: Tensor) -> Tensor:
-    """The logits `[B, vocab]` after a token, whose position `at [B, 1]` is then that of the next one."""
+def _decode(
+    model: Any, step: Callable, tokens: Tensor, at: Tensor, *, cache: Any, mask: Tensor | None
+) -> Tensor:  # fmt: skip
+    """The logits `[B, n, vocab]` after each of tokens `[B, n]`, whose positions are `at [B, n]`."""
     torch.compiler.cudagraph_mark_step_begin()
     more = {} if mask is None else {"attention_mask": mask}
     if takes(type(model), "position_ids"):
-        more["position_ids"] = at.clone()
-    logits = step(input_ids=token, **with_cache(model, cache), **more).logits[:, -1]
-    at += 1
-    return logits
+        more["position_ids"] = at
+    return step(input_ids=tokens, **with_cache(model, cache), **more).logits
 
 
 @contextmanager

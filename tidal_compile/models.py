@@ -140,11 +140,16 @@ def empty_cache(model: PreTrainedModel, slots: int, batch: int = 1) -> Any:
 
 
 def forgets(layer: Any) -> bool:
-    """Whether a static cache layer can't be set back by its counter: a window, a recurrent state, or an index."""
+    """Whether a static cache layer holds what can't be set back by its counter: see `is_plain`."""
+    return not is_plain(layer) and bool(_states(layer))
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a static cache layer can be set back by its counter: no window, no recurrent state, and no index."""
     from transformers.cache_utils import StaticLayer
 
-    is_plain = isinstance(layer, StaticLayer) and not layer.is_sliding and not is_recurrent(layer)
-    return not (is_plain and not hasattr(layer, "indexer_cumulative_length")) and bool(_states(layer))
+    is_static = isinstance(layer, StaticLayer) and not layer.is_sliding
+    return is_static and not is_recurrent(layer) and not hasattr(layer, "indexer_cumulative_length")
 
 
 def is_recurrent(layer: Any) -> bool:

@@ -1,0 +1,173 @@
+"""`exact=True`: what the dense model says, drafted under a policy."""
+
+import pytest
+import torch
+from models import family_model, random_tokens, small_model
+
+import tidal_compile as tc
+from tidal_compile.cache import LiveCache
+from tidal_compile.drafts import WIDTH, Drafting, _Pace
+from tidal_compile.errors import TidalError
+
+pytestmark = pytest.mark.uncompiled
+
+SPARSE = {
+    "num_layers": 3, "layers": {"0": "select", "1-2": "reuse"}, "defaults": {"budget": 16, "sinks": 2, "recent": 4},
+}  # fmt: skip
+WIDE = SPARSE | {"defaults": {"budget": 200}}  # leaves nothing out: every draft holds
+
+
+@pytest.fixture
+def model():
+    return small_model(num_hidden_layers=3)
+
+
+OPTIONS = {
+    "plain": {},
+    "ends": {"eos_token_id": [7, 9, 11, 40]},
+    "processors": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "least": {"min_new_tokens": 9, "eos_token_id": list(range(2, 60))},
+    "one-token": {"max_new_tokens": 1},
+    "two-tokens": {"max_new_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("drafts", [1, 3, 7, None])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_greedy_tokens_are_the_dense_ones(model, name, drafts):
+    for rows, policy in ((1, SPARSE), (3, SPARSE), (2, WIDE)):
+        ids, drafting = random_tokens(rows, 50, seed=rows), Drafting(drafts)
+        options = {"max_new_tokens": 30, "do_sample": False, **OPTIONS[name]}
+        dense = model.generate(ids, **options)
+        assert torch.equal(tc.generate(model, ids, policy, exact=drafting, **options), dense)
+        if policy is WIDE:
+            assert drafting.accepted == drafting.drafted
+            assert drafting.cycles * ((drafts or WIDTH) + 1) >= dense.shape[1] - 51 - drafting.steps or drafts is None
+
+
+def test_padding_scores_and_the_cache_that_is_left(model):
+    """Padded rows; scores of all tokens; a cache of the user's, which a chat goes on from."""
+    ids = random_tokens(2, 50)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": mask, "eos_token_id": None}
+    more = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    theirs = model.generate(ids, **options, **more)
+    cache = tc.generate(model, ids, SPARSE, exact=True, **options, **more)
+    assert torch.equal(theirs.sequences, cache.sequences) and len(cache.scores) == len(cache.logits) == 24
+    torch.testing.assert_close(torch.stack(cache.scores), torch.stack(theirs.scores), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.stack(cache.logits), torch.stack(theirs.logits), atol=1e-4, rtol=1e-4)
+
+    turn = torch.cat([theirs.sequences, random_tokens(2, 7, seed=8)], 1)
+    longer = torch.ones_like(turn)
+    longer[0, :9] = 0
+    kept = LiveCache(model.config, 128)
+    first = tc.generate(model, ids, SPARSE, exact=True, past_key_values=kept, **options)
+    assert torch.equal(first, theirs.sequences) and int(kept.get_seq_length()) == first.shape[1] - 1
+    got = tc.generate(
+        model, turn, SPARSE, exact=Drafting(3), past_key_values=kept, **options | {"attention_mask": longer}
+    )
+    assert torch.equal(got, model.generate(turn, **options | {"attention_mask": longer}))
+
+
+def test_streams_every_token_once(model):
+    class Streamer(list):
+        def put(self, value):
+            self.append(value)
+
+        def end(self):
+            self.append(None)
+
+    ids, streamer = random_tokens(1, 40), Streamer()
+    out = tc.generate(model, ids, WIDE, exact=Drafting(5), max_new_tokens=20, do_sample=False, streamer=streamer)
+    assert streamer[-1] is None and torch.equal(torch.cat([streamer[0].flatten(), *streamer[1:-1]]), out[0])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_samples_come_from_the_dense_distribution(rows):
+    """Of many continuations of one prompt, how often each pair of tokens occurs: a chi-squared test of either loop.
+
+    The policy's own distribution is far off, which the same test shows.
+    """
+    model = small_model(num_hidden_layers=3, vocab_size=12, eos_token_id=None)
+    ids, times, new = (1 + random_tokens(1, 50) % 11).repeat(rows, 1), 1200 // rows, 3
+    options = {"max_new_tokens": new, "do_sample": True, "temperature": 0.9, "top_k": 4, "pad_token_id": 0}
+    expected = pair_probabilities(model, ids[:1], 0.9, 4)
+
+    def statistic(**given):
+        torch.manual_seed(1)
+        found = torch.zeros(12, 12)
+        for _ in range(times):
+            for row in tc.generate(model, ids, SPARSE, **options, **given)[:, 51:]:
+                found[row[0], row[1]] += 1
+        likely = expected * times * rows >= 5
+        other = found[~likely].sum(), expected[~likely].sum() * times * rows
+        chi = ((found[likely] - expected[likely] * times * rows) ** 2 / (expected[likely] * times * rows)).sum()
+        chi += (other[0] - other[1]) ** 2 / other[1].clamp(min=1e-9) if other[1] > 1 else 0.0
+        degrees = int(likely.sum())
+        return (chi - degrees) / (2 * degrees) ** 0.5  # about a standard normal number
+
+    assert statistic(exact=Drafting(2)) < 3.5
+    if rows == 1:
+        assert statistic() > 10
+
+
+@torch.no_grad()
+def pair_probabilities(model, ids, temperature, top_k):
+    """How likely the second and third token after a prompt are each pair, by the dense model."""
+
+    def after(ids):
+        logits = model(ids).logits[:, -1].double() / temperature
+        least = logits.topk(top_k).values[:, -1:]
+        return logits.masked_fill(logits < least, -torch.inf).softmax(-1)
+
+    vocab = torch.arange(model.config.vocab_size)
+    pairs = torch.zeros(len(vocab), len(vocab), dtype=torch.float64)
+    for one, first in enumerate(after(ids)[0].tolist()):
+        if first > 0.0:
+            prefix = torch.cat([ids, torch.tensor([[one]])], 1)
+            second = after(prefix)[0]
+            longer = torch.cat([prefix.expand(len(vocab), -1), vocab[:, None]], 1)
+            pairs += first * second[:, None] * after(longer)
+    return pairs.float()
+
+
+def test_how_many_drafts_pay():
+    def settled(rate, draft, verify, cycles=60):
+        pace, counts = _Pace(), []
+        for number in range(cycles):
+            count = pace.drafts()
+            counts.append(count)
+            if count:
+                held = min(count, int(rate / max(1e-9, 1 - rate)) if number % 2 else count if rate > 0.5 else 0)
+                pace.note(count, held, draft, verify)
+        return counts
+
+    assert settled(0.99, 0.2, 1.0)[-1] == 7  # cheap drafts that nearly always hold
+    assert settled(0.0, 0.2, 1.0)[-1] == 0  # none holds
+    assert settled(0.99, 0.97, 1.0)[-1] == 0  # a draft costs as much as a dense step
+    assert settled(0.0, 0.2, 1.0, 600).count(0) > 560  # tried again now and then
+    assert 0 < settled(0.75, 0.35, 1.0)[-1] < 7
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"exact": True, "correct_every": 8}, "leave out correct_every"),
+        ({"exact": Drafting(8)}, "from 1 to 7"),
+        ({"exact": Drafting(0)}, "from 1 to 7"),
+        ({"exact": True, "policy": "magicpig_cpu"}, "exact with place: cpu"),
+        ({"exact": True, "past_key_values": 60}, "60 slots; 78 are needed"),
+    ],
+)
+def test_refusals(model, given, message):
+    given = {"policy": SPARSE} | given
+    if "past_key_values" in given:
+        given["past_key_values"] = LiveCache(model.config, given["past_key_values"])
+    with pytest.raises(TidalError, match=message):
+        tc.generate(model, random_tokens(1, 50), max_new_tokens=20, do_sample=False, **given)
+
+
+def test_windows_can_not_take_back_a_draft():
+    with pytest.raises(TidalError, match="sliding windows or recurrent layers"):
+        tc.generate(family_model("gemma3", 2), random_tokens(1, 20), "full", exact=True, max_new_tokens=4)

@@ -1,0 +1,196 @@
+"""Dense answers at sparse speed: the policy drafts tokens, and one dense step over all of them says which ones hold.
+
+    draft    x -> d1, d2, ..., dD                  D steps of one token under the policy
+    verify   x, d1, ..., dD -> their dense logits  one step of `WIDTH` tokens, which also rewrites keys and values
+    accept   the drafts before the first one that the dense model would not have said; what comes next follows from
+             its logits there
+
+Greedy tokens are those of the dense model. Sampled ones come from its distribution, by rejection: a draft d, drawn with
+probability q(d), is accepted with probability min(1, p(d) / q(d)), and else replaced by a draw from max(p - q, 0)
+(Leviathan et al., https://arxiv.org/abs/2211.17192; with sparse attention as the draft: https://arxiv.org/abs/2404.11912).
+Rows of a batch go on together: as far as the row with the fewest accepted drafts.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import TidalError
+from .run import take_back
+
+WIDTH = 8  # tokens of a verification: it reads the cache and the weights once, however many are drafts
+FIRST = 4  # drafts of the first cycles
+GAIN = 1.1  # by which drafting must beat dense steps, as they are estimated
+REST = 128  # dense steps before drafting is tried again
+
+
+class Upcoming(NamedTuple):
+    """What the loop is to choose the next token from: dense logits `[B, vocab]`; or it is chosen already."""
+
+    logits: Tensor
+    token: Tensor | None = None  # [B]
+    weights: Tensor | None = None  # [B, vocab]: to draw from, in place of what the logits say
+
+
+@dataclass
+class Drafting:
+    """How to draft, and what came of it. Pass one as `exact` to keep an eye on it.
+
+    `tokens`: drafts a cycle, up to 7; None: as many as pay, by the acceptance and the times measured so far.
+    """
+
+    tokens: int | None = None
+    cycles: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0  # dense steps of one token, where drafting didn't pay
+
+    @property
+    def acceptance(self) -> float:
+        """The share of the drafts that were accepted."""
+        return self.accepted / max(1, self.drafted)
+
+
+@dataclass
+class _Pace:
+    """How many drafts pay: by the share accepted lately, and by what drafts and verifications take."""
+
+    tried: float = 10.0  # as if so many had been tried before
+    held: float = 8.0
+    seconds: dict[str, deque] = field(default_factory=lambda: {"draft": deque(maxlen=8), "verify": deque(maxlen=8)})
+    warm: int = 0  # cycles so far: the first ones compile, and record
+    resting: int = 0
+
+    def drafts(self) -> int:
+        """How many drafts the next cycle is to have; 0: a dense step."""
+        if self.resting:
+            self.resting -= 1
+            return 0
+        if not self.seconds["verify"]:
+            return FIRST
+        draft, verify = (median(self.seconds[name]) for name in ("draft", "verify"))
+        rate = self.held / self.tried
+        speeds = {
+            count: sum(rate**number for number in range(count + 1)) / (count * draft + verify)
+            for count in range(1, WIDTH)
+        }
+        best = max(speeds, key=speeds.__getitem__)
+        if speeds[best] * verify < GAIN:
+            self.resting = REST - 1
+            self.tried, self.held = self.tried / 2, self.held / 2  # what was seen weighs less by then
+            return 0
+        return best
+
+    def note(self, drafts: int, accepted: int, draft: float, verify: float) -> None:
+        """What a cycle came to: times in seconds, of a draft and of the verification."""
+        self.warm += 1
+        self.tried = 0.95 * self.tried + accepted + (accepted < drafts)
+        self.held = 0.95 * self.held + accepted
+        if self.warm > 3:
+            self.seconds["draft"].append(draft)
+            self.seconds["verify"].append(verify)
+
+
+class Drafter:
+    """The cycles of one call of `generate`.
+
+    `draft(token [B, 1], at [B, 1])` and `verify(tokens [B, WIDTH], at [B, WIDTH])` run a step over the cache, and
+    return logits `[B, n, vocab]`. `place [B, slots]` are positions.
+    """
+
+    def __init__(
+        self, drafting: Drafting, cache: Any, draft: Callable, verify: Callable, place: Tensor, processor: Callable,
+        samples: bool,
+    ):  # fmt: skip
+        if drafting.tokens is not None and not 1 <= drafting.tokens < WIDTH:
+            raise TidalError(f"generate: exact drafts {drafting.tokens} tokens; from 1 to {WIDTH - 1} are possible")
+        self.drafting, self.cache, self.draft, self.verify = drafting, cache, draft, verify
+        self.place, self.processor, self.samples = place, processor, samples
+        self.pace = _Pace()
+        self.clock = _Clock(place.device)
+
+    def drafts(self, room: int) -> int:
+        """How many drafts the next cycle is to have, if there is room for so many tokens."""
+        wanted = self.pace.drafts() if self.drafting.tokens is None else self.drafting.tokens
+        drafts = max(0, min(wanted, room - 1))
+        self.drafting.steps += drafts == 0
+        return drafts
+
+    def cycle(self, sequences: Tensor, length: int, unfinished: Tensor, drafts: int) -> list[Upcoming]:
+        """Go on from sequences `[B, >= length + WIDTH]`, whose token length - 1 isn't in the cache yet.
+
+        What comes next: accepted drafts, which are in the cache then, and what follows them.
+        """
+        device, start = self.place.device, length - 1
+        tokens = torch.zeros(len(sequences), WIDTH, dtype=torch.long, device=device)
+        tokens[:, 0] = sequences[:, start]
+        weights = []
+        self.clock.tick()
+        for number in range(drafts):
+            at = self.place[:, start + number : length + number].clone()
+            logits = self.draft(tokens[:, number : number + 1].clone(), at)[:, -1]
+            scores = self.processor(sequences[:, : length + number], logits.to(sequences.device, torch.float32))
+            if self.samples:
+                weights.append(scores.softmax(-1))
+                token = torch.multinomial(weights[-1], num_samples=1).squeeze(1)
+            else:
+                token = scores.argmax(-1)
+            tokens[:, number + 1] = sequences[:, length + number] = token
+        take_back(self.cache, drafts)
+        self.clock.tick()
+        dense = self.verify(tokens, self.place[:, start : start + WIDTH].clone())
+        self.clock.tick()
+        dense = dense[:, : drafts + 1].to(sequences.device, torch.float32, copy=True)  # [B, D + 1, vocab]
+        prefixes = [sequences[:, : length + number] for number in range(drafts + 1)]
+        scores = torch.stack([self.processor(one, row) for one, row in zip(prefixes, dense.unbind(1), strict=True)], 1)
+        drafted = tokens[:, 1 : drafts + 1].to(sequences.device)  # [B, D]
+        if self.samples:
+            draws = torch.stack(weights, 1)  # [B, D, vocab]
+            wanted, drawn = (each.gather(2, drafted[..., None])[..., 0] for each in (scores[:, :-1].softmax(-1), draws))
+            holds = torch.rand_like(wanted) * drawn < wanted
+        else:
+            holds = scores[:, :-1].argmax(-1) == drafted
+        held = (holds | (unfinished == 0)[:, None]).long().cumprod(1).sum(1)  # [B]
+        accepted = int(held.min())
+        take_back(self.cache, WIDTH - 1 - accepted)
+        self._note(drafts, accepted)
+        after = Upcoming(dense[:, accepted])
+        if self.samples and accepted < drafts:
+            p, q = scores[:, accepted].softmax(-1), draws[:, accepted]
+            rest = (p - q).clamp(min=0.0)
+            rest = torch.where(rest.sum(-1, keepdim=True) > 0.0, rest, p)
+            own = torch.nn.functional.one_hot(drafted[:, accepted], p.shape[-1]).to(p.dtype)  # accepted in this row
+            after = Upcoming(dense[:, accepted], weights=torch.where((held > accepted)[:, None], own, rest))
+        return [Upcoming(dense[:, number], drafted[:, number]) for number in range(accepted)] + [after]
+
+    def _note(self, drafts: int, accepted: int) -> None:
+        draft, verify = self.clock.seconds()
+        self.pace.note(drafts, accepted, draft / drafts, verify)
+        self.drafting.cycles += 1
+        self.drafting.drafted += drafts
+        self.drafting.accepted += accepted
+
+
+class _Clock:
+    """Seconds between ticks on the device; read after it was waited for."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.ticks = device.type == "cuda", deque(maxlen=3)
+
+    def tick(self) -> None:
+        if self.on_gpu:
+            self.ticks.append(torch.cuda.Event(enable_timing=True))
+            self.ticks[-1].record()
+        else:
+            self.ticks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        pairs = itertools.pairwise(self.ticks)
+        return [one.elapsed_time(other) / 1e3 if self.on_gpu else other - one for one, other in pairs]
