@@ -50,12 +50,13 @@ class Drafting:
     cycles: int = 0
     drafted: int = 0
     accepted: int = 0
+    rejected: int = 0  # cycles that ended at a draft which didn't hold
     steps: int = 0  # dense steps of one token, where drafting didn't pay
 
     @property
     def acceptance(self) -> float:
-        """The share of the drafts that were accepted."""
-        return self.accepted / max(1, self.drafted)
+        """How likely a draft holds after others that did; those behind a rejected one are not judged."""
+        return self.accepted / max(1, self.accepted + self.rejected)
 
 
 @dataclass
@@ -151,18 +152,13 @@ class Drafter:
         prefixes = [sequences[:, : length + number] for number in range(drafts + 1)]
         scores = torch.stack([self.processor(one, row) for one, row in zip(prefixes, dense.unbind(1), strict=True)], 1)
         drafted = tokens[:, 1 : drafts + 1].to(sequences.device)  # [B, D]
-        if self.samples:
-            draws = torch.stack(weights, 1)  # [B, D, vocab]
-            wanted, drawn = (each.gather(2, drafted[..., None])[..., 0] for each in (scores[:, :-1].softmax(-1), draws))
-            holds = torch.rand_like(wanted) * drawn < wanted
-        else:
-            holds = scores[:, :-1].argmax(-1) == drafted
-        held = (holds | (unfinished == 0)[:, None]).long().cumprod(1).sum(1)  # [B]
+        draws = torch.stack(weights, 1) if weights else None  # [B, D, vocab]
+        held = (self.holds(drafted, scores, draws) | (unfinished == 0)[:, None]).long().cumprod(1).sum(1)  # [B]
         accepted = int(held.min())
         take_back(self.cache, WIDTH - 1 - accepted)
         self._note(drafts, accepted)
         after = Upcoming(dense[:, accepted])
-        if self.samples and accepted < drafts:
+        if draws is not None and accepted < drafts:
             p, q = scores[:, accepted].softmax(-1), draws[:, accepted]
             rest = (p - q).clamp(min=0.0)
             rest = torch.where(rest.sum(-1, keepdim=True) > 0.0, rest, p)
@@ -170,12 +166,20 @@ class Drafter:
             after = Upcoming(dense[:, accepted], weights=torch.where((held > accepted)[:, None], own, rest))
         return [Upcoming(dense[:, number], drafted[:, number]) for number in range(accepted)] + [after]
 
+    def holds(self, drafted: Tensor, scores: Tensor, draws: Tensor | None) -> Tensor:
+        """Which drafts `[B, D]` hold, by dense scores `[B, D + 1, vocab]` and what they were drawn from."""
+        if draws is None:
+            return scores[:, :-1].argmax(-1) == drafted
+        wanted, drawn = (each.gather(2, drafted[..., None])[..., 0] for each in (scores[:, :-1].softmax(-1), draws))
+        return torch.rand_like(wanted) * drawn < wanted
+
     def _note(self, drafts: int, accepted: int) -> None:
         draft, verify = self.clock.seconds()
         self.pace.note(drafts, accepted, draft / drafts, verify)
         self.drafting.cycles += 1
         self.drafting.drafted += drafts
         self.drafting.accepted += accepted
+        self.drafting.rejected += accepted < drafts
 
 
 class _Clock:
