@@ -73,9 +73,7 @@ def answers(
             total = counts[name][task]
             for field in ("cycles", "drafted", "accepted", "rejected"):
                 setattr(total, field, getattr(total, field) + getattr(drafting, field))
-        print(
-            number + 1, wrong, {name: round(sum_of(counts[name].values()).acceptance, 4) for name in policy}, flush=True
-        )
+        print(number + 1, wrong, {name: sum_of(counts[name].values()).acceptance for name in policy}, flush=True)
     for name in policy:
         record = {"policy": name, "prompts": prompts, "differ": wrong[name]}
         record |= {"acceptance": sum_of(counts[name].values()).acceptance, "drafts_a_cycle": 4}
@@ -115,7 +113,7 @@ def speed(
 
         def timed(*arguments: Any, cache=cache, context=context, ids=ids, given=given, **options: Any) -> float:
             """ms a token, warm."""
-            for _ in range(2):
+            for _ in range(3):
                 rewind(cache, context - 1)
                 settle()
                 start = time.perf_counter()
@@ -138,14 +136,14 @@ def speed(
                     made.append(drafts.Drafting(number or None))
                     return made[-1]
 
-                by_chance = drafts.Drafter.holds
-                drafts.Drafter.holds = lambda self, tokens, *_, rate=rate: (
-                    torch.rand(tokens.shape, device=DEVICE) < rate
-                )
+                def by_chance(self, tokens, *_, rate=rate):
+                    return torch.rand(tokens.shape, device=tokens.device) < rate
+
+                by_definition, drafts.Drafter.holds = drafts.Drafter.holds, by_chance
                 try:
                     ms = timed(name, exact=new)
                 finally:
-                    drafts.Drafter.holds = by_chance
+                    drafts.Drafter.holds = by_definition
                 record = {"case": one, "variant": f"exact, drafts by {name}", "acceptance": rate, "ms_per_token": ms}
                 record |= {"times_faster_than_full": dense_ms / ms, "drafting": dataclasses.asdict(made[-1])}
                 result["records"].append(record)

@@ -26,7 +26,7 @@ from .errors import TidalError
 from .run import take_back
 
 WIDTH = 8  # tokens of a verification: it reads the cache and the weights once, however many are drafts
-FIRST = 4  # drafts of the first cycles
+FIRST = 2  # drafts of a cycle that is to show what drafting is worth
 GAIN = 1.1  # by which drafting must beat dense steps, as they are estimated
 REST = 128  # dense steps before drafting is tried again
 
@@ -63,8 +63,8 @@ class Drafting:
 class _Pace:
     """How many drafts pay: by the share accepted lately, and by what drafts and verifications take."""
 
-    tried: float = 10.0  # as if so many had been tried before
-    held: float = 8.0
+    tried: float = 4.0  # as if so many had been tried before
+    held: float = 3.4
     seconds: dict[str, deque] = field(default_factory=lambda: {"draft": deque(maxlen=8), "verify": deque(maxlen=8)})
     warm: int = 0  # cycles so far: the first ones compile, and record
     resting: int = 0
@@ -73,7 +73,7 @@ class _Pace:
         """How many drafts the next cycle is to have; 0: a dense step."""
         if self.resting:
             self.resting -= 1
-            return 0
+            return 0 if self.resting else FIRST
         if not self.seconds["verify"]:
             return FIRST
         draft, verify = (median(self.seconds[name]) for name in ("draft", "verify"))
@@ -84,7 +84,7 @@ class _Pace:
         }
         best = max(speeds, key=speeds.__getitem__)
         if speeds[best] * verify < GAIN:
-            self.resting = REST - 1
+            self.resting = REST
             self.tried, self.held = self.tried / 2, self.held / 2  # what was seen weighs less by then
             return 0
         return best

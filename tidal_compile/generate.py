@@ -215,10 +215,10 @@ def _loop(
             length += 1
             unfinished = unfinished & ~stopping_criteria(sequences[:, :length], tuple(kept["scores"]) or None)
             late.send(chosen, unfinished)
-            is_over = late.is_over() if looks_first or drafter else False
-            goes_on = length < most and not is_over
-            drafts = drafter.drafts(most - length) if drafter and goes_on and not upcoming else 0
-            if goes_on and not upcoming:
+            launches = length < most and not upcoming
+            drafts = drafter.drafts(most - length) if drafter and launches else 0
+            is_over = late.is_over() if looks_first or drafts else False
+            if launches and not is_over:
                 token.copy_(chosen[:, None])
                 with _torn_by_an_interrupt(cache, length - 1):
                     if drafts:
@@ -237,7 +237,7 @@ def _loop(
             is_over = late.is_over()
             if streamer is not None:
                 streamer.put(late.tokens())
-            if is_over or not goes_on:
+            if is_over or length == most:
                 break
         if cached >= length:
             rewind(cache, length - 1)
