@@ -6,7 +6,7 @@ from models import family_model, random_tokens, small_model
 
 import tidal_compile as tc
 from tidal_compile.cache import LiveCache
-from tidal_compile.drafts import WIDTH, Drafting, _Pace
+from tidal_compile.drafts import WIDTH, Drafting, FromText, _Pace
 from tidal_compile.errors import TidalError
 
 pytestmark = pytest.mark.uncompiled
@@ -108,6 +108,7 @@ def test_samples_come_from_the_dense_distribution(rows):
         return (chi - degrees) / (2 * degrees) ** 0.5  # about a standard normal number
 
     assert statistic(exact=Drafting(2)) < 3.5
+    assert statistic(exact=Drafting(2), prompt_lookup_num_tokens=2) < 3.5
     if rows == 1:
         assert statistic() > 10
 
@@ -146,7 +147,8 @@ def test_how_many_drafts_pay():
     assert settled(0.99, 0.2, 1.0)[-1] == 7  # cheap drafts that nearly always hold
     assert settled(0.0, 0.2, 1.0)[-1] == 0  # none holds
     assert settled(0.99, 0.97, 1.0)[-1] == 0  # a draft costs as much as a dense step
-    assert settled(0.0, 0.2, 1.0, 600).count(0) > 560  # tried again now and then
+    last = settled(0.0, 0.2, 1.0, 600)[300:]
+    assert 290 < last.count(0) < 300  # tried again now and then
     assert 0 < settled(0.75, 0.35, 1.0)[-1] < 7
 
 
@@ -171,3 +173,39 @@ def test_refusals(model, given, message):
 def test_windows_can_not_take_back_a_draft():
     with pytest.raises(TidalError, match="sliding windows or recurrent layers"):
         tc.generate(family_model("gemma3", 2), random_tokens(1, 20), "full", exact=True, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("who", ["another-model", "the-model-itself", "the-text"])
+def test_others_may_draft(model, who, exact):
+    """Verified by the dense model with `exact`, else by the policy: what comes out is theirs, whoever drafts."""
+    helper = {
+        "another-model": {"assistant_model": small_model(num_hidden_layers=1)},
+        "the-model-itself": {"assistant_model": model}, "the-text": {"prompt_lookup_num_tokens": 5},
+    }[who]  # fmt: skip
+    for rows in (1, 3):
+        ids = random_tokens(rows, 60, seed=rows)
+        ids[:, 20:40], ids[:, 55:] = ids[:, :20].clone(), ids[:, 5:10].clone()
+        mask = torch.ones_like(ids)
+        mask[0, :7] = 0
+        for given in ({}, {"repetition_penalty": 1.3}, {"attention_mask": mask}):
+            options = {"max_new_tokens": 30, "do_sample": False, **given}
+            drafting = Drafting(3)
+            if exact:
+                expected = model.generate(ids, **options)
+                got = tc.generate(model, ids, SPARSE, exact=drafting, **options, **helper)
+            else:
+                expected = tc.generate(model, ids, SPARSE, **options)
+                got = tc.generate(model, ids, SPARSE, **options, **helper)
+            assert torch.equal(got, expected)
+            if exact and who == "the-model-itself":
+                assert drafting.acceptance == 1.0
+
+
+def test_a_text_that_repeats_itself_drafts_itself(model):
+    """The longest match counts, and of these the latest; a row without a match drafts anything."""
+    text = torch.tensor([[1, 2, 3, 9, 1, 2, 4, 8, 5, 2, 6, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
+    room = torch.cat([text, torch.zeros(2, 8, dtype=torch.long)], 1)
+    drafted, draws = FromText(20, True).propose(room, 13, 3)
+    assert drafted.tolist() == [[4, 8, 5], [12, 12, 12]]
+    assert torch.equal(room[:, 13:16], drafted) and torch.equal(draws.argmax(-1), drafted)

@@ -330,7 +330,7 @@ def test_refusals_and_memory(model):
     ids = random_tokens(1, 9)
     for options, message in (
         ({"num_beams": 3}, "beam search; use model.generate"),
-        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens is not taken"),
+        ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens 0"),
         ({"position_ids": torch.arange(9)[None] * 3}, "position_ids is not taken"),
         ({"token_type_ids": torch.ones(1, 9, dtype=torch.long)}, "token_type_ids other than 0"),
         ({"attention_mask": torch.ones(1, 12)}, r"attention_mask \(1, 12\) must be as large as input_ids \(1, 9\)"),

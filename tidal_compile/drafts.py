@@ -1,14 +1,15 @@
-"""Dense answers at sparse speed: the policy drafts tokens, and one dense step over all of them says which ones hold.
+"""Several tokens a step: somebody drafts them cheaply, and one step over all of them says which ones hold.
 
-    draft    x -> d1, d2, ..., dD                  D steps of one token under the policy
-    verify   x, d1, ..., dD -> their dense logits  one step of `WIDTH` tokens, which also rewrites keys and values
-    accept   the drafts before the first one that the dense model would not have said; what comes next follows from
-             its logits there
+    draft    x -> d1, d2, ..., dD           steps under the policy, an assistant model, or what the prompt says
+    verify   x, d1, ..., dD -> logits       one step of `WIDTH` tokens, which also writes their keys and values
+    accept   the drafts before the first one that the verifying model would not have said; what comes next follows
+             from its logits there
 
-Greedy tokens are those of the dense model. Sampled ones come from its distribution, by rejection: a draft d, drawn with
-probability q(d), is accepted with probability min(1, p(d) / q(d)), and else replaced by a draw from max(p - q, 0)
-(Leviathan et al., https://arxiv.org/abs/2211.17192; with sparse attention as the draft: https://arxiv.org/abs/2404.11912).
-Rows of a batch go on together: as far as the row with the fewest accepted drafts.
+With `exact` the dense model verifies what the policy drafts: dense answers at nearly sparse speed. Greedy tokens are
+those of the verifying model. Sampled ones come from its distribution, by rejection: a draft d, drawn with probability
+q(d), is accepted with probability min(1, p(d) / q(d)), and else replaced by a draw from max(p - q, 0) (Leviathan et
+al., https://arxiv.org/abs/2211.17192; with sparse attention as the draft: https://arxiv.org/abs/2404.11912). Rows of a
+batch go on together: as far as the row with the fewest accepted drafts.
 """
 
 import itertools
@@ -32,7 +33,7 @@ REST = 128  # dense steps before drafting is tried again
 
 
 class Upcoming(NamedTuple):
-    """What the loop is to choose the next token from: dense logits `[B, vocab]`; or it is chosen already."""
+    """What the loop is to choose the next token from: logits `[B, vocab]`; or it is chosen already."""
 
     logits: Tensor
     token: Tensor | None = None  # [B]
@@ -99,28 +100,120 @@ class _Pace:
             self.seconds["verify"].append(verify)
 
 
+@dataclass
+class FromPolicy:
+    """Drafts by `step(token [B, 1], at [B, 1])` under the policy over the cache itself, which it leaves as it was.
+
+    `step` returns logits `[B, 1, vocab]`, `place [B, slots]` are positions, and `processor` and `samples` say how
+    tokens are chosen.
+    """
+
+    step: Callable
+    cache: Any
+    place: Tensor
+    processor: Callable
+    samples: bool
+
+    def propose(self, sequences: Tensor, length: int, drafts: int) -> tuple[Tensor, Tensor | None]:
+        """Drafts `[B, D]` behind the first `length` of sequences, and what each was drawn from `[B, D, vocab]`."""
+        found = _go_on(self, sequences, length, drafts)
+        take_back(self.cache, drafts)
+        return found
+
+
+@dataclass
+class FromAssistant:
+    """Drafts by another model: `step` over its own cache, which holds `known` tokens.
+
+    `read(input_ids, past)` passes tokens that it missed through the model, the first of which belong in slot `past`.
+    """
+
+    step: Callable
+    read: Callable
+    cache: Any
+    place: Tensor
+    processor: Callable
+    samples: bool
+    known: int
+
+    def propose(self, sequences: Tensor, length: int, drafts: int) -> tuple[Tensor, Tensor | None]:
+        """See `FromPolicy.propose`."""
+        held = min(self.known, length - 1)  # the others were drafts that didn't hold
+        take_back(self.cache, self.known - held)
+        if length - 1 - held > WIDTH:
+            self.read(sequences[:, held : length - 1], held)
+        else:
+            for number in range(held, length - 1):
+                self.step(sequences[:, number : number + 1].clone(), self.place[:, number : number + 1].clone())
+        self.known = length - 1 + drafts
+        return _go_on(self, sequences, length, drafts)
+
+
+@dataclass
+class FromText:
+    """Drafts that the text itself holds: what followed the last tokens when they stood there before.
+
+    Prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding). The longest match of up to `most`
+    tokens counts, and of these the latest.
+    """
+
+    vocab: int
+    samples: bool
+    most: int = 3
+
+    def propose(self, sequences: Tensor, length: int, drafts: int) -> tuple[Tensor, Tensor | None]:
+        """See `FromPolicy.propose`."""
+        text = sequences[:, :length]
+        begin = torch.full((len(text),), length - 1, device=text.device)  # without a match: anything
+        for size in range(1, min(self.most, length - 1) + 1):
+            same = (text.unfold(1, size, 1)[:, :-1] == text[:, None, -size:]).all(-1)  # [B, length - size]
+            place = torch.arange(same.shape[1], device=text.device)
+            latest = torch.where(same, place, -1).amax(1)
+            begin = torch.where(latest >= 0, latest + size, begin)
+        where = begin[:, None] + torch.arange(drafts, device=text.device)
+        found = text.gather(1, where.clamp(max=length - 1))
+        sequences[:, length : length + drafts] = found
+        draws = torch.nn.functional.one_hot(found, self.vocab).float() if self.samples else None
+        return found, draws
+
+
+def _go_on(by: FromPolicy | FromAssistant, sequences: Tensor, length: int, drafts: int) -> tuple[Tensor, Tensor | None]:
+    """Write drafts into sequences, one by one, each by a step over what is there."""
+    weights = []
+    for number in range(length, length + drafts):
+        token = sequences[:, number - 1 : number].to(by.place.device, copy=True)
+        logits = by.step(token, by.place[:, number - 1 : number].clone())[:, -1]
+        scores = by.processor(sequences[:, :number], logits.to(sequences.device, torch.float32))
+        if by.samples:
+            weights.append(scores.softmax(-1))
+            sequences[:, number] = torch.multinomial(weights[-1], num_samples=1).squeeze(1)
+        else:
+            sequences[:, number] = scores.argmax(-1)
+    return sequences[:, length : length + drafts].clone(), torch.stack(weights, 1) if weights else None
+
+
 class Drafter:
     """The cycles of one call of `generate`.
 
-    `draft(token [B, 1], at [B, 1])` and `verify(tokens [B, WIDTH], at [B, WIDTH])` run a step over the cache, and
-    return logits `[B, n, vocab]`. `place [B, slots]` are positions.
+    `verify(tokens [B, WIDTH], at [B, WIDTH])` runs a step over the cache, and returns logits `[B, WIDTH, vocab]`.
+    `place [B, slots]` are positions. `most`: drafts a cycle.
     """
 
     def __init__(
-        self, drafting: Drafting, cache: Any, draft: Callable, verify: Callable, place: Tensor, processor: Callable,
-        samples: bool,
+        self, drafting: Drafting, source: FromPolicy | FromAssistant | FromText, cache: Any, verify: Callable,
+        place: Tensor, processor: Callable, most: int = WIDTH - 1,
     ):  # fmt: skip
         if drafting.tokens is not None and not 1 <= drafting.tokens < WIDTH:
             raise TidalError(f"generate: exact drafts {drafting.tokens} tokens; from 1 to {WIDTH - 1} are possible")
-        self.drafting, self.cache, self.draft, self.verify = drafting, cache, draft, verify
-        self.place, self.processor, self.samples = place, processor, samples
+        self.drafting, self.source, self.cache, self.verify = drafting, source, cache, verify
+        self.place, self.processor, self.most = place, processor, most
         self.pace = _Pace()
         self.clock = _Clock(place.device)
 
     def drafts(self, room: int) -> int:
         """How many drafts the next cycle is to have, if there is room for so many tokens."""
         wanted = self.pace.drafts() if self.drafting.tokens is None else self.drafting.tokens
-        drafts = max(0, min(wanted, room - 1))
+        drafts = max(0, min(wanted, self.most, room - 1))
         self.drafting.steps += drafts == 0
         return drafts
 
@@ -129,30 +222,17 @@ class Drafter:
 
         What comes next: accepted drafts, which are in the cache then, and what follows them.
         """
-        device, start = self.place.device, length - 1
-        tokens = torch.zeros(len(sequences), WIDTH, dtype=torch.long, device=device)
-        tokens[:, 0] = sequences[:, start]
-        weights = []
+        start = length - 1
         self.clock.tick()
-        for number in range(drafts):
-            at = self.place[:, start + number : length + number].clone()
-            logits = self.draft(tokens[:, number : number + 1].clone(), at)[:, -1]
-            scores = self.processor(sequences[:, : length + number], logits.to(sequences.device, torch.float32))
-            if self.samples:
-                weights.append(scores.softmax(-1))
-                token = torch.multinomial(weights[-1], num_samples=1).squeeze(1)
-            else:
-                token = scores.argmax(-1)
-            tokens[:, number + 1] = sequences[:, length + number] = token
-        take_back(self.cache, drafts)
+        drafted, draws = self.source.propose(sequences, length, drafts)  # [B, D], [B, D, vocab]
         self.clock.tick()
+        tokens = torch.zeros(len(sequences), WIDTH, dtype=torch.long, device=self.place.device)
+        tokens[:, : drafts + 1] = sequences[:, start : length + drafts]
         dense = self.verify(tokens, self.place[:, start : start + WIDTH].clone())
         self.clock.tick()
         dense = dense[:, : drafts + 1].to(sequences.device, torch.float32, copy=True)  # [B, D + 1, vocab]
         prefixes = [sequences[:, : length + number] for number in range(drafts + 1)]
         scores = torch.stack([self.processor(one, row) for one, row in zip(prefixes, dense.unbind(1), strict=True)], 1)
-        drafted = tokens[:, 1 : drafts + 1].to(sequences.device)  # [B, D]
-        draws = torch.stack(weights, 1) if weights else None  # [B, D, vocab]
         held = (self.holds(drafted, scores, draws) | (unfinished == 0)[:, None]).long().cumprod(1).sum(1)  # [B]
         accepted = int(held.min())
         take_back(self.cache, WIDTH - 1 - accepted)
@@ -167,7 +247,7 @@ class Drafter:
         return [Upcoming(dense[:, number], drafted[:, number]) for number in range(accepted)] + [after]
 
     def holds(self, drafted: Tensor, scores: Tensor, draws: Tensor | None) -> Tensor:
-        """Which drafts `[B, D]` hold, by dense scores `[B, D + 1, vocab]` and what they were drawn from."""
+        """Which drafts `[B, D]` hold, by the verifying scores `[B, D + 1, vocab]` and what they were drawn from."""
         if draws is None:
             return scores[:, :-1].argmax(-1) == drafted
         wanted, drawn = (each.gather(2, drafted[..., None])[..., 0] for each in (scores[:, :-1].softmax(-1), draws))

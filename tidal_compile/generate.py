@@ -15,6 +15,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,7 +28,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from .backend import Options
 from .cache import LiveCache
-from .drafts import WIDTH, Drafter, Drafting, Upcoming
+from .drafts import WIDTH, Drafter, Drafting, FromAssistant, FromPolicy, FromText, Upcoming
 from .errors import TidalError
 from .models import continues, forgets, is_plain, is_recurrent, with_cache
 from .policy import Policy, is_preset, load_any, resolve
@@ -44,7 +45,8 @@ def generate(
     generation_config: GenerationConfig | None = None, stopping_criteria: StoppingCriteriaList | None = None,
     streamer: Any = None, tokenizer: Any = None, options: dict[str, Any] | None = None,
     report: Callable[[int, int], None] = lambda done, total: None, keep_cache: bool = True,
-    correct_every: int | None = None, exact: bool | Drafting = False, **kwargs: Any,
+    correct_every: int | None = None, exact: bool | Drafting = False, assistant_model: PreTrainedModel | None = None,
+    prompt_lookup_num_tokens: int | None = None, **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
     """Generate tokens after input_ids `[B, n]`, with padding on the left, each by a step under the policy.
 
@@ -71,6 +73,10 @@ def generate(
             then accepts or corrects (see `drafts`). Greedy tokens are the dense model's, but for rounding; sampled ones
             come from its distribution, though not the ones that it would draw with a seed. Logits processors are asked
             more than once for a position. A `Drafting` says how many drafts to make, and counts them.
+        assistant_model: let this model draft instead, whose vocabulary is the same, by compiled steps of its own. What
+            verifies is a step of several tokens under the policy, or with `exact` the dense one.
+        prompt_lookup_num_tokens: let the text draft instead, up to so many tokens (7 at most): what followed the last
+            tokens where they stood before.
 
     Raises `TidalError` for a cache that is too small, or for what this loop doesn't do (beams, an assistant model,
     hidden states; corrections of recurrent layers, or of `place: cpu`; `exact` for a model with layers that forget);
@@ -89,19 +95,22 @@ def generate(
         criteria.append(StopStringCriteria(tokenizer, strings))
     given = {name: kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
     step = _step(model, policy, options or {})
-    dense, drafting = None, None
     if correct_every is not None:
         if correct_every < 1:
             raise TidalError(f"generate: correct_every {correct_every}; it is a number of tokens, or None")
         _check_rewrites(model, policy, "correct_every")
-    if exact:
+    lookup = prompt_lookup_num_tokens
+    if lookup is None and config.prompt_lookup_num_tokens is not None:
+        generation_config = copy.deepcopy(generation_config or config)
+        lookup, generation_config.prompt_lookup_num_tokens = config.prompt_lookup_num_tokens, None
+    drafts = None
+    if exact or assistant_model is not None or lookup is not None:
         if correct_every is not None:
-            raise TidalError("generate: exact corrects the cache by itself; leave out correct_every")
-        _check_rewrites(model, policy, "exact")
-        dense, drafting = _step(model, "full", options or {}), exact if isinstance(exact, Drafting) else Drafting()
+            raise TidalError("generate: a verification corrects the cache by itself; leave out correct_every")
+        drafts = _drafts_of(model, policy, exact, assistant_model, lookup, options or {})
     loop = functools.partial(
-        _loop, step=step, dense=dense, drafting=drafting, streamer=streamer, report=report, own_cache=not given,
-        keep_cache=keep_cache, correct_every=correct_every,
+        _loop, step=step, drafts=drafts, streamer=streamer, report=report, own_cache=not given, keep_cache=keep_cache,
+        correct_every=correct_every,
     )  # fmt: skip
     # Each number of rows, and of slots, is wanted, and compiled
     with torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
@@ -117,6 +126,41 @@ def _step(model: PreTrainedModel, policy: Any, options: dict[str, Any]) -> Calla
     Options.parse({"policy": plain, **options})
     return torch.compile(
         model.forward, backend="tidal", fullgraph=True, dynamic=False, options={"policy": plain, **options}
+    )
+
+
+@dataclass(frozen=True)
+class _Drafts:
+    """Who drafts, and who verifies: the dense step, or with None the policy's."""
+
+    drafting: Drafting
+    dense: Callable | None
+    assistant: tuple[PreTrainedModel, Callable] | None
+    lookup: int | None
+
+
+def _drafts_of(
+    model: PreTrainedModel, policy: Any, exact: bool | Drafting, assistant: PreTrainedModel | None, lookup: int | None,
+    options: dict[str, Any],
+) -> _Drafts:  # fmt: skip
+    """What the arguments of `generate` say of drafts, checked."""
+    _check_rewrites(model, policy, "exact" if exact else "drafts")
+    if assistant is not None and lookup is not None:
+        raise TidalError("generate: assistant_model and prompt_lookup_num_tokens exclude each other")
+    if lookup is not None and lookup < 1:
+        raise TidalError(f"generate: prompt_lookup_num_tokens {lookup}; it is a number of tokens, or None")
+    if assistant is not None:
+        sizes = [one.get_input_embeddings().num_embeddings for one in (model, assistant)]
+        if sizes[0] != sizes[1] or assistant.device != model.device:
+            raise TidalError(
+                f"generate: assistant_model has {sizes[1]} tokens on {assistant.device}; it must have the model's "
+                f"{sizes[0]} on {model.device}"
+            )
+    return _Drafts(
+        drafting=exact if isinstance(exact, Drafting) else Drafting(),
+        dense=_step(model, "full", options) if exact else None,
+        assistant=None if assistant is None else (assistant, _step(assistant, "full", options)),
+        lookup=lookup,
     )
 
 
@@ -137,8 +181,8 @@ def slots_for(length: int) -> int:
 
 def _loop(
     model: PreTrainedModel, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
-    generation_config: GenerationConfig, *, step: Callable, dense: Callable | None, drafting: Drafting | None,
-    streamer: Any, report: Callable, own_cache: bool, keep_cache: bool, correct_every: int | None, **model_kwargs: Any,
+    generation_config: GenerationConfig, *, step: Callable, drafts: _Drafts | None, streamer: Any, report: Callable,
+    own_cache: bool, keep_cache: bool, correct_every: int | None, **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
     """In place of transformers' own loop, for its own arguments; by name it may only take what is not among these."""
     batch, prompt = input_ids.shape
@@ -149,11 +193,11 @@ def _loop(
     attention_mask = model_kwargs.pop("attention_mask", None)
     _refuse(config, model_kwargs)
     keeps = keep_cache and not config.return_dict_in_generate
-    room = most if drafting is None else most + WIDTH  # of which a verification may write some for nothing
+    room = most if drafts is None else most + WIDTH  # of which a verification may write some for nothing
     with _cache_of(model, given, batch, room, keeps) as cache:
-        if drafting is not None and not all(map(is_plain, cache.layers)):
+        if drafts is not None and not all(map(is_plain, cache.layers)):
             raise TidalError(
-                "generate: exact, but the model has sliding windows or recurrent layers, which can't take back a draft"
+                "generate: drafts, but the model has sliding windows or recurrent layers, which can't take one back"
             )
         if correct_every and any(map(is_recurrent, cache.layers)):
             raise TidalError("generate: correct_every, but the model has recurrent layers, which can't be set back")
@@ -188,9 +232,10 @@ def _loop(
         length = cached = prompt
         upcoming = [Upcoming(logits)]
         drafter = None
-        if drafting is not None:
-            draft, verify = (functools.partial(_decode, model, one, cache=cache, mask=mask) for one in (step, dense))
-            drafter = Drafter(drafting, cache, draft, verify, place, logits_processor, config.do_sample)
+        if drafts is not None:
+            place = place.clamp(max=most - 1)  # what stands behind is never an answer, and may be behind all positions
+            decode = functools.partial(_decode, model, step, cache=cache, mask=mask)
+            drafter = _drafter(drafts, decode, input_ids, cache, mask, place, logits_processor, config.do_sample)
         saved = windows(cache) if correct_every else {}
         # A step too many can't be taken back from layers that forget: only where nobody sees the cache again
         looks_first = any(map(forgets, cache.layers)) and not (own_cache and keeps)
@@ -216,16 +261,17 @@ def _loop(
             unfinished = unfinished & ~stopping_criteria(sequences[:, :length], tuple(kept["scores"]) or None)
             late.send(chosen, unfinished)
             launches = length < most and not upcoming
-            drafts = drafter.drafts(most - length) if drafter and launches else 0
-            is_over = late.is_over() if looks_first or drafts else False
+            ahead = drafter.drafts(most - length) if drafter and launches else 0  # tokens to draft
+            is_over = late.is_over() if looks_first or ahead else False
             if launches and not is_over:
                 token.copy_(chosen[:, None])
                 with _torn_by_an_interrupt(cache, length - 1):
-                    if drafts:
-                        upcoming = drafter.cycle(sequences, length, unfinished, drafts)
+                    if ahead:
+                        upcoming = drafter.cycle(sequences, length, unfinished, ahead)
                     else:
                         at = place[:, length - 1 : length].clone()
-                        logits = _decode(model, dense or step, token, at, cache=cache, mask=mask)[:, -1]
+                        one_by_one = drafts.dense if drafts and drafts.dense else step
+                        logits = _decode(model, one_by_one, token, at, cache=cache, mask=mask)[:, -1]
                         upcoming = [Upcoming(logits)]
                     if correct_every and (length - prompt) % correct_every == 0:
                         start = length - correct_every
@@ -248,6 +294,37 @@ def _loop(
         return sequences
     tuples = {name: tuple(found) if config.to_dict()[f"output_{name}"] else None for name, found in kept.items()}
     return GenerateDecoderOnlyOutput(sequences=sequences, **tuples, **_named(cache))
+
+
+def _drafter(
+    drafts: _Drafts, decode: Callable, input_ids: Tensor, cache: Any, mask: Tensor | None, place: Tensor,
+    processor: Callable, samples: bool,
+) -> Drafter:  # fmt: skip
+    """The drafter of one call, whose `decode` is a step under the policy over the cache."""
+    model = decode.args[0]
+    source: FromPolicy | FromAssistant | FromText = FromPolicy(decode, cache, place, processor, samples)
+    if drafts.lookup is not None:
+        source = FromText(model.config.get_text_config(decoder=True).vocab_size, samples)
+    if drafts.assistant is not None:
+        assistant, step = drafts.assistant
+        own = LiveCache(assistant.config, place.shape[1])
+        if not all(map(is_plain, own.layers)):
+            raise TidalError(
+                "generate: the assistant_model has sliding windows or recurrent layers, which can't take back a draft"
+            )
+
+        def catch_up(tokens: Tensor, past: int) -> None:
+            for _ in read(assistant, tokens.to(assistant.device), own, past=past, first=past, mask=mask):
+                pass
+
+        known = input_ids.shape[1] - 1  # all of the prompt but its last token
+        if known:
+            catch_up(input_ids[:, :known], 0)
+        own_decode = functools.partial(_decode, assistant, step, cache=own, mask=mask)
+        source = FromAssistant(own_decode, catch_up, own, place, processor, samples, known)
+    verify = decode if drafts.dense is None else functools.partial(_decode, model, drafts.dense, cache=cache, mask=mask)
+    most = min(drafts.lookup or WIDTH, WIDTH - 1)
+    return Drafter(drafts.drafting, source, cache, verify, place, processor, most)
 
 
 def _named(cache: Any) -> dict[str, Any]:
@@ -279,7 +356,7 @@ def _torn_by_an_interrupt(cache: Any, complete: int) -> Iterator[None]:
 
 def _refuse_arguments(input_ids: Tensor | None, given: dict[str, Any]) -> None:
     """Raise `TidalError` for arguments that would be dropped."""
-    for name in ("position_ids", "assistant_model", "prompt_lookup_num_tokens", "inputs_embeds", "custom_generate"):
+    for name in ("position_ids", "inputs_embeds", "custom_generate", "assistant_tokenizer"):
         if given.get(name) is not None:
             raise TidalError(f"generate: {name} is not taken; use model.generate")
     types, mask = given.get("token_type_ids"), given.get("attention_mask")

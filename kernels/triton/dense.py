@@ -11,6 +11,7 @@ from .split import (
     after_previous,
     check_rows,
     empty_scores,
+    first_visible,
     live_until,
     load_group,
     load_keys,
@@ -84,6 +85,21 @@ def _attend(
 
 
 @triton.jit
+def _hide(
+    score_ptr, stride_s, begin, end, tokens, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write the scores of slots that are hidden from all rows."""
+    row = tl.arange(0, ROWS)
+    place = (row // GROUP * NUM_HEADS + row % GROUP).to(tl.int64)
+    for start in range(begin, end, BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        stored = (row[:, None] < GROUP * tokens) & (slot[None, :] < end)
+        hidden = tl.full([ROWS, BLOCK_N], float("-inf"), tl.float32)
+        tl.store(score_ptr + place[:, None] * stride_s + slot[None, :], hidden, mask=stored)
+
+
+@triton.jit
 def _scan(
     q_ptr, k_ptr, v_ptr, mask_ptr, length_ptr, acc_ptr, stat_ptr, score_ptr, scale, slots,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -121,6 +137,10 @@ def _scan(
     masks = mask_ptr
     if MASK != "none":
         masks += batch * stride_mb + first * stride_mt
+        behind_padding = first_visible(masks, stride_mn, begin, end, MASK, HIDES, 4096, stride_mt, tokens)
+        if WRITE_SCORES:
+            _hide(scores, stride_s, begin, behind_padding, tokens, NUM_KV_HEADS * GROUP, GROUP, ROWS, BLOCK_N)
+        begin = behind_padding
     if MASK == "none" or (TOKENS == 1 and unmasked(masks, stride_mn, begin, end, MASK, HIDES, 4096)):
         m, l, acc = _attend(
             q, keys, values, masks, scores, scale, stride_s, begin, end, until, tokens, stride_kn, stride_vn, stride_mt,
@@ -153,6 +173,8 @@ def scan(call: Call[Tensor], write_scores: bool = False, values: bool = True) ->
     block_n = tile_tokens(k, stage_bytes=2**16 if large else 2**15)
     warps, stages = (8, 3) if large and values else (4, 3 if values else 4)
     splits = num_splits(q.device, programs * num_kv_heads, triton.cdiv(slots, block_n), per_processor=1 if large else 2)
+    if mask is not None and batch > 1:  # rows may differ: padding is skipped, and short programs share what is left
+        splits = min(4 * splits, triton.cdiv(slots, block_n))
     acc = q.new_empty(batch * tokens, num_heads, splits, head_dim, dtype=torch.float32) if values else None
     stats = q.new_empty(batch * tokens, num_heads, splits, 2, dtype=torch.float32)
     scores = empty_scores(q, slots) if write_scores else None

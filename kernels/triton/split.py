@@ -98,6 +98,22 @@ def unmasked(
 
 
 @triton.jit
+def first_visible(
+    mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr, stride_mt, tokens
+):
+    """The first slot from `begin` to `end` that the mask shows to one of `tokens` query tokens; `end`: none."""
+    found = end
+    start = begin
+    while (start < end) & (found == end):
+        slot = start + tl.arange(0, BLOCK)
+        for row in range(tokens):
+            valid, _ = mask_tile(mask_ptr, row * stride_mt + slot * stride_mn, slot < end, MASK, HIDES)
+            found = tl.minimum(found, tl.min(tl.where(valid, slot, end), 0))
+        start += BLOCK
+    return found
+
+
+@triton.jit
 def cap(score, CAP: tl.constexpr):
     """CAP * tanh(score / CAP), written with an exponential that can't overflow."""
     if CAP > 0.0:

@@ -22,6 +22,9 @@ def chat(
     host: Annotated[
         bool, typer.Option(help="Keep layers that reuse tokens, or have `place: cpu`, in host memory.")
     ] = False,
+    exact: Annotated[
+        bool, typer.Option(help="Let the policy draft only, and the dense model verify: its answers, faster.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
@@ -34,6 +37,7 @@ def chat(
     from transformers.utils import logging as hf_logging
 
     from ..cache import HostCache, LiveCache
+    from ..drafts import WIDTH
     from ..models import load_config
     from ..policy import resolve
 
@@ -44,8 +48,10 @@ def chat(
         net, tokenizer = load(progress, model, device, number)
     layers = net.config.get_text_config(decoder=True).num_hidden_layers
     chosen = policy if not Path(policy).is_file() else resolve(policy, layers)
-    cache = HostCache(net.config, context, chosen) if host else LiveCache(net.config, context)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    slots = context + WIDTH if exact else context
+    cache = HostCache(net.config, slots, chosen) if host else LiveCache(net.config, slots)
+    options = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    options["exact"] = exact
     torch.manual_seed(seed)
     begin = [] if system is None else [{"role": "system", "content": system}]
     messages, held = list(begin), []
@@ -62,7 +68,7 @@ def chat(
         elif line:
             messages.append({"role": "user", "content": line})
             try:
-                answer, held = take_turn(net, tokenizer, chosen, messages, cache, held, context, new_tokens, sampling)
+                answer, held = take_turn(net, tokenizer, chosen, messages, cache, held, context, new_tokens, options)
             except TidalError as error:
                 messages.pop()
                 err.print(str(error), markup=False, highlight=False)
@@ -72,7 +78,7 @@ def chat(
 
 def take_turn(
     model: Any, tokenizer: Any, policy: Any, messages: list[dict[str, str]], cache: Any, held: list[int], context: int,
-    new_tokens: int, sampling: dict[str, Any],
+    new_tokens: int, options: dict[str, Any],
 ) -> tuple[str, list[int]]:  # fmt: skip
     """Print the answer to a conversation `messages`: its text, and the tokens that the cache holds then.
 
@@ -96,7 +102,7 @@ def take_turn(
     try:
         generate(
             model, torch.tensor([ids], device=model.device), policy, past_key_values=cache, streamer=streamer,
-            max_new_tokens=min(new_tokens, context - len(ids)), **sampling,
+            max_new_tokens=min(new_tokens, context - len(ids)), **options,
         )  # fmt: skip
     except KeyboardInterrupt:
         streamer.end()
