@@ -57,14 +57,16 @@ def expected(folder, turns, system=None):
     return answers
 
 
-@pytest.mark.parametrize("options", [(), ("--policy", "magicpig_cpu", "--host"), ("--system", "beshort")])
+@pytest.mark.parametrize(
+    "options", [(), ("--policy", "magicpig_cpu", "--host"), ("--system", "beshort"), ("--policy", "tidal", "--exact")]
+)
 def test_turns_are_those_of_generate(folder, options):
     """A cache in host memory, too; `/clear` begins anew, and an empty line is no turn."""
     printed = said(folder, ["hello", "", "and?", "/clear", "hello", "/exit", "unheard"], *options)
     if "magicpig_cpu" in options:  # approximate: it answers
         assert printed.count("> ") == 6
         return
-    system = options[1] if options else None
+    system = options[1] if "--system" in options else None
     first, second = expected(folder, ["hello", "and?"], system)
     assert printed.split("> ")[1:] == [f"{first}\n", "", f"{second}\n", "", f"{first}\n", ""]
 

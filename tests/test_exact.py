@@ -1,15 +1,20 @@
 """`exact=True`: what the dense model says, drafted under a policy."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from models import family_model, random_tokens, small_model
+from tiers import sampled
 
 import tidal_compile as tc
 from tidal_compile.cache import LiveCache
-from tidal_compile.drafts import WIDTH, Drafting, FromText, _Pace
+from tidal_compile.drafts import WIDTH, Drafting, FromText, RowDrafter, _Pace
 from tidal_compile.errors import TidalError
 
 pytestmark = pytest.mark.uncompiled
+
+loop = import_module("tidal_compile.generate")
 
 SPARSE = {
     "num_layers": 3, "layers": {"0": "select", "1-2": "reuse"}, "defaults": {"budget": 16, "sinks": 2, "recent": 4},
@@ -32,8 +37,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("drafts", [1, 3, 7, None])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "drafts"),
+    sampled(
+        [(name, drafts) for name in OPTIONS for drafts in (1, 3, 7, None)],
+        [("plain", 3), ("ends", 7), ("processors", None), ("least", 1), ("one-token", 3), ("two-tokens", 7)],
+    ),
+)
 def test_greedy_tokens_are_the_dense_ones(model, name, drafts):
     for rows, policy in ((1, SPARSE), (3, SPARSE), (2, WIDE)):
         ids, drafting = random_tokens(rows, 50, seed=rows), Drafting(drafts)
@@ -43,6 +53,27 @@ def test_greedy_tokens_are_the_dense_ones(model, name, drafts):
         if policy is WIDE:
             assert drafting.accepted == drafting.drafted
             assert drafting.cycles * ((drafts or WIDTH) + 1) >= dense.shape[1] - 51 - drafting.steps or drafts is None
+
+
+@pytest.mark.parametrize("drafts", [2, 7, None])
+def test_rows_go_on_each_for_itself(model, drafts, monkeypatch):
+    """What one row rejects doesn't hold up the others; the holes are closed when the cache is full."""
+    monkeypatch.setattr(loop, "HOLES", 0.0)
+    monkeypatch.setattr(loop, "slots_for", lambda length: length)
+    closed, close = [], RowDrafter._close_holes
+    monkeypatch.setattr(RowDrafter, "_close_holes", lambda self: closed.append(1) or close(self))
+    ids, by_row, together = random_tokens(4, 60, seed=4), Drafting(drafts), Drafting(drafts)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    for given in ({}, {"attention_mask": mask}, {"attention_mask": mask, "eos_token_id": list(range(2, 12))}):
+        options = {"max_new_tokens": 100, "do_sample": False, "eos_token_id": None, **given}
+        dense = model.generate(ids, **options)
+        assert torch.equal(tc.generate(model, ids, SPARSE, exact=by_row, **options), dense)
+        cache = LiveCache(model.config, 180)
+        again = tc.generate(model, ids, SPARSE, exact=together, past_key_values=cache, **options)
+        assert torch.equal(again, dense)
+    assert by_row.cycles < together.cycles or drafts is None
+    assert closed or drafts is None
 
 
 def test_padding_scores_and_the_cache_that_is_left(model):
@@ -90,7 +121,7 @@ def test_samples_come_from_the_dense_distribution(rows):
     The policy's own distribution is far off, which the same test shows.
     """
     model = small_model(num_hidden_layers=3, vocab_size=12, eos_token_id=None)
-    ids, times, new = (1 + random_tokens(1, 50) % 11).repeat(rows, 1), 1200 // rows, 3
+    ids, times, new = (1 + random_tokens(1, 50) % 11).repeat(rows, 1), 800 // rows, 3
     options = {"max_new_tokens": new, "do_sample": True, "temperature": 0.9, "top_k": 4, "pad_token_id": 0}
     expected = pair_probabilities(model, ids[:1], 0.9, 4)
 
@@ -110,7 +141,7 @@ def test_samples_come_from_the_dense_distribution(rows):
     assert statistic(exact=Drafting(2)) < 3.5
     assert statistic(exact=Drafting(2), prompt_lookup_num_tokens=2) < 3.5
     if rows == 1:
-        assert statistic() > 10
+        assert statistic() > 5
 
 
 @torch.no_grad()
@@ -141,7 +172,7 @@ def test_how_many_drafts_pay():
             counts.append(count)
             if count:
                 held = min(count, int(rate / max(1e-9, 1 - rate)) if number % 2 else count if rate > 0.5 else 0)
-                pace.note(count, held, draft, verify)
+                pace.note(held + (held < count), held, draft, verify)
         return counts
 
     assert settled(0.99, 0.2, 1.0)[-1] == 7  # cheap drafts that nearly always hold

@@ -8,8 +8,10 @@
 With `exact` the dense model verifies what the policy drafts: dense answers at nearly sparse speed. Greedy tokens are
 those of the verifying model. Sampled ones come from its distribution, by rejection: a draft d, drawn with probability
 q(d), is accepted with probability min(1, p(d) / q(d)), and else replaced by a draw from max(p - q, 0) (Leviathan et
-al., https://arxiv.org/abs/2211.17192; with sparse attention as the draft: https://arxiv.org/abs/2404.11912). Rows of a
-batch go on together: as far as the row with the fewest accepted drafts.
+al., https://arxiv.org/abs/2211.17192; with sparse attention as the draft: https://arxiv.org/abs/2404.11912).
+
+Rows of a batch go on together, as far as the row with the fewest accepted drafts (`Drafter`), or where that can be done
+each for itself (`RowDrafter`).
 """
 
 import itertools
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import TidalError
-from .run import take_back
+from .run import rewind, take_back
 
 WIDTH = 8  # tokens of a verification: it reads the cache and the weights once, however many are drafts
 FIRST = 2  # drafts of a cycle that is to show what drafting is worth
@@ -35,7 +37,7 @@ REST = 128  # dense steps before drafting is tried again
 class Upcoming(NamedTuple):
     """What the loop is to choose the next token from: logits `[B, vocab]`; or it is chosen already."""
 
-    logits: Tensor
+    logits: Tensor | None
     token: Tensor | None = None  # [B]
     weights: Tensor | None = None  # [B, vocab]: to draw from, in place of what the logits say
 
@@ -90,11 +92,11 @@ class _Pace:
             return 0
         return best
 
-    def note(self, drafts: int, accepted: int, draft: float, verify: float) -> None:
-        """What a cycle came to: times in seconds, of a draft and of the verification."""
+    def note(self, tried: float, held: float, draft: float, verify: float) -> None:
+        """What a cycle came to in a row: drafts that were judged and that held; seconds of a draft and of the rest."""
         self.warm += 1
-        self.tried = 0.95 * self.tried + accepted + (accepted < drafts)
-        self.held = 0.95 * self.held + accepted
+        self.tried = 0.95 * self.tried + tried
+        self.held = 0.95 * self.held + held
         if self.warm > 3:
             self.seconds["draft"].append(draft)
             self.seconds["verify"].append(verify)
@@ -203,8 +205,7 @@ class Drafter:
         self, drafting: Drafting, source: FromPolicy | FromAssistant | FromText, cache: Any, verify: Callable,
         place: Tensor, processor: Callable, most: int = WIDTH - 1,
     ):  # fmt: skip
-        if drafting.tokens is not None and not 1 <= drafting.tokens < WIDTH:
-            raise TidalError(f"generate: exact drafts {drafting.tokens} tokens; from 1 to {WIDTH - 1} are possible")
+        _check(drafting)
         self.drafting, self.source, self.cache, self.verify = drafting, source, cache, verify
         self.place, self.processor, self.most = place, processor, most
         self.pace = _Pace()
@@ -233,33 +234,157 @@ class Drafter:
         dense = dense[:, : drafts + 1].to(sequences.device, torch.float32, copy=True)  # [B, D + 1, vocab]
         prefixes = [sequences[:, : length + number] for number in range(drafts + 1)]
         scores = torch.stack([self.processor(one, row) for one, row in zip(prefixes, dense.unbind(1), strict=True)], 1)
-        held = (self.holds(drafted, scores, draws) | (unfinished == 0)[:, None]).long().cumprod(1).sum(1)  # [B]
+        held = (holds(drafted, scores, draws) | (unfinished == 0)[:, None]).long().cumprod(1).sum(1)  # [B]
         accepted = int(held.min())
         take_back(self.cache, WIDTH - 1 - accepted)
         self._note(drafts, accepted)
         after = Upcoming(dense[:, accepted])
         if draws is not None and accepted < drafts:
-            p, q = scores[:, accepted].softmax(-1), draws[:, accepted]
-            rest = (p - q).clamp(min=0.0)
-            rest = torch.where(rest.sum(-1, keepdim=True) > 0.0, rest, p)
+            p = scores[:, accepted].softmax(-1)
+            rest = _instead(p, draws[:, accepted])
             own = torch.nn.functional.one_hot(drafted[:, accepted], p.shape[-1]).to(p.dtype)  # accepted in this row
             after = Upcoming(dense[:, accepted], weights=torch.where((held > accepted)[:, None], own, rest))
         return [Upcoming(dense[:, number], drafted[:, number]) for number in range(accepted)] + [after]
 
-    def holds(self, drafted: Tensor, scores: Tensor, draws: Tensor | None) -> Tensor:
-        """Which drafts `[B, D]` hold, by the verifying scores `[B, D + 1, vocab]` and what they were drawn from."""
-        if draws is None:
-            return scores[:, :-1].argmax(-1) == drafted
-        wanted, drawn = (each.gather(2, drafted[..., None])[..., 0] for each in (scores[:, :-1].softmax(-1), draws))
-        return torch.rand_like(wanted) * drawn < wanted
-
     def _note(self, drafts: int, accepted: int) -> None:
         draft, verify = self.clock.seconds()
-        self.pace.note(drafts, accepted, draft / drafts, verify)
-        self.drafting.cycles += 1
-        self.drafting.drafted += drafts
-        self.drafting.accepted += accepted
-        self.drafting.rejected += accepted < drafts
+        rejected = int(accepted < drafts)
+        self.pace.note(accepted + rejected, accepted, draft / drafts, verify)
+        _count(self.drafting, drafts, accepted, rejected)
+
+
+def holds(drafted: Tensor, scores: Tensor, draws: Tensor | None) -> Tensor:
+    """Which drafts `[B, D]` hold, by the verifying scores `[B, D + 1, vocab]` and what they were drawn from."""
+    if draws is None:
+        return scores[:, :-1].argmax(-1) == drafted
+    wanted, drawn = (each.gather(2, drafted[..., None])[..., 0] for each in (scores[:, :-1].softmax(-1), draws))
+    return torch.rand_like(wanted) * drawn < wanted
+
+
+def _instead(p: Tensor, q: Tensor) -> Tensor:
+    """What to draw from in place of a draft that was drawn from q `[B, vocab]`, and didn't hold."""
+    rest = (p - q).clamp(min=0.0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0.0, rest, p)
+
+
+def _check(drafting: Drafting) -> None:
+    if drafting.tokens is not None and not 1 <= drafting.tokens < WIDTH:
+        raise TidalError(f"generate: exact drafts {drafting.tokens} tokens; from 1 to {WIDTH - 1} are possible")
+
+
+def _count(drafting: Drafting, drafted: int, accepted: int, rejected: int) -> None:
+    drafting.cycles += 1
+    drafting.drafted += drafted
+    drafting.accepted += accepted
+    drafting.rejected += rejected
+
+
+class RowDrafter:
+    """Cycles in which each row keeps what it accepted, however little the others did. The policy drafts.
+
+    All rows write to the same slots of the cache. Slots in which a draft was rejected are holes, which the mask
+    `[B, S]` hides; when the cache is full, they are closed. `draft` runs a step of one token under the policy, and
+    `verify` a dense one of one token or of `WIDTH`. `processor` looks at scores alone. Rows end at `most` tokens.
+    """
+
+    def __init__(
+        self, drafting: Drafting, cache: Any, draft: Callable, verify: Callable, mask: Tensor, length: int, most: int,
+        processor: Callable, samples: bool,
+    ):  # fmt: skip
+        _check(drafting)
+        self.drafting, self.cache, self.draft, self.verify = drafting, cache, draft, verify
+        self.mask, self.most, self.processor, self.samples = mask, most, processor, samples
+        self.padding = length - mask[:, :length].sum(1)  # [B]
+        self.known = torch.full_like(self.padding, length + 1)  # tokens of each row, whose last is not in the cache
+        self.used = length  # slots of the cache
+        self.pace = _Pace()
+        self.clock = _Clock(mask.device)
+
+    def drafts(self, room: int) -> int:
+        """How many drafts the next cycle is to have; 0: a dense step."""
+        drafts = self.pace.drafts() if self.drafting.tokens is None else self.drafting.tokens
+        self.drafting.steps += drafts == 0
+        return drafts
+
+    def cycle(self, sequences: Tensor, length: int, unfinished: Tensor, drafts: int) -> list[Upcoming]:
+        """Go on from sequences `[B, > most]`, of which all rows know `length` tokens: those that all know then."""
+        if self.used + WIDTH > self.mask.shape[1]:
+            self._close_holes()
+        width = WIDTH if drafts else 1
+        active = (self.known < self.most) & (unfinished != 0)
+        at = (self.known - 1)[:, None] + torch.arange(WIDTH, device=self.known.device)
+        at = at.clamp(max=self.most - 1) - self.padding[:, None]  # positions [B, WIDTH]
+        tokens = torch.zeros(len(sequences), width, dtype=torch.long, device=self.mask.device)
+        tokens[:, :1] = sequences.gather(1, self.known[:, None] - 1)
+        weights: list[Tensor] = []
+        self.clock.tick()
+        for number in range(drafts):
+            logits = self.draft(tokens[:, number : number + 1].clone(), at[:, number : number + 1].clone())
+            scores = self.processor(tokens, logits[:, -1].float())
+            if self.samples:
+                weights.append(scores.softmax(-1))
+                tokens[:, number + 1] = torch.multinomial(weights[-1], num_samples=1).squeeze(1)
+            else:
+                tokens[:, number + 1] = scores.argmax(-1)
+        take_back(self.cache, drafts)
+        self.clock.tick()
+        logits = self.verify(tokens, at[:, :width].clone())[:, : drafts + 1].to(torch.float32, copy=True)
+        self.clock.tick()
+        scores = self.processor(tokens.repeat_interleave(drafts + 1, 0), logits.flatten(0, 1)).view_as(logits)
+        drafted, draws = tokens[:, 1 : drafts + 1], torch.stack(weights, 1) if weights else None  # [B, D]
+        held = torch.zeros_like(self.known)  # [B]
+        if drafts:
+            held = holds(drafted, scores, draws).long().cumprod(1).sum(1)
+        after = self._after(scores, draws, held)
+
+        place = torch.arange(drafts + 1, device=held.device)
+        said = torch.cat([drafted, after[:, None]], 1).where(place < held[:, None], after[:, None])  # [B, D + 1]
+        new = active[:, None] & (place <= held[:, None])
+        sequences.scatter_(1, torch.where(new, self.known[:, None] + place, self.most).clamp(max=self.most), said)
+        self.known = torch.where(active, self.known + held + 1, self.known).clamp(max=self.most)
+        slots = 1
+        if drafts:
+            tried = held + (held < drafts)
+            ready = torch.where(unfinished != 0, self.known, self.most).min()
+            numbers = [ready, (held * active).max(), (held * active).sum(), (tried * active).sum(), active.sum()]
+            ready, most_held, accepted, judged, rows = torch.stack(numbers).tolist()
+            draft, verify = self.clock.seconds()
+            self.pace.note(judged / max(1, rows), accepted / max(1, rows), draft / drafts, verify)
+            _count(self.drafting, drafts * rows, accepted, judged - accepted)
+            slots = most_held + 1
+            take_back(self.cache, WIDTH - slots)
+        else:
+            ready = length + 1
+        self.mask[:, self.used : self.used + slots] = place[:slots] <= held[:, None]
+        self.used += slots
+        return [Upcoming(None, sequences[:, column].clone()) for column in range(length, ready)]
+
+    def _after(self, scores: Tensor, draws: Tensor | None, held: Tensor) -> Tensor:
+        """The token `[B]` that follows the drafts that held."""
+        row = torch.arange(len(held), device=held.device)
+        of_row = scores[row, held]  # [B, vocab]
+        if not self.samples:
+            return of_row.argmax(-1)
+        weights = of_row.softmax(-1)
+        if draws is not None:
+            drafts = draws.shape[1]
+            rest = _instead(weights, draws[row, held.clamp(max=drafts - 1)])
+            weights = torch.where((held < drafts)[:, None], rest, weights)
+        return torch.multinomial(weights, num_samples=1).squeeze(1)
+
+    def _close_holes(self) -> None:
+        """Move what the rows hold together: all end at the same slot, and what is left over is padding before it."""
+        mask = self.mask[:, : self.used]
+        slots = int(mask.sum(1).max())
+        kept = torch.argsort(mask.long(), dim=1, stable=True)[:, -slots:]  # hidden ones first, in order
+        index = kept[:, None, :, None]
+        for layer in self.cache.layers:
+            for tensor in (layer.keys, layer.values):
+                tensor[:, :, :slots] = tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+        self.mask[:, :slots] = mask.gather(1, kept)
+        self.mask[:, slots:] = True
+        rewind(self.cache, slots)
+        self.used = slots
 
 
 class _Clock:

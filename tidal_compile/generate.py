@@ -28,7 +28,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from .backend import Options
 from .cache import LiveCache
-from .drafts import WIDTH, Drafter, Drafting, FromAssistant, FromPolicy, FromText, Upcoming
+from .drafts import WIDTH, Drafter, Drafting, FromAssistant, FromPolicy, FromText, RowDrafter, Upcoming
 from .errors import TidalError
 from .models import continues, forgets, is_plain, is_recurrent, with_cache
 from .policy import Policy, is_preset, load_any, resolve
@@ -36,6 +36,12 @@ from .prefill import positions, read, takes
 from .run import rewind, shorten, windows
 
 SMALLEST = 256  # slots of a cache
+HOLES = 0.5  # slots for rejected drafts, a new token
+BY_SCORES = {
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+    "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization", "InfNanRemoveLogitsProcessor",
+    "SuppressTokensLogitsProcessor",
+}  # fmt: skip
 
 _caches: WeakKeyDictionary = WeakKeyDictionary()  # of each model: the last one
 
@@ -138,6 +144,11 @@ class _Drafts:
     assistant: tuple[PreTrainedModel, Callable] | None
     lookup: int | None
 
+    @property
+    def by_row(self) -> bool:
+        """Whether rows may go on each for itself: the dense model verifies what the policy drafts."""
+        return self.dense is not None and self.assistant is None and self.lookup is None
+
 
 def _drafts_of(
     model: PreTrainedModel, policy: Any, exact: bool | Drafting, assistant: PreTrainedModel | None, lookup: int | None,
@@ -161,6 +172,13 @@ def _drafts_of(
         dense=_step(model, "full", options) if exact else None,
         assistant=None if assistant is None else (assistant, _step(assistant, "full", options)),
         lookup=lookup,
+    )
+
+
+def _by_scores_alone(processors: list) -> bool:
+    """Whether logits processors look at no token: they can then be asked for several places at once."""
+    return all(
+        type(one).__name__ in BY_SCORES and type(one).__module__.startswith("transformers.") for one in processors
     )
 
 
@@ -193,7 +211,11 @@ def _loop(
     attention_mask = model_kwargs.pop("attention_mask", None)
     _refuse(config, model_kwargs)
     keeps = keep_cache and not config.return_dict_in_generate
+    wants_scores = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+    by_row = drafts is not None and drafts.by_row and batch > 1 and own_cache and _by_scores_alone(logits_processor)
+    by_row = by_row and not config.return_dict_in_generate  # with holes, nobody else can use the cache
     room = most if drafts is None else most + WIDTH  # of which a verification may write some for nothing
+    room += int(HOLES * (most - prompt)) if by_row else 0
     with _cache_of(model, given, batch, room, keeps) as cache:
         if drafts is not None and not all(map(is_plain, cache.layers)):
             raise TidalError(
@@ -203,9 +225,10 @@ def _loop(
             raise TidalError("generate: correct_every, but the model has recurrent layers, which can't be set back")
         slots = max(_slots(cache), room)  # of windows alone there are fewer
         mask, place = None, torch.arange(slots, device=model.device).expand(batch, slots)  # of each slot [B, slots]
-        if attention_mask is not None and not attention_mask.all():  # a step without a mask reads less
+        padded = attention_mask is not None and not attention_mask.all()  # a step without a mask reads less
+        if padded or by_row:
             mask = torch.ones(batch, slots, dtype=torch.bool, device=model.device)
-            mask[:, :prompt] = attention_mask.bool()
+            mask[:, :prompt] = attention_mask.bool() if padded else True
             place = positions(mask)
         past = int(cache.get_seq_length())
         if past and prompt - past > 1 and not continues(model):
@@ -217,7 +240,7 @@ def _loop(
                 f"generate: the cache holds {past} tokens, and the prompt has {prompt}; it must have a new one"
             )
         with _torn_by_an_interrupt(cache, past):
-            for done, after in read(model, input_ids.to(model.device), cache, past=past, mask=mask):
+            for done, after in read(model, input_ids.to(model.device), cache, past=past, mask=mask if padded else None):
                 logits = after
                 report(done, prompt)
 
@@ -235,14 +258,20 @@ def _loop(
         if drafts is not None:
             place = place.clamp(max=most - 1)  # what stands behind is never an answer, and may be behind all positions
             decode = functools.partial(_decode, model, step, cache=cache, mask=mask)
-            drafter = _drafter(drafts, decode, input_ids, cache, mask, place, logits_processor, config.do_sample)
+            if by_row:
+                dense = functools.partial(_decode, model, drafts.dense, cache=cache, mask=mask)
+                chooses = most, logits_processor, config.do_sample
+                drafter = RowDrafter(drafts.drafting, cache, decode, dense, mask, prompt, *chooses)
+            else:
+                drafter = _drafter(drafts, decode, input_ids, cache, mask, place, logits_processor, config.do_sample)
         saved = windows(cache) if correct_every else {}
         # A step too many can't be taken back from layers that forget: only where nobody sees the cache again
         looks_first = any(map(forgets, cache.layers)) and not (own_cache and keeps)
         while True:
             now = upcoming.pop(0)
-            raw = now.logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
-            scores = logits_processor(sequences[:, :length], raw)
+            if now.token is None or wants_scores:
+                raw = now.logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
+                scores = logits_processor(sequences[:, :length], raw)
             if config.return_dict_in_generate and config.output_scores:
                 kept["scores"].append(scores)
             if config.return_dict_in_generate and config.output_logits:
@@ -266,7 +295,7 @@ def _loop(
             if launches and not is_over:
                 token.copy_(chosen[:, None])
                 with _torn_by_an_interrupt(cache, length - 1):
-                    if ahead:
+                    if ahead or by_row:
                         upcoming = drafter.cycle(sequences, length, unfinished, ahead)
                     else:
                         at = place[:, length - 1 : length].clone()
@@ -285,7 +314,7 @@ def _loop(
                 streamer.put(late.tokens())
             if is_over or length == most:
                 break
-        if cached >= length:
+        if cached >= length and not by_row:
             rewind(cache, length - 1)
     if streamer is not None:
         streamer.end()

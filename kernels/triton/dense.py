@@ -141,7 +141,9 @@ def _scan(
         if WRITE_SCORES:
             _hide(scores, stride_s, begin, behind_padding, tokens, NUM_KV_HEADS * GROUP, GROUP, ROWS, BLOCK_N)
         begin = behind_padding
-    if MASK == "none" or (TOKENS == 1 and unmasked(masks, stride_mn, begin, end, MASK, HIDES, 4096)):
+    if MASK == "none" or (
+        TOKENS <= PER and unmasked(masks, stride_mn, begin, end, MASK, HIDES, 4096, stride_mt, TOKENS)
+    ):
         m, l, acc = _attend(
             q, keys, values, masks, scores, scale, stride_s, begin, end, until, tokens, stride_kn, stride_vn, stride_mt,
             stride_mn, NUM_KV_HEADS * GROUP, GROUP, TOKENS, ROWS, D, BLOCK_D, BLOCK_N, "none", HIDES, CAP,
