@@ -355,7 +355,7 @@ class RowDrafter:
             take_back(self.cache, WIDTH - slots)
         else:
             ready = length + 1
-        self.mask[:, self.used : self.used + slots] = place[:slots] <= held[:, None]
+        self.mask[:, self.used : self.used + slots] = new[:, :slots]
         self.used += slots
         return [Upcoming(None, sequences[:, column].clone()) for column in range(length, ready)]
 
