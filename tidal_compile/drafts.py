@@ -341,7 +341,7 @@ class RowDrafter:
         said = torch.cat([drafted, after[:, None]], 1).where(place < held[:, None], after[:, None])  # [B, D + 1]
         new = active[:, None] & (place <= held[:, None])
         sequences.scatter_(1, torch.where(new, self.known[:, None] + place, self.most).clamp(max=self.most), said)
-        self.known = torch.where(active, self.known + held + 1, self.known).clamp(max=self.most)
+        before, self.known = self.known, (self.known + (held + 1) * active).clamp(max=self.most)
         slots = 1
         if drafts:
             tried = held + (held < drafts)
@@ -355,7 +355,7 @@ class RowDrafter:
             take_back(self.cache, WIDTH - slots)
         else:
             ready = length + 1
-        self.mask[:, self.used : self.used + slots] = new[:, :slots]
+        self.mask[:, self.used : self.used + slots] = place[:slots] < (self.known - before)[:, None]
         self.used += slots
         return [Upcoming(None, sequences[:, column].clone()) for column in range(length, ready)]
 
