@@ -50,7 +50,7 @@ class AttentionSite:
     @property
     def num_tokens(self) -> int:
         """Query tokens."""
-        return shape(self.call.query)[2]
+        return int(shape(self.call.query)[2])
 
     @property
     def num_heads(self) -> int:
@@ -104,7 +104,7 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
                 raise NoMatch(f"a second attention call of layer {site.layer}")
             mask = site.call.mask
             if mask not in useless:
-                useless[mask] = repeats_length(mask, shape(site.call.query)[2], shape(site.call.key)[2])
+                useless[mask] = repeats_length(mask, site.num_tokens, shape(site.call.key)[2])
             call = replace(site.call, mask=None) if useless[mask] else site.call
             found.append(replace(site, call=call, sharded=sharded))
         except NoMatch as problem:
@@ -136,7 +136,7 @@ def _check_tokens(node: fx.Node) -> None:
     query_len = query_length(node)
     if isinstance(query_len, torch.SymInt) and free_unbacked_symbols(query_len):
         raise NoMatch("the number of query tokens depends on data; pass attention_mask to the model")
-    if query_len is not None and not (isinstance(query_len, int) and query_len <= MOST_TOKENS):
+    if query_len is not None and query_len > MOST_TOKENS:  # for a symbol, Dynamo guards the answer
         raise NoMatch(f"{query_len} query tokens, as in a prefill: left exact", "tokens")
 
 
@@ -146,6 +146,7 @@ def _match(node: fx.Node, layer: int | None) -> AttentionSite:
     if _slides(node):
         raise NoMatch("sliding-window layer: left as it is", "sliding")
     batch, num_heads, tokens, head_dim = shape(call.query)
+    tokens = int(tokens)  # each number of a few tokens is a graph of its own
     key, key_layer = _cache_input(call.key, "keys", num_heads, layer)
     value, value_layer = _cache_input(call.value, "values", num_heads, layer)
     if key_layer != value_layer:
@@ -207,7 +208,10 @@ def _live_length(site: fx.Node, key: fx.Node, tokens: int) -> fx.Node:
     for node in site.graph.nodes:
         if node.op == "placeholder" and _source(node) == wanted:
             steps = [user for user in node.users if is_method(user, "add_")]
-            if len(steps) != 1 or steps[0].args[1] != tokens:
+            added = steps[0].args[1] if len(steps) == 1 else None
+            if isinstance(added, fx.Node):
+                added = added.meta["example_value"]
+            if added != tokens:
                 raise NoMatch(f"{wanted} is not advanced by {tokens}, the number of query tokens")
             return node
     raise NoMatch(f"the cache layer has no token counter ({wanted})")

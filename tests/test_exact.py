@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import family_model, random_tokens, small_model
 from tiers import sampled
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 import tidal_compile as tc
 from tidal_compile.cache import LiveCache
@@ -69,11 +70,106 @@ def test_rows_go_on_each_for_itself(model, drafts, monkeypatch):
         options = {"max_new_tokens": 100, "do_sample": False, "eos_token_id": None, **given}
         dense = model.generate(ids, **options)
         assert torch.equal(tc.generate(model, ids, SPARSE, exact=by_row, **options), dense)
-        cache = LiveCache(model.config, 180)
-        again = tc.generate(model, ids, SPARSE, exact=together, past_key_values=cache, **options)
-        assert torch.equal(again, dense)
+        options["logits_processor"] = LogitsProcessorList([Same()])  # of the user's, which may look at tokens
+        assert torch.equal(tc.generate(model, ids, SPARSE, exact=together, **options), dense)
     assert by_row.cycles < together.cycles or drafts is None
     assert closed or drafts is None
+
+
+class Same(LogitsProcessor):
+    """Changes nothing."""
+
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("eos", [None, [2, 3, 5, 8, 13, 21, 34, 55]])
+def test_the_cache_holds_what_was_said(model, alone, eos):
+    """Whether rows go on together or not, and end early or not: as after dense steps, for a turn that goes on."""
+    ids = random_tokens(3, 40, seed=9)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": eos, "attention_mask": mask}
+    if not alone:
+        options["logits_processor"] = LogitsProcessorList([Same()])
+    caches = [LiveCache(model.config, 96) for _ in range(2)]
+    said = tc.generate(model, ids, past_key_values=caches[0], **options)
+    assert torch.equal(tc.generate(model, ids, SPARSE, exact=Drafting(4), past_key_values=caches[1], **options), said)
+    filled = said.shape[1] - 1
+    for dense, drafted in zip(*(cache.layers for cache in caches), strict=True):
+        assert int(dense.cumulative_length) == int(drafted.cumulative_length) == filled
+        for one, other in ((dense.keys, drafted.keys), (dense.values, drafted.values)):
+            torch.testing.assert_close(one[:, :, 6:filled], other[:, :, 6:filled], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["streamer", "criterion", "processor"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_an_interrupt_leaves_what_was_said(model, where, rows):
+    """Drafts that nobody was told of are gone, and the conversation goes on as if they had not been made."""
+    told = []
+
+    def stop(*_):
+        told.append(1)
+        if len(told) > 9:
+            raise KeyboardInterrupt
+
+    class Streamer:
+        put = staticmethod(stop if where == "streamer" else lambda value: None)
+        end = staticmethod(lambda: None)
+
+    class Processor(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            stop()
+            return scores
+
+    class Criterion(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            stop()
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    ids, cache = random_tokens(rows, 40), LiveCache(model.config, 128)
+    options = {"do_sample": False, "eos_token_id": None, "past_key_values": cache}
+    more = {"streamer": {"streamer": Streamer()}, "criterion": {"stopping_criteria": [Criterion()]}}.get(
+        where, {"logits_processor": LogitsProcessorList([Processor()])}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        tc.generate(model, ids, WIDE, exact=Drafting(5), max_new_tokens=40, **options, **more)
+    dense = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    filled = int(cache.get_seq_length())
+    assert 40 <= filled < 50
+    turn = torch.cat([dense[:, :filled], random_tokens(rows, 5, seed=4)], 1)
+    more = {"max_new_tokens": 9, "attention_mask": torch.ones_like(turn)}  # 0 is no padding here
+    got = tc.generate(model, turn, **options, **more)
+    assert torch.equal(got, model.generate(turn, do_sample=False, eos_token_id=None, **more))
+
+
+def test_processors_criteria_and_configs(model):
+    """In place, without an end token, and what the model's own config says of drafts."""
+
+    class InPlace(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, ::3] += 1.5
+            return scores
+
+    class Fifth(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return input_ids[:, -1] % 5 == 0
+
+    for given in ({"logits_processor": LogitsProcessorList([InPlace()])}, {"stopping_criteria": [Fifth()]}):
+        for rows in (1, 3):
+            options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, **given}
+            ids = random_tokens(rows, 50, seed=rows)
+            assert torch.equal(
+                tc.generate(model, ids, SPARSE, exact=Drafting(4), **options), model.generate(ids, **options)
+            )
+    ids = random_tokens(1, 50)
+    expected = tc.generate(model, ids, SPARSE, max_new_tokens=12, do_sample=False)
+    model.generation_config.prompt_lookup_num_tokens = 4
+    assert torch.equal(tc.generate(model, ids, SPARSE, max_new_tokens=12, do_sample=False), expected)
+    assert model.generation_config.prompt_lookup_num_tokens == 4
+    with pytest.raises(TidalError, match="remembers each token"):
+        tc.generate(model, ids, SPARSE, max_new_tokens=4, do_sample=False, guidance_scale=1.5)
 
 
 def test_padding_scores_and_the_cache_that_is_left(model):
@@ -191,6 +287,7 @@ def test_how_many_drafts_pay():
         ({"exact": Drafting(0)}, "from 1 to 7"),
         ({"exact": True, "policy": "magicpig_cpu"}, "exact with place: cpu"),
         ({"exact": True, "past_key_values": 60}, "60 slots; 78 are needed"),
+        ({"policy": "quest", "prompt_lookup_num_tokens": 3}, "for one token a step"),
     ],
 )
 def test_refusals(model, given, message):
@@ -237,6 +334,6 @@ def test_a_text_that_repeats_itself_drafts_itself(model):
     """The longest match counts, and of these the latest; a row without a match drafts anything."""
     text = torch.tensor([[1, 2, 3, 9, 1, 2, 4, 8, 5, 2, 6, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
     room = torch.cat([text, torch.zeros(2, 8, dtype=torch.long)], 1)
-    drafted, draws = FromText(20, True).propose(room, 13, 3)
-    assert drafted.tolist() == [[4, 8, 5], [12, 12, 12]]
-    assert torch.equal(room[:, 13:16], drafted) and torch.equal(draws.argmax(-1), drafted)
+    drafted, _ = FromText().propose(room, 13, 3)
+    assert drafted.tolist() == [[4, 8, 5], [12, 12, 12]] and torch.equal(room[:, 13:16], drafted)
+    assert FromText(1).propose(room, 13, 3)[0].tolist()[0] == [6, 1, 2]

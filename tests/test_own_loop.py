@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from families import FAMILIES as EXPECTED
-from models import family_model, odd_model, random_tokens, small_model
+from models import family_model, odd_model, random_tokens, small_model, tiny_model
 from tiers import sampled
 from torch._dynamo.utils import counters
 from torch.nn.attention.bias import CausalBias
@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 import tidal_compile as tc
 from tidal_compile import prefill
+from tidal_compile.cache import LiveCache
 from tidal_compile.errors import TidalError
 
 pytestmark = pytest.mark.uncompiled
@@ -405,3 +406,14 @@ def test_an_error_inside_a_layer_leaves_the_cache_whole(model, at):
     if at == "step":
         ids = torch.cat([ids, random_tokens(1, 2)], 1)
     assert torch.equal(tc.generate(model, ids, past_key_values=cache, **options), model.generate(ids, **options))
+
+
+def test_a_model_with_masks_of_its_own_is_read_as_it_reads():
+    """Doge makes a mask of what each layer sees: flash attention would not know of it."""
+    model = tiny_model("doge", num_hidden_layers=2, keep_window_size=12)
+    for layer in model.model.layers:
+        layer.self_attn.A.data.normal_(0.0, 2.0, generator=torch.Generator().manual_seed(0))
+    ids = random_tokens(1, 40)
+    (_, *_), (done, logits) = list(prefill.read(model, ids, LiveCache(model.config, 64), chunk=25))
+    assert done == 40
+    torch.testing.assert_close(logits, model(ids).logits[:, -1], atol=1e-4, rtol=1e-4)

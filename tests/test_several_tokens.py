@@ -190,3 +190,18 @@ def test_methods_that_take_one_token_are_exact_for_several():
         with torch.no_grad():
             results.append(run(input_ids=tokens, past_key_values=prefilled(model, prompt, 64)).logits)
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+def test_a_number_of_tokens_means_the_same_whatever_came_before():
+    """Dynamo takes the second number that it sees for any number; each still gets its own graph, by the policy."""
+    model, results = small_model(num_hidden_layers=3), []
+    for before in ((), (3,), (3, 20)):
+        torch._dynamo.reset()
+        step = torch.compile(model.forward, backend="tidal", fullgraph=True, options={"policy": POLICIES["scores"]})
+        for number in (*before, 5):
+            cache = prefilled(model, random_tokens(1, 50), 96)
+            with torch.no_grad():
+                logits = step(input_ids=random_tokens(1, number, seed=3), past_key_values=cache).logits
+        results.append(logits)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-4, rtol=1e-4)

@@ -60,8 +60,8 @@ class LiveCache(StaticCache):
 class HostLayer(LiveLayer):
     """A layer `[B, Hkv, S, D]` in host memory that a GPU addresses: it writes new tokens there, and reads there.
 
-    A decode step reads in place what it attends to. Several tokens at once, as in a prefill, attend to a copy on the
-    GPU, which lives as long as the layer's attention.
+    A compiled step reads in place what it attends to. A prefill attends to a copy on the GPU, which lives as long as
+    the layer's attention.
     """
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -76,7 +76,7 @@ class HostLayer(LiveLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if key_states.shape[-2] == 1 or not keys.is_cuda:
+        if key_states.shape[-2] == 1 or not keys.is_cuda or torch.compiler.is_compiling():
             return keys, values
         return keys.clone(), values.clone()
 

@@ -153,14 +153,12 @@ class FromAssistant:
 
 @dataclass
 class FromText:
-    """Drafts that the text itself holds: what followed the last tokens when they stood there before.
+    """Drafts that the text itself holds: what followed the last tokens when they stood there before, for certain.
 
     Prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding). The longest match of up to `most`
     tokens counts, and of these the latest.
     """
 
-    vocab: int
-    samples: bool
     most: int = 3
 
     def propose(self, sequences: Tensor, length: int, drafts: int) -> tuple[Tensor, Tensor | None]:
@@ -175,8 +173,7 @@ class FromText:
         where = begin[:, None] + torch.arange(drafts, device=text.device)
         found = text.gather(1, where.clamp(max=length - 1))
         sequences[:, length : length + drafts] = found
-        draws = torch.nn.functional.one_hot(found, self.vocab).float() if self.samples else None
-        return found, draws
+        return found, None
 
 
 def _go_on(by: FromPolicy | FromAssistant, sequences: Tensor, length: int, drafts: int) -> tuple[Tensor, Tensor | None]:
@@ -198,16 +195,15 @@ class Drafter:
     """The cycles of one call of `generate`.
 
     `verify(tokens [B, WIDTH], at [B, WIDTH])` runs a step over the cache, and returns logits `[B, WIDTH, vocab]`.
-    `place [B, slots]` are positions. `most`: drafts a cycle.
+    `place [B, slots]` are positions. `pad`: the token of rows that have ended, if they do. `most`: drafts a cycle.
     """
 
     def __init__(
         self, drafting: Drafting, source: FromPolicy | FromAssistant | FromText, cache: Any, verify: Callable,
-        place: Tensor, processor: Callable, most: int = WIDTH - 1,
+        place: Tensor, processor: Callable, samples: bool, pad: Tensor | None, most: int = WIDTH - 1,
     ):  # fmt: skip
-        _check(drafting)
         self.drafting, self.source, self.cache, self.verify = drafting, source, cache, verify
-        self.place, self.processor, self.most = place, processor, most
+        self.place, self.processor, self.samples, self.pad, self.most = place, processor, samples, pad, most
         self.pace = _Pace()
         self.clock = _Clock(place.device)
 
@@ -227,14 +223,21 @@ class Drafter:
         self.clock.tick()
         drafted, draws = self.source.propose(sequences, length, drafts)  # [B, D], [B, D, vocab]
         self.clock.tick()
+        ended = (unfinished == 0)[:, None]
+        if self.pad is not None:
+            drafted = torch.where(ended, self.pad, drafted)
+            sequences[:, length : length + drafts] = drafted
         tokens = torch.zeros(len(sequences), WIDTH, dtype=torch.long, device=self.place.device)
         tokens[:, : drafts + 1] = sequences[:, start : length + drafts]
         dense = self.verify(tokens, self.place[:, start : start + WIDTH].clone())
         self.clock.tick()
         dense = dense[:, : drafts + 1].to(sequences.device, torch.float32, copy=True)  # [B, D + 1, vocab]
         prefixes = [sequences[:, : length + number] for number in range(drafts + 1)]
-        scores = torch.stack([self.processor(one, row) for one, row in zip(prefixes, dense.unbind(1), strict=True)], 1)
-        held = (holds(drafted, scores, draws) | (unfinished == 0)[:, None]).long().cumprod(1).sum(1)  # [B]
+        rows = [self.processor(one, row.clone()) for one, row in zip(prefixes, dense.unbind(1), strict=True)]
+        scores = torch.stack(rows, 1)
+        if self.samples and draws is None:
+            draws = torch.nn.functional.one_hot(drafted, scores.shape[-1]).float()
+        held = (holds(drafted, scores, draws) | (ended & (self.pad is not None))).long().cumprod(1).sum(1)  # [B]
         accepted = int(held.min())
         take_back(self.cache, WIDTH - 1 - accepted)
         self._note(drafts, accepted)
@@ -267,7 +270,8 @@ def _instead(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(rest.sum(-1, keepdim=True) > 0.0, rest, p)
 
 
-def _check(drafting: Drafting) -> None:
+def check(drafting: Drafting) -> None:
+    """Raise `TidalError` for a number of drafts that can't be verified at once."""
     if drafting.tokens is not None and not 1 <= drafting.tokens < WIDTH:
         raise TidalError(f"generate: exact drafts {drafting.tokens} tokens; from 1 to {WIDTH - 1} are possible")
 
@@ -291,7 +295,6 @@ class RowDrafter:
         self, drafting: Drafting, cache: Any, draft: Callable, verify: Callable, mask: Tensor, length: int, most: int,
         processor: Callable, samples: bool,
     ):  # fmt: skip
-        _check(drafting)
         self.drafting, self.cache, self.draft, self.verify = drafting, cache, draft, verify
         self.mask, self.most, self.processor, self.samples = mask, most, processor, samples
         self.padding = length - mask[:, :length].sum(1)  # [B]
@@ -372,17 +375,31 @@ class RowDrafter:
             weights = torch.where((held < drafts)[:, None], rest, weights)
         return torch.multinomial(weights, num_samples=1).squeeze(1)
 
+    def settle(self, length: int) -> None:
+        """Leave the first `length` tokens of each row in the cache, padding before them, as if all had gone together.
+
+        A row that ended earlier has no more than it had: what stands behind is anything.
+        """
+        order = torch.argsort((~self.mask[:, : self.used]).long(), dim=1, stable=True)  # visible ones first
+        place = torch.arange(min(length, self.used), device=order.device) - self.padding[:, None]
+        self._move(order.gather(1, place.clamp(min=0)))
+
     def _close_holes(self) -> None:
         """Move what the rows hold together: all end at the same slot, and what is left over is padding before it."""
         mask = self.mask[:, : self.used]
         slots = int(mask.sum(1).max())
-        kept = torch.argsort(mask.long(), dim=1, stable=True)[:, -slots:]  # hidden ones first, in order
-        index = kept[:, None, :, None]
-        for layer in self.cache.layers:
-            for tensor in (layer.keys, layer.values):
-                tensor[:, :, :slots] = tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+        kept = torch.argsort(mask.long(), dim=1, stable=True)[:, -slots:]  # hidden ones first
         self.mask[:, :slots] = mask.gather(1, kept)
         self.mask[:, slots:] = True
+        self._move(kept)
+
+    def _move(self, index: Tensor) -> None:
+        """Put what stands in slots `index [B, n]` into the first n."""
+        slots = index.shape[1]
+        for layer in self.cache.layers:
+            for tensor in (layer.keys, layer.values):
+                chosen = index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+                tensor[:, :, :slots] = tensor.gather(2, chosen.to(tensor.device))
         rewind(self.cache, slots)
         self.used = slots
 

@@ -11,7 +11,6 @@ so that the device always has work. At the end one step was launched too many, a
 their shapes whatever the prompt: a cache has as many slots as `slots_for` says, and is kept for the next call.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from .backend import Options
 from .cache import LiveCache
-from .drafts import WIDTH, Drafter, Drafting, FromAssistant, FromPolicy, FromText, RowDrafter, Upcoming
+from .drafts import WIDTH, Drafter, Drafting, FromAssistant, FromPolicy, FromText, RowDrafter, Upcoming, check
 from .errors import TidalError
 from .models import continues, forgets, is_plain, is_recurrent, with_cache
 from .policy import Policy, is_preset, load_any, resolve
@@ -42,6 +41,7 @@ BY_SCORES = {
     "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization", "InfNanRemoveLogitsProcessor",
     "SuppressTokensLogitsProcessor",
 }  # fmt: skip
+REMEMBER = {"UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"}
 
 _caches: WeakKeyDictionary = WeakKeyDictionary()  # of each model: the last one
 
@@ -84,17 +84,16 @@ def generate(
         prompt_lookup_num_tokens: let the text draft instead, up to so many tokens (7 at most): what followed the last
             tokens where they stood before.
 
-    Raises `TidalError` for a cache that is too small, or for what this loop doesn't do (beams, an assistant model,
-    hidden states; corrections of recurrent layers, or of `place: cpu`; `exact` for a model with layers that forget);
-    `PolicyError` and `UnsupportedModelError` as the backend does.
+    Raises `TidalError` for a cache that is too small, or for what this loop doesn't do (beams, hidden states;
+    corrections of recurrent layers, or of `place: cpu`; drafts for a model with layers that forget, for logits
+    processors that remember, or without `exact` for methods that choose for one token a step); `PolicyError` and
+    `UnsupportedModelError` as the backend does.
     """
     _refuse_arguments(input_ids, kwargs)
     criteria = StoppingCriteriaList(stopping_criteria or [])
     strings = kwargs.pop("stop_strings", None)
     config = model.generation_config if generation_config is None else generation_config
-    if config.stop_strings is not None:
-        generation_config = copy.deepcopy(config)
-        strings, generation_config.stop_strings = strings or config.stop_strings, None
+    strings = strings or config.stop_strings
     if strings is not None:  # `model.generate` would not hand a tokenizer on
         if tokenizer is None:
             raise TidalError("generate: stop_strings need the tokenizer; pass tokenizer=...")
@@ -105,25 +104,37 @@ def generate(
         if correct_every < 1:
             raise TidalError(f"generate: correct_every {correct_every}; it is a number of tokens, or None")
         _check_rewrites(model, policy, "correct_every")
-    lookup = prompt_lookup_num_tokens
-    if lookup is None and config.prompt_lookup_num_tokens is not None:
-        generation_config = copy.deepcopy(generation_config or config)
-        lookup, generation_config.prompt_lookup_num_tokens = config.prompt_lookup_num_tokens, None
+    lookup = config.prompt_lookup_num_tokens if prompt_lookup_num_tokens is None else prompt_lookup_num_tokens
     drafts = None
     if exact or assistant_model is not None or lookup is not None:
         if correct_every is not None:
             raise TidalError("generate: a verification corrects the cache by itself; leave out correct_every")
-        drafts = _drafts_of(model, policy, exact, assistant_model, lookup, options or {})
+        ngram = kwargs.pop("max_matching_ngram_size", None) or config.max_matching_ngram_size
+        drafts = _drafts_of(model, policy, exact, assistant_model, lookup, ngram, options or {})
     loop = functools.partial(
         _loop, step=step, drafts=drafts, streamer=streamer, report=report, own_cache=not given, keep_cache=keep_cache,
         correct_every=correct_every,
     )  # fmt: skip
     # Each number of rows, and of slots, is wanted, and compiled
-    with torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
+    limits = torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
+    with limits, _set_aside(config), _set_aside(model.generation_config):
         return model.generate(
             input_ids, generation_config=generation_config, stopping_criteria=criteria, streamer=streamer,
             custom_generate=loop, **kwargs,
         )  # fmt: skip
+
+
+@contextmanager
+def _set_aside(config: GenerationConfig) -> Iterator[None]:
+    """While transformers reads a config: let it not see what is ours to do, and what it would refuse."""
+    before = {name: getattr(config, name) for name in ("stop_strings", "prompt_lookup_num_tokens")}
+    for name in before:
+        setattr(config, name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def _step(model: PreTrainedModel, policy: Any, options: dict[str, Any]) -> Callable:
@@ -143,6 +154,7 @@ class _Drafts:
     dense: Callable | None
     assistant: tuple[PreTrainedModel, Callable] | None
     lookup: int | None
+    ngram: int  # the most tokens that a lookup compares
 
     @property
     def by_row(self) -> bool:
@@ -152,7 +164,7 @@ class _Drafts:
 
 def _drafts_of(
     model: PreTrainedModel, policy: Any, exact: bool | Drafting, assistant: PreTrainedModel | None, lookup: int | None,
-    options: dict[str, Any],
+    ngram: int | None, options: dict[str, Any],
 ) -> _Drafts:  # fmt: skip
     """What the arguments of `generate` say of drafts, checked."""
     _check_rewrites(model, policy, "exact" if exact else "drafts")
@@ -160,7 +172,19 @@ def _drafts_of(
         raise TidalError("generate: assistant_model and prompt_lookup_num_tokens exclude each other")
     if lookup is not None and lookup < 1:
         raise TidalError(f"generate: prompt_lookup_num_tokens {lookup}; it is a number of tokens, or None")
+    drafting = exact if isinstance(exact, Drafting) else Drafting()
+    check(drafting)
+    roles = resolve(policy, model.config.get_text_config(decoder=True).num_hidden_layers).roles
+    if not exact and (one := next((role for role in roles if role.is_sparse and not role.method.several), None)):
+        raise TidalError(
+            f"generate: layer {one.layer} chooses by {one.by}, for one token a step, so that the policy can't verify "
+            "several; with exact=True the dense model does"
+        )
     if assistant is not None:
+        if not all(map(is_plain, LiveCache(assistant.config, 1).layers)):
+            raise TidalError(
+                "generate: the assistant_model has sliding windows or recurrent layers, which can't take back a draft"
+            )
         sizes = [one.get_input_embeddings().num_embeddings for one in (model, assistant)]
         if sizes[0] != sizes[1] or assistant.device != model.device:
             raise TidalError(
@@ -168,11 +192,22 @@ def _drafts_of(
                 f"{sizes[0]} on {model.device}"
             )
     return _Drafts(
-        drafting=exact if isinstance(exact, Drafting) else Drafting(),
+        drafting=drafting,
         dense=_step(model, "full", options) if exact else None,
         assistant=None if assistant is None else (assistant, _step(assistant, "full", options)),
         lookup=lookup,
+        ngram=ngram or 3,
     )
+
+
+def _refuse_memory(processors: list) -> None:
+    """Raise `TidalError` for logits processors that remember what they were asked: drafts are not what was said."""
+    for one in processors:
+        if type(one).__name__ in REMEMBER:
+            raise TidalError(
+                f"generate: {type(one).__name__} remembers each token that it sees, and drafts may not hold; leave out "
+                "exact, assistant_model and prompt_lookup_num_tokens"
+            )
 
 
 def _by_scores_alone(processors: list) -> bool:
@@ -211,11 +246,13 @@ def _loop(
     attention_mask = model_kwargs.pop("attention_mask", None)
     _refuse(config, model_kwargs)
     keeps = keep_cache and not config.return_dict_in_generate
+    if drafts is not None:
+        _refuse_memory(logits_processor)
     wants_scores = config.return_dict_in_generate and (config.output_scores or config.output_logits)
-    by_row = drafts is not None and drafts.by_row and batch > 1 and own_cache and _by_scores_alone(logits_processor)
-    by_row = by_row and not config.return_dict_in_generate  # with holes, nobody else can use the cache
+    by_row = drafts is not None and drafts.by_row and batch > 1 and _by_scores_alone(logits_processor)
+    by_row = by_row and not wants_scores
     room = most if drafts is None else most + WIDTH  # of which a verification may write some for nothing
-    room += int(HOLES * (most - prompt)) if by_row else 0
+    room += int(HOLES * (most - prompt)) if by_row and own_cache else 0
     with _cache_of(model, given, batch, room, keeps) as cache:
         if drafts is not None and not all(map(is_plain, cache.layers)):
             raise TidalError(
@@ -230,6 +267,7 @@ def _loop(
             mask = torch.ones(batch, slots, dtype=torch.bool, device=model.device)
             mask[:, :prompt] = attention_mask.bool() if padded else True
             place = positions(mask)
+        seen = mask.clone() if padded else None  # of the prompt, which rows by themselves hide more of
         past = int(cache.get_seq_length())
         if past and prompt - past > 1 and not continues(model):
             raise TidalError(
@@ -240,7 +278,7 @@ def _loop(
                 f"generate: the cache holds {past} tokens, and the prompt has {prompt}; it must have a new one"
             )
         with _torn_by_an_interrupt(cache, past):
-            for done, after in read(model, input_ids.to(model.device), cache, past=past, mask=mask if padded else None):
+            for done, after in read(model, input_ids.to(model.device), cache, past=past, mask=seen):
                 logits = after
                 report(done, prompt)
 
@@ -248,7 +286,8 @@ def _loop(
         sequences[:, :prompt] = input_ids
         unfinished = torch.ones(batch, dtype=torch.long, device=input_ids.device)
         has_eos = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
-        pad = getattr(config, "_pad_token_tensor", None)
+        pad = config._pad_token_tensor.to(input_ids.device) if has_eos else None  # rows that have ended go on with it
+        ends = torch.full_like(unfinished, most)  # how many tokens each row had then
         token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         late = _Late(batch, input_ids.device)
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
@@ -263,58 +302,77 @@ def _loop(
                 chooses = most, logits_processor, config.do_sample
                 drafter = RowDrafter(drafts.drafting, cache, decode, dense, mask, prompt, *chooses)
             else:
-                drafter = _drafter(drafts, decode, input_ids, cache, mask, place, logits_processor, config.do_sample)
+                chooses = logits_processor, config.do_sample, pad
+                drafter = _drafter(drafts, decode, input_ids, cache, mask, place, *chooses)
         saved = windows(cache) if correct_every else {}
         # A step too many can't be taken back from layers that forget: only where nobody sees the cache again
         looks_first = any(map(forgets, cache.layers)) and not (own_cache and keeps)
-        while True:
-            now = upcoming.pop(0)
-            if now.token is None or wants_scores:
-                raw = now.logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
-                scores = logits_processor(sequences[:, :length], raw)
-            if config.return_dict_in_generate and config.output_scores:
-                kept["scores"].append(scores)
-            if config.return_dict_in_generate and config.output_logits:
-                kept["logits"].append(raw)
-            if now.token is not None:
-                chosen = now.token
-            elif config.do_sample:
-                weights = scores.softmax(-1) if now.weights is None else now.weights
-                chosen = torch.multinomial(weights, num_samples=1).squeeze(1)
-            else:
-                chosen = scores.argmax(-1)
-            if has_eos:
-                chosen = chosen * unfinished + pad.to(chosen.device) * (1 - unfinished)
-            sequences[:, length] = chosen
-            length += 1
-            unfinished = unfinished & ~stopping_criteria(sequences[:, :length], tuple(kept["scores"]) or None)
-            late.send(chosen, unfinished)
-            launches = length < most and not upcoming
-            ahead = drafter.drafts(most - length) if drafter and launches else 0  # tokens to draft
-            is_over = late.is_over() if looks_first or ahead else False
-            if launches and not is_over:
-                token.copy_(chosen[:, None])
-                with _torn_by_an_interrupt(cache, length - 1):
-                    if ahead or by_row:
-                        upcoming = drafter.cycle(sequences, length, unfinished, ahead)
-                    else:
-                        at = place[:, length - 1 : length].clone()
-                        one_by_one = drafts.dense if drafts and drafts.dense else step
-                        logits = _decode(model, one_by_one, token, at, cache=cache, mask=mask)[:, -1]
-                        upcoming = [Upcoming(logits)]
-                    if correct_every and (length - prompt) % correct_every == 0:
-                        start = length - correct_every
-                        rewind(cache, start, saved)
-                        latest = sequences[:, start:length].to(model.device)
-                        _, logits = next(read(model, latest, cache, past=start, first=start, mask=mask, chunk=length))
-                        saved, upcoming = windows(cache), [Upcoming(logits)]
-                cached = length + len(upcoming) - 1
-            is_over = late.is_over()
-            if streamer is not None:
-                streamer.put(late.tokens())
-            if is_over or length == most:
-                break
-        if cached >= length and not by_row:
+        try:
+            while True:
+                now = upcoming.pop(0)
+                if now.token is None or wants_scores:
+                    raw = now.logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
+                    scores = logits_processor(sequences[:, :length], raw)
+                if config.return_dict_in_generate and config.output_scores:
+                    kept["scores"].append(scores)
+                if config.return_dict_in_generate and config.output_logits:
+                    kept["logits"].append(raw)
+                if now.token is not None:
+                    chosen = now.token
+                elif config.do_sample:
+                    weights = scores.softmax(-1) if now.weights is None else now.weights
+                    chosen = torch.multinomial(weights, num_samples=1).squeeze(1)
+                else:
+                    chosen = scores.argmax(-1)
+                if pad is not None:
+                    chosen = chosen * unfinished + pad * (1 - unfinished)
+                sequences[:, length] = chosen
+                length += 1
+                unfinished = unfinished & ~stopping_criteria(sequences[:, :length], tuple(kept["scores"]) or None)
+                ends = torch.where((unfinished == 0) & (ends == most), length, ends)
+                going = unfinished if pad is not None else torch.ones_like(unfinished)  # rows that say something
+                late.send(chosen, unfinished)
+                launches = length < most and not upcoming
+                ahead = drafter.drafts(most - length) if drafter and launches else 0  # tokens to draft
+                is_over = late.is_over() if looks_first or ahead else False
+                if launches and not is_over:
+                    token.copy_(chosen[:, None])
+                    with _torn_by_an_interrupt(cache, length - 1):
+                        if ahead or by_row:
+                            upcoming = drafter.cycle(sequences, length, going, ahead)
+                        else:
+                            at = place[:, length - 1 : length].clone()
+                            one_by_one = drafts.dense if drafts and drafts.dense else step
+                            logits = _decode(model, one_by_one, token, at, cache=cache, mask=mask)[:, -1]
+                            upcoming = [Upcoming(logits)]
+                        if correct_every and (length - prompt) % correct_every == 0:
+                            start = length - correct_every
+                            rewind(cache, start, saved)
+                            latest = sequences[:, start:length].to(model.device)
+                            _, logits = next(
+                                read(model, latest, cache, past=start, first=start, mask=mask, chunk=length)
+                            )
+                            saved, upcoming = windows(cache), [Upcoming(logits)]
+                    cached = length + len(upcoming) - 1
+                is_over = late.is_over()
+                if streamer is not None:
+                    streamer.put(late.tokens())
+                if is_over or length == most:
+                    break
+        except BaseException:
+            if drafter is not None:  # which may have filled the cache with more than was said
+                _take_back_drafts(drafter, cache, cached, length)
+            raise
+        if drafter is not None:
+            _take_back_drafts(drafter, cache, cached, length)
+            first = min(int(ends.min()), length) - 1
+            if first < length - 1 and (not own_cache or config.return_dict_in_generate):
+                # Of rows that ended before others did, the cache holds drafts in place of what follows
+                rewind(cache, first)
+                said = sequences[:, first : length - 1]
+                for _ in read(model, said, cache, past=first, first=first, mask=seen):
+                    pass
+        elif cached >= length:
             rewind(cache, length - 1)
     if streamer is not None:
         streamer.end()
@@ -325,22 +383,26 @@ def _loop(
     return GenerateDecoderOnlyOutput(sequences=sequences, **tuples, **_named(cache))
 
 
+def _take_back_drafts(drafter: Drafter | RowDrafter, cache: Any, cached: int, length: int) -> None:
+    """Leave all but the last of `length` tokens in a cache that holds `cached`, some of which nobody was told."""
+    if isinstance(drafter, RowDrafter):
+        drafter.settle(length - 1)
+    elif cached >= length:
+        rewind(cache, length - 1)
+
+
 def _drafter(
     drafts: _Drafts, decode: Callable, input_ids: Tensor, cache: Any, mask: Tensor | None, place: Tensor,
-    processor: Callable, samples: bool,
+    processor: Callable, samples: bool, pad: Tensor | None,
 ) -> Drafter:  # fmt: skip
     """The drafter of one call, whose `decode` is a step under the policy over the cache."""
     model = decode.args[0]
     source: FromPolicy | FromAssistant | FromText = FromPolicy(decode, cache, place, processor, samples)
     if drafts.lookup is not None:
-        source = FromText(model.config.get_text_config(decoder=True).vocab_size, samples)
+        source = FromText(drafts.ngram)
     if drafts.assistant is not None:
         assistant, step = drafts.assistant
         own = LiveCache(assistant.config, place.shape[1])
-        if not all(map(is_plain, own.layers)):
-            raise TidalError(
-                "generate: the assistant_model has sliding windows or recurrent layers, which can't take back a draft"
-            )
 
         def catch_up(tokens: Tensor, past: int) -> None:
             for _ in read(assistant, tokens.to(assistant.device), own, past=past, first=past, mask=mask):
@@ -353,7 +415,7 @@ def _drafter(
         source = FromAssistant(own_decode, catch_up, own, place, processor, samples, known)
     verify = decode if drafts.dense is None else functools.partial(_decode, model, drafts.dense, cache=cache, mask=mask)
     most = min(drafts.lookup or WIDTH, WIDTH - 1)
-    return Drafter(drafts.drafting, source, cache, verify, place, processor, most)
+    return Drafter(drafts.drafting, source, cache, verify, place, processor, samples, pad, most)
 
 
 def _named(cache: Any) -> dict[str, Any]:

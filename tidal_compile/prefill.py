@@ -47,8 +47,16 @@ def read(
             given["position_ids"] = place[:, part].expand(len(input_ids), -1)
         if takes(type(model), "logits_to_keep"):
             given["logits_to_keep"] = 1
-        with reading(cache, start), _attention(model, cache, mask):
-            logits = model(**given).logits[:, -1]
+        try:
+            with reading(cache, start), _attention(model, cache, mask):
+                logits = model(**given).logits[:, -1]
+        except _OwnMask:
+            _with_masks.add(type(model))
+            for layer in cache.layers:
+                if getattr(layer, "is_initialized", False):
+                    layer.cumulative_length.fill_(start)
+            with reading(cache, start):
+                logits = model(**given).logits[:, -1]
         yield part.stop, logits
 
 
@@ -66,17 +74,26 @@ def takes(kind: type, name: str) -> bool:
 def _attention(model: PreTrainedModel, cache: Any, mask: Tensor | None) -> contextlib.AbstractContextManager:
     """Our attention function for a model that goes by SDPA, if all layers see every token before."""
     is_sdpa = model.config.get_text_config(decoder=True)._attn_implementation == "sdpa"
-    if not is_sdpa or mask is not None or not model._supports_attention_backend:
+    if not is_sdpa or mask is not None or not model._supports_attention_backend or type(model) in _with_masks:
         return contextlib.nullcontext()
     sees_all = all(isinstance(layer, LiveLayer) for layer in cache.layers)
     return attention_implementation(model, CAUSAL) if sees_all else contextlib.nullcontext()
 
 
+class _OwnMask(Exception):
+    """A model makes a mask by itself, in its attention layers, beside the one that transformers makes (Doge)."""
+
+
+_with_masks: set[type] = set()  # classes of models that do
+
+
 def _attend(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None,
-    dropout: float = 0.0, **_: Any,
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, position_bias: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention of the last queries `[B, Hq, n, D]` to keys and values `[B, Hkv, live, D]`: `[B, n, Hq, D]`."""
+    if attention_mask is not None or position_bias is not None:
+        raise _OwnMask
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=causal_lower_right(query.shape[2], key.shape[2]), dropout_p=dropout,
         scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
