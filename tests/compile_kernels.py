@@ -22,6 +22,7 @@ TYPES = {
     torch.uint8: "*u8", torch.int8: "*i8",
 }  # fmt: skip
 COMPILED = {}
+SHARED = 232_448  # bytes that a program may have on a Hopper GPU
 
 
 def compile_instead(kernel, *args, grid, warmup, **options):
@@ -41,7 +42,9 @@ def compile_instead(kernel, *args, grid, warmup, **options):
     key = source.hash()
     if key not in COMPILED:
         COMPILED[key] = kernel.__name__
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        shared = compiled.metadata.shared
+        assert shared <= SHARED, f"{kernel.__name__}: {shared} bytes of shared memory, of {constants} {options}"
 
 
 def compile_linears():
@@ -84,6 +87,19 @@ def compile_attention():
         lsh.merge_with(splits, q[:, :, 0].float(), q[:, :, 0, 0].float(), call)
 
 
+def compile_several_tokens():
+    """Of a large cache, whose tiles are the largest."""
+    for group, tokens, masking in ((4, 8, torch.bool), (8, 16, torch.bfloat16), (1, 16, None)):
+        q = torch.zeros(1, 4 * group, tokens, 128, dtype=torch.bfloat16)
+        k = torch.zeros(1, 4, 2**15, 128, dtype=torch.bfloat16)
+        mask = None if masking is None else torch.ones(1, 1, tokens, 2**15, dtype=masking)
+        call = Call(q, k, k, torch.tensor(300), mask, 0.1)
+        dense.full_attention(call)
+        if group == 4:
+            _, index = select.select_attention(call, Selection(64, 0.0, 4, 8))
+            sparse.sparse_attention(call, index)
+
+
 def compile_more_pages_than_a_program_holds():
     pick.MOST = 64
     q, k = (torch.zeros(1, *shape, 128, dtype=torch.bfloat16) for shape in ((8, 1), (2, 2048)))
@@ -99,6 +115,7 @@ def main():
         module.overlap = lambda _: {"PDL": True, "launch_pdl": True}
     compile_linears()
     compile_attention()
+    compile_several_tokens()
     compile_more_pages_than_a_program_holds()
     print(len(COMPILED), "kernels:", *sorted(set(COMPILED.values())))
 

@@ -174,6 +174,8 @@ def scan(call: Call[Tensor], write_scores: bool = False, values: bool = True) ->
     large = head_dim > 64 and batch * num_kv_heads * slots >= 2**17
     block_n = tile_tokens(k, stage_bytes=2**16 if large else 2**15)
     warps, stages = (8, 3) if large and values else (4, 3 if values else 4)
+    if tokens > 1 and mask is not None:  # whose tiles take shared memory as well
+        stages = 2
     splits = num_splits(q.device, programs * num_kv_heads, triton.cdiv(slots, block_n), per_processor=1 if large else 2)
     if mask is not None and batch > 1:  # rows may differ: padding is skipped, and short programs share what is left
         splits = min(4 * splits, triton.cdiv(slots, block_n))
