@@ -299,7 +299,7 @@ class RowDrafter:
         self.mask, self.most, self.processor, self.samples = mask, most, processor, samples
         self.padding = length - mask[:, :length].sum(1)  # [B]
         self.known = torch.full_like(self.padding, length + 1)  # tokens of each row, whose last is not in the cache
-        self.used = length  # slots of the cache
+        self.prompt = self.used = length  # slots of the prompt, and of the cache
         self.pace = _Pace()
         self.clock = _Clock(mask.device)
 
@@ -376,32 +376,29 @@ class RowDrafter:
         return torch.multinomial(weights, num_samples=1).squeeze(1)
 
     def settle(self, length: int) -> None:
-        """Leave the first `length` tokens of each row in the cache, padding before them, as if all had gone together.
+        """Leave the first `length` tokens of each row in the cache, as if all rows had gone together.
 
         A row that ended earlier has no more than it had: what stands behind is anything.
         """
-        order = torch.argsort((~self.mask[:, : self.used]).long(), dim=1, stable=True)  # visible ones first
-        place = torch.arange(min(length, self.used), device=order.device) - self.padding[:, None]
-        self._move(order.gather(1, place.clamp(min=0)))
+        self._gather(max(0, min(length, self.used) - self.prompt))
 
     def _close_holes(self) -> None:
-        """Move what the rows hold together: all end at the same slot, and what is left over is padding before it."""
-        mask = self.mask[:, : self.used]
-        slots = int(mask.sum(1).max())
-        kept = torch.argsort(mask.long(), dim=1, stable=True)[:, -slots:]  # hidden ones first
-        self.mask[:, :slots] = mask.gather(1, kept)
-        self.mask[:, slots:] = True
-        self._move(kept)
+        """Move the tokens of each row together. Rows that have fewer than others end with slots that are hidden."""
+        count = self.mask[:, self.prompt : self.used].sum(1)
+        self._gather(int(count.max()))
+        place = torch.arange(self.prompt, self.mask.shape[1], device=count.device) - self.prompt
+        self.mask[:, self.prompt :] = (place < count[:, None]) | (place >= self.used - self.prompt)
 
-    def _move(self, index: Tensor) -> None:
-        """Put what stands in slots `index [B, n]` into the first n."""
-        slots = index.shape[1]
+    def _gather(self, slots: int) -> None:
+        """Put what each row has said since the prompt, first of all, into so many slots behind it."""
+        order = torch.argsort((~self.mask[:, self.prompt : self.used]).long(), dim=1, stable=True)[:, :slots]
         for layer in self.cache.layers:
             for tensor in (layer.keys, layer.values):
-                chosen = index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-                tensor[:, :, :slots] = tensor.gather(2, chosen.to(tensor.device))
-        rewind(self.cache, slots)
-        self.used = slots
+                index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]).to(tensor.device)
+                said = tensor[:, :, self.prompt : self.used].gather(2, index)
+                tensor[:, :, self.prompt : self.prompt + slots] = said
+        self.used = self.prompt + slots
+        rewind(self.cache, self.used)
 
 
 class _Clock:
