@@ -254,12 +254,7 @@ def _loop(
     room = most if drafts is None else most + WIDTH  # of which a verification may write some for nothing
     room += int(HOLES * (most - prompt)) if by_row and own_cache else 0
     with _cache_of(model, given, batch, room, keeps) as cache:
-        if drafts is not None and not all(map(is_plain, cache.layers)):
-            raise TidalError(
-                "generate: drafts, but the model has sliding windows or recurrent layers, which can't take one back"
-            )
-        if correct_every and any(map(is_recurrent, cache.layers)):
-            raise TidalError("generate: correct_every, but the model has recurrent layers, which can't be set back")
+        _check_layers(cache, drafts, correct_every)
         slots = max(_slots(cache), room)  # of windows alone there are fewer
         mask, place = None, torch.arange(slots, device=model.device).expand(batch, slots)  # of each slot [B, slots]
         padded = attention_mask is not None and not attention_mask.all()  # a step without a mask reads less
@@ -268,19 +263,7 @@ def _loop(
             mask[:, :prompt] = attention_mask.bool() if padded else True
             place = positions(mask)
         seen = mask.clone() if padded else None  # of the prompt, which rows by themselves hide more of
-        past = int(cache.get_seq_length())
-        if past and prompt - past > 1 and not continues(model):
-            raise TidalError(
-                f"generate: the cache holds {past} of {prompt} tokens, and this model can't read several more"
-            )
-        if past >= prompt:
-            raise TidalError(
-                f"generate: the cache holds {past} tokens, and the prompt has {prompt}; it must have a new one"
-            )
-        with _torn_by_an_interrupt(cache, past):
-            for done, after in read(model, input_ids.to(model.device), cache, past=past, mask=seen):
-                logits = after
-                report(done, prompt)
+        logits = _read_prompt(model, input_ids, cache, seen, report)
 
         sequences = torch.zeros(batch, room, dtype=torch.long, device=input_ids.device)
         sequences[:, :prompt] = input_ids
@@ -296,14 +279,15 @@ def _loop(
         drafter = None
         if drafts is not None:
             place = place.clamp(max=most - 1)  # what stands behind is never an answer, and may be behind all positions
-            decode = functools.partial(_decode, model, step, cache=cache, mask=mask)
+            chooses = logits_processor, config.do_sample
             if by_row:
-                dense = functools.partial(_decode, model, drafts.dense, cache=cache, mask=mask)
-                chooses = most, logits_processor, config.do_sample
-                drafter = RowDrafter(drafts.drafting, cache, decode, dense, mask, prompt, *chooses)
+                draft, verify = (
+                    functools.partial(_decode, model, one, cache=cache, mask=mask) for one in (step, drafts.dense)
+                )
+                drafter = RowDrafter(drafts.drafting, cache, draft, verify, mask, prompt, most, *chooses)
             else:
-                chooses = logits_processor, config.do_sample, pad
-                drafter = _drafter(drafts, decode, input_ids, cache, mask, place, *chooses)
+                decode = functools.partial(_decode, model, step, cache=cache, mask=mask)
+                drafter = _drafter(drafts, decode, input_ids, cache, mask, place, *chooses, pad)
         saved = windows(cache) if correct_every else {}
         # A step too many can't be taken back from layers that forget: only where nobody sees the cache again
         looks_first = any(map(forgets, cache.layers)) and not (own_cache and keeps)
@@ -329,8 +313,8 @@ def _loop(
                 sequences[:, length] = chosen
                 length += 1
                 unfinished = unfinished & ~stopping_criteria(sequences[:, :length], tuple(kept["scores"]) or None)
-                ends = torch.where((unfinished == 0) & (ends == most), length, ends)
-                going = unfinished if pad is not None else torch.ones_like(unfinished)  # rows that say something
+                if drafter is not None:
+                    ends = torch.where((unfinished == 0) & (ends == most), length, ends)
                 late.send(chosen, unfinished)
                 launches = length < most and not upcoming
                 ahead = drafter.drafts(most - length) if drafter and launches else 0  # tokens to draft
@@ -339,20 +323,16 @@ def _loop(
                     token.copy_(chosen[:, None])
                     with _torn_by_an_interrupt(cache, length - 1):
                         if ahead or by_row:
-                            upcoming = drafter.cycle(sequences, length, going, ahead)
+                            says = unfinished if pad is not None else torch.ones_like(unfinished)  # which rows go on
+                            upcoming = drafter.cycle(sequences, length, says, ahead)
                         else:
                             at = place[:, length - 1 : length].clone()
                             one_by_one = drafts.dense if drafts and drafts.dense else step
                             logits = _decode(model, one_by_one, token, at, cache=cache, mask=mask)[:, -1]
                             upcoming = [Upcoming(logits)]
                         if correct_every and (length - prompt) % correct_every == 0:
-                            start = length - correct_every
-                            rewind(cache, start, saved)
-                            latest = sequences[:, start:length].to(model.device)
-                            _, logits = next(
-                                read(model, latest, cache, past=start, first=start, mask=mask, chunk=length)
-                            )
-                            saved, upcoming = windows(cache), [Upcoming(logits)]
+                            logits, saved = _correct(model, sequences, length, correct_every, cache, mask, saved)
+                            upcoming = [Upcoming(logits)]
                     cached = length + len(upcoming) - 1
                 is_over = late.is_over()
                 if streamer is not None:
@@ -365,13 +345,8 @@ def _loop(
             raise
         if drafter is not None:
             _take_back_drafts(drafter, cache, cached, length)
-            first = min(int(ends.min()), length) - 1
-            if first < length - 1 and (not own_cache or config.return_dict_in_generate):
-                # Of rows that ended before others did, the cache holds drafts in place of what follows
-                rewind(cache, first)
-                said = sequences[:, first : length - 1]
-                for _ in read(model, said, cache, past=first, first=first, mask=seen):
-                    pass
+            if not own_cache or config.return_dict_in_generate:
+                _read_ends(model, sequences[:, :length], int(ends.min()), cache, seen)
         elif cached >= length:
             rewind(cache, length - 1)
     if streamer is not None:
@@ -381,6 +356,58 @@ def _loop(
         return sequences
     tuples = {name: tuple(found) if config.to_dict()[f"output_{name}"] else None for name, found in kept.items()}
     return GenerateDecoderOnlyOutput(sequences=sequences, **tuples, **_named(cache))
+
+
+def _check_layers(cache: Any, drafts: _Drafts | None, correct_every: int | None) -> None:
+    """Raise `TidalError` for layers that can't be set back as far as drafts or corrections need."""
+    if drafts is not None and not all(map(is_plain, cache.layers)):
+        raise TidalError(
+            "generate: drafts, but the model has sliding windows or recurrent layers, which can't take one back"
+        )
+    if correct_every and any(map(is_recurrent, cache.layers)):
+        raise TidalError("generate: correct_every, but the model has recurrent layers, which can't be set back")
+
+
+def _read_prompt(
+    model: PreTrainedModel, input_ids: Tensor, cache: Any, mask: Tensor | None, report: Callable
+) -> Tensor:
+    """Read what the cache lacks of a prompt: the logits `[B, vocab]` after it."""
+    past, prompt = int(cache.get_seq_length()), input_ids.shape[1]
+    if past and prompt - past > 1 and not continues(model):
+        raise TidalError(f"generate: the cache holds {past} of {prompt} tokens, and this model can't read several more")
+    if past >= prompt:
+        raise TidalError(
+            f"generate: the cache holds {past} tokens, and the prompt has {prompt}; it must have a new one"
+        )
+    with _torn_by_an_interrupt(cache, past):
+        for done, after in read(model, input_ids.to(model.device), cache, past=past, mask=mask):
+            logits = after
+            report(done, prompt)
+    return logits
+
+
+def _correct(
+    model: PreTrainedModel, sequences: Tensor, length: int, every: int, cache: Any, mask: Tensor | None,
+    saved: dict[int, Any],
+) -> tuple[Tensor, dict[int, Any]]:  # fmt: skip
+    """Pass the last tokens through the dense model: the logits after them, and the cache's windows then.
+
+    `saved` are the windows before these tokens.
+    """
+    start = length - every
+    rewind(cache, start, saved)
+    latest = sequences[:, start:length].to(model.device)
+    _, logits = next(read(model, latest, cache, past=start, first=start, mask=mask, chunk=length))
+    return logits, windows(cache)
+
+
+def _read_ends(model: PreTrainedModel, sequences: Tensor, ends: int, cache: Any, mask: Tensor | None) -> None:
+    """Where a row ended at `ends` tokens, before others did: drafts stand in the cache in place of what follows."""
+    first, last = ends - 1, sequences.shape[1] - 1
+    if first < last:
+        rewind(cache, first)
+        for _ in read(model, sequences[:, first:last], cache, past=first, first=first, mask=mask):
+            pass
 
 
 def _take_back_drafts(drafter: Drafter | RowDrafter, cache: Any, cached: int, length: int) -> None:
