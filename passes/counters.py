@@ -147,10 +147,10 @@ def _follow_counters(gm: fx.GraphModule) -> _Flow:
     """Find the counters of a graph, and follow them to what is computed from them."""
     output, nodes = _output(gm), list(gm.graph.nodes)
     counters = [node for node in nodes if node.op == "placeholder" and _is_counter(node)]
-    derived = _reachable(counters, lambda node: [user for user in node.users if _is_number(user)])
+    derived = reachable(counters, lambda node: [user for user in node.users if _is_number(user)])
     users = {user for node in (*counters, *derived) for user in node.users}
     returned = [node for node in output.args[0] if node in derived or node in counters]
-    needed = {*returned} | _reachable(returned, lambda node: node.all_input_nodes)
+    needed = {*returned} | reachable(returned, lambda node: node.all_input_nodes)
     return _Flow(
         counters=counters,
         derived=[node for node in nodes if node in derived],
@@ -188,7 +188,7 @@ def _output(gm: fx.GraphModule) -> fx.Node:
     return next(iter(gm.graph.find_nodes(op="output")))
 
 
-def _reachable(start: list[fx.Node], neighbours: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:
+def reachable(start: list[fx.Node], neighbours: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:
     """The nodes that one step or more lead to from `start`."""
     reached: set[fx.Node] = set()
     queue = list(start)

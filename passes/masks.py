@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from ..kernels.reference import hidden
 from .compat import source_of
+from .counters import reachable
 
 COUNTER = ".cumulative_length"
 
@@ -49,13 +50,12 @@ def _is_causal(mask: Tensor, length: int, num_tokens: int) -> bool:
 
 def _way_to(mask: fx.Node) -> list[fx.Node]:
     """The nodes that lead to a mask, and what writes to them before, in the order of the graph."""
-    needed, queue = set(), [mask]
-    while queue:
-        node = queue.pop()
-        if node not in needed:
-            needed.add(node)
-            queue += node.all_input_nodes
-            queue += [user for user in node.users if user.op == "call_method" and str(user.target).endswith("_")]
+
+    def before(node: fx.Node) -> list[fx.Node]:
+        writes = [user for user in node.users if user.op == "call_method" and str(user.target).endswith("_")]
+        return node.all_input_nodes + writes
+
+    needed = {mask} | reachable([mask], before)
     order = list(mask.graph.nodes)
     return [node for node in order[: order.index(mask) + 1] if node in needed]
 

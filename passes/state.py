@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..kernels.call import Call, Selection
 from ..kernels.methods import Method
 from .compat import mark_static_input
+from .counters import reachable
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,8 @@ def add_inputs(gm: fx.GraphModule, call: Call[fx.Node], selection: Selection, me
 def _call_ahead(gm: fx.GraphModule, call: Call[fx.Node], inputs: list[fx.Node]) -> Callable[..., Call[Tensor]]:
     """A function of the graph's inputs: the call that a step will make. The query is as large as it will be."""
     wanted = (call.key, call.value, call.length, call.mask, call.sink_logit)
-    needed, queue = set(), [node for node in wanted if node is not None]
-    while queue:
-        node = queue.pop()
-        if node not in needed:
-            needed.add(node)
-            queue += node.all_input_nodes
+    start = [node for node in wanted if node is not None]
+    needed = {*start} | reachable(start, lambda node: node.all_input_nodes)
     graph, copies = fx.Graph(), {}
     for node in gm.graph.nodes:
         if node in needed:

@@ -178,17 +178,21 @@ class FromText:
 
 def _go_on(by: FromPolicy | FromAssistant, sequences: Tensor, length: int, drafts: int) -> tuple[Tensor, Tensor | None]:
     """Write drafts into sequences, one by one, each by a step over what is there."""
-    weights = []
+    weights: list[Tensor] = []
     for number in range(length, length + drafts):
         token = sequences[:, number - 1 : number].to(by.place.device, copy=True)
         logits = by.step(token, by.place[:, number - 1 : number].clone())[:, -1]
         scores = by.processor(sequences[:, :number], logits.to(sequences.device, torch.float32))
-        if by.samples:
-            weights.append(scores.softmax(-1))
-            sequences[:, number] = torch.multinomial(weights[-1], num_samples=1).squeeze(1)
-        else:
-            sequences[:, number] = scores.argmax(-1)
+        sequences[:, number] = _choose(scores, by.samples, weights)
     return sequences[:, length : length + drafts].clone(), torch.stack(weights, 1) if weights else None
+
+
+def _choose(scores: Tensor, samples: bool, weights: list[Tensor]) -> Tensor:
+    """A draft `[B]` by scores `[B, vocab]`; what it was drawn from is added to the weights."""
+    if not samples:
+        return scores.argmax(-1)
+    weights.append(scores.softmax(-1))
+    return torch.multinomial(weights[-1], num_samples=1).squeeze(1)
 
 
 class Drafter:
@@ -324,11 +328,7 @@ class RowDrafter:
         for number in range(drafts):
             logits = self.draft(tokens[:, number : number + 1].clone(), at[:, number : number + 1].clone())
             scores = self.processor(tokens, logits[:, -1].float())
-            if self.samples:
-                weights.append(scores.softmax(-1))
-                tokens[:, number + 1] = torch.multinomial(weights[-1], num_samples=1).squeeze(1)
-            else:
-                tokens[:, number + 1] = scores.argmax(-1)
+            tokens[:, number + 1] = _choose(scores, self.samples, weights)
         take_back(self.cache, drafts)
         self.clock.tick()
         logits = self.verify(tokens, at[:, :width].clone())[:, : drafts + 1].to(torch.float32, copy=True)

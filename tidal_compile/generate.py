@@ -320,12 +320,12 @@ def _loop(
                 ahead = drafter.drafts(most - length) if drafter and launches else 0  # tokens to draft
                 is_over = late.is_over() if looks_first or ahead else False
                 if launches and not is_over:
-                    token.copy_(chosen[:, None])
                     with _torn_by_an_interrupt(cache, length - 1):
                         if ahead or by_row:
                             says = unfinished if pad is not None else torch.ones_like(unfinished)  # which rows go on
                             upcoming = drafter.cycle(sequences, length, says, ahead)
                         else:
+                            token.copy_(chosen[:, None])
                             at = place[:, length - 1 : length].clone()
                             one_by_one = drafts.dense if drafts and drafts.dense else step
                             logits = _decode(model, one_by_one, token, at, cache=cache, mask=mask)[:, -1]
