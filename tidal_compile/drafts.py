@@ -218,7 +218,7 @@ class Drafter:
         self.drafting.steps += drafts == 0
         return drafts
 
-    def cycle(self, sequences: Tensor, length: int, unfinished: Tensor, drafts: int) -> list[Upcoming]:
+    def cycle(self, sequences: Tensor, length: int, going: Tensor, drafts: int) -> list[Upcoming]:
         """Go on from sequences `[B, >= length + WIDTH]`, whose token length - 1 isn't in the cache yet.
 
         What comes next: accepted drafts, which are in the cache then, and what follows them.
@@ -227,7 +227,7 @@ class Drafter:
         self.clock.tick()
         drafted, draws = self.source.propose(sequences, length, drafts)  # [B, D], [B, D, vocab]
         self.clock.tick()
-        ended = (unfinished == 0)[:, None]
+        ended = ~going[:, None]
         if self.pad is not None:
             drafted = torch.where(ended, self.pad, drafted)
             sequences[:, length : length + drafts] = drafted
@@ -313,12 +313,12 @@ class RowDrafter:
         self.drafting.steps += drafts == 0
         return drafts
 
-    def cycle(self, sequences: Tensor, length: int, unfinished: Tensor, drafts: int) -> list[Upcoming]:
+    def cycle(self, sequences: Tensor, length: int, going: Tensor, drafts: int) -> list[Upcoming]:
         """Go on from sequences `[B, > most]`, of which all rows know `length` tokens: those that all know then."""
         if self.used + WIDTH > self.mask.shape[1]:
             self._close_holes()
         width = WIDTH if drafts else 1
-        active = (self.known < self.most) & (unfinished != 0)
+        active = (self.known < self.most) & going
         at = (self.known - 1)[:, None] + torch.arange(WIDTH, device=self.known.device)
         at = at.clamp(max=self.most - 1) - self.padding[:, None]  # positions [B, WIDTH]
         tokens = torch.zeros(len(sequences), width, dtype=torch.long, device=self.mask.device)
@@ -348,7 +348,7 @@ class RowDrafter:
         slots = 1
         if drafts:
             tried = held + (held < drafts)
-            ready = torch.where(unfinished != 0, self.known, self.most).min()
+            ready = torch.where(going, self.known, self.most).min()
             numbers = [ready, (held * active).max(), (held * active).sum(), (tried * active).sum(), active.sum()]
             ready, most_held, accepted, judged, rows = torch.stack(numbers).tolist()
             draft, verify = self.clock.seconds()

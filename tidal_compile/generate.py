@@ -21,7 +21,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StaticCache, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StaticCache,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
@@ -59,6 +67,7 @@ def generate(
     What `model.generate` takes for greedy decoding and sampling, and what it returns: the sequences `[B, n + new]`, or
     with `return_dict_in_generate` also scores, logits and the cache. A cache with the first tokens of input_ids may be
     given as `past_key_values`, such as the one of an earlier call or a `HostCache`; it must have slots for what comes.
+    What it lacks of them is read densely, but for a last token alone, which is a step like those that follow.
 
     Args:
         model: a decoder.
@@ -263,15 +272,26 @@ def _loop(
             mask[:, :prompt] = attention_mask.bool() if padded else True
             place = positions(mask)
         seen = mask.clone() if padded else None  # of the prompt, which rows by themselves hide more of
-        logits = _read_prompt(model, input_ids, cache, seen, report)
+        told = drafts.dense if drafts and drafts.dense else step  # what returned tokens follow from
+
+        def one_by_one(token: Tensor, slot: int) -> Tensor:
+            """The logits `[B, vocab]` after a token `[B, 1]` whose keys go into a slot."""
+            return _decode(model, told, token, place[:, slot : slot + 1].clone(), cache=cache, mask=mask)[:, -1]
+
+        if int(cache.get_seq_length()) == prompt - 1 > 0:  # as after any other token
+            with _torn_by_an_interrupt(cache, prompt - 1):
+                logits = one_by_one(input_ids[:, -1:].to(model.device, copy=True), prompt - 1)
+            report(prompt, prompt)
+        else:
+            logits = _read_prompt(model, input_ids, cache, seen, report)
 
         sequences = torch.zeros(batch, room, dtype=torch.long, device=input_ids.device)
         sequences[:, :prompt] = input_ids
-        unfinished = torch.ones(batch, dtype=torch.long, device=input_ids.device)
+        going = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         has_eos = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
+        stops = _Stops(stopping_criteria, most, input_ids.device)
         pad = config._pad_token_tensor.to(input_ids.device) if has_eos else None  # rows that have ended go on with it
-        ends = torch.full_like(unfinished, most)  # how many tokens each row had then
-        token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        ends = torch.full((batch,), most, device=input_ids.device)  # how many tokens each row had then
         late = _Late(batch, input_ids.device)
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
         length = cached = prompt
@@ -295,8 +315,10 @@ def _loop(
             while True:
                 now = upcoming.pop(0)
                 if now.token is None or wants_scores:
-                    raw = now.logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
-                    scores = logits_processor(sequences[:, :length], raw)
+                    raw = scores = now.logits.to(input_ids.device)
+                    if logits_processor or config.do_sample or wants_scores:  # not for the largest one alone
+                        raw = raw.to(torch.float32, copy=True)
+                        scores = logits_processor(sequences[:, :length], raw)
                 if config.return_dict_in_generate and config.output_scores:
                     kept["scores"].append(scores)
                 if config.return_dict_in_generate and config.output_logits:
@@ -309,27 +331,23 @@ def _loop(
                 else:
                     chosen = scores.argmax(-1)
                 if pad is not None:
-                    chosen = chosen * unfinished + pad * (1 - unfinished)
+                    chosen = torch.where(going, chosen, pad)
                 sequences[:, length] = chosen
                 length += 1
-                unfinished = unfinished & ~stopping_criteria(sequences[:, :length], tuple(kept["scores"]) or None)
+                going = stops.leave(going, sequences[:, :length], kept["scores"])
                 if drafter is not None:
-                    ends = torch.where((unfinished == 0) & (ends == most), length, ends)
-                late.send(chosen, unfinished)
+                    ends = torch.where(~going & (ends == most), length, ends)
+                late.send(chosen, going)
                 launches = length < most and not upcoming
                 ahead = drafter.drafts(most - length) if drafter and launches else 0  # tokens to draft
                 is_over = late.is_over() if looks_first or ahead else False
                 if launches and not is_over:
                     with _torn_by_an_interrupt(cache, length - 1):
                         if ahead or by_row:
-                            says = unfinished if pad is not None else torch.ones_like(unfinished)  # which rows go on
+                            says = going if pad is not None else torch.ones_like(going)  # which rows go on
                             upcoming = drafter.cycle(sequences, length, says, ahead)
                         else:
-                            token.copy_(chosen[:, None])
-                            at = place[:, length - 1 : length].clone()
-                            one_by_one = drafts.dense if drafts and drafts.dense else step
-                            logits = _decode(model, one_by_one, token, at, cache=cache, mask=mask)[:, -1]
-                            upcoming = [Upcoming(logits)]
+                            upcoming = [Upcoming(one_by_one(chosen[:, None].to(model.device), length - 1))]
                         if correct_every and (length - prompt) % correct_every == 0:
                             logits, saved = _correct(model, sequences, length, correct_every, cache, mask, saved)
                             upcoming = [Upcoming(logits)]
@@ -549,18 +567,37 @@ def _slots(cache: Any) -> int:
     return max((layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len")), default=0)
 
 
+class _Stops:
+    """Which rows go on after a token. That there is room for it, the loop sees by itself."""
+
+    def __init__(self, criteria: StoppingCriteriaList, most: int, device: torch.device):
+        self.eos = [one.eos_token_id.to(device) for one in criteria if type(one) is EosTokenCriteria]
+        self.others = StoppingCriteriaList(
+            one for one in criteria
+            if type(one) is not EosTokenCriteria and not (type(one) is MaxLengthCriteria and one.max_length >= most)
+        )  # fmt: skip
+
+    def leave(self, going: Tensor, sequences: Tensor, scores: list[Tensor]) -> Tensor:
+        """Of the rows that were going on `[B]`, those that still do after the last of their tokens `[B, n]`."""
+        for eos in self.eos:
+            going = going & (sequences[:, -1:] != eos).all(-1)
+        if self.others:
+            going = going & ~self.others(sequences, tuple(scores) or None)
+        return going
+
+
 class _Late:
     """Tells the host what was chosen, without a wait for what was launched since."""
 
     def __init__(self, batch: int, device: torch.device):
         self.on_gpu = device.type == "cuda"
-        self.said = torch.zeros(batch + 1, dtype=torch.long, pin_memory=self.on_gpu)
+        self.said = torch.zeros(2, batch, dtype=torch.long, pin_memory=self.on_gpu)
         self.event = torch.cuda.Event() if self.on_gpu else None
         self.device = device
 
-    def send(self, tokens: Tensor, unfinished: Tensor) -> None:
-        """Of this turn: tokens `[B]`, and 1 `[B]` for each row that goes on."""
-        self.said.copy_(torch.cat([tokens, unfinished.amax(0, keepdim=True)]), non_blocking=True)
+    def send(self, tokens: Tensor, going: Tensor) -> None:
+        """Of this turn: tokens `[B]`, and which rows go on `[B]`."""
+        self.said.copy_(torch.stack([tokens, going.long()]), non_blocking=True)
         if self.event is not None:
             self.event.record(torch.cuda.current_stream(self.device))
 
@@ -568,8 +605,8 @@ class _Late:
         """Whether all rows are finished; waits for what was sent."""
         if self.event is not None:
             self.event.synchronize()
-        return not self.said[-1].item()
+        return not self.said[1].any().item()
 
     def tokens(self) -> Tensor:
         """The tokens that were sent `[B]`, on the host; after `is_over`."""
-        return self.said[:-1].clone()
+        return self.said[0].clone()

@@ -5,6 +5,7 @@ back, so that what an earlier variant wrote becomes garbage beyond the live leng
 """
 
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,9 @@ from .prefill import read
 from .variant import Variant
 
 ANSWER_TOKENS = 12  # a number of seven digits, and what a model may say before it
+GREEDY = {  # whatever the model's own generation config says
+    "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+}  # fmt: skip
 WARM_UP = 3  # steps that are not timed: compilation, CUDA-graph warm-up and recording
 
 
@@ -170,22 +174,74 @@ def decode_given(model: PreTrainedModel, variant: Variant, cache: Any, tokens: T
         yield step(input_ids=token, **with_cache(model, cache)).logits[:, -1].clone()
 
 
+class Listener:
+    """A streamer that keeps the tokens of one sequence, and when each of them has reached the host."""
+
+    def __init__(self, on_token: Callable[[], None] = lambda: None):
+        self.tokens: list[int] = []
+        self.times: list[float] = []  # seconds; the first is when the prompt was there
+        self.on_token = on_token
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt `[1, n]`, and then each token `[1]`."""
+        if self.times:
+            self.tokens.append(int(value))
+            self.on_token()
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing follows."""
+
+    @property
+    def milliseconds(self) -> list[float]:
+        """Of each token, from the one before it."""
+        return [(after - before) * 1e3 for before, after in itertools.pairwise(self.times)]
+
+
+def said(
+    model: PreTrainedModel, policy: Any, prompt: Prompt, steps: int, on_token: Callable[[], None] = lambda: None
+) -> Listener:
+    """Greedy decoding after a prompt, by `generate` under a policy."""
+    from .generate import generate  # which needs this module
+
+    rewind(prompt.cache, prompt.length - 1, prompt.windows)
+    ids = prompt.token.new_ones(1, prompt.length)  # its tokens were read; no processor looks at them
+    ids[:, -1:] = prompt.token
+    listener = Listener(on_token)
+    generate(
+        model, ids, policy, streamer=listener, max_new_tokens=steps, attention_mask=torch.ones_like(ids), **GREEDY,
+        past_key_values=prompt.cache,
+    )  # fmt: skip
+    return listener
+
+
 def measure(
     model: PreTrainedModel, variant: Variant, prompts: Sequence[Prompt], steps: int, tokenizer: Any = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Result:  # fmt: skip
-    """Decode `steps` tokens after the first prompt, all but the first few timed, and the answers to the other ones."""
-    step = make_step(model, variant)
-    tokens, milliseconds = [], []
-    for token, ms in decode(model, step, prompts[0], steps):
-        tokens.append(token)
-        milliseconds.append(ms)
-        on_step()
-    decoded = [tokens]
+    """Decode `steps` tokens after the first prompt, all but the first few timed, and the answers to the other ones.
+
+    Under a policy `generate` decodes; `eager` and `inductor` are stepped one by one.
+    """
+    step = None if variant.policy is not None else make_step(model, variant)
+
+    def decoded(prompt: Prompt, steps: int, on_token: Callable[[], None]) -> tuple[list[int], list[float]]:
+        if step is None:
+            listener = said(model, variant.policy, prompt, steps, on_token)
+            return listener.tokens, listener.milliseconds
+        tokens, milliseconds = [], []
+        for token, ms in decode(model, step, prompt, steps):
+            tokens.append(token)
+            milliseconds.append(ms)
+            on_token()
+        return tokens, milliseconds
+
+    tokens, milliseconds = decoded(prompts[0], steps, on_step)
+    others = []
     for prompt in prompts[1:]:
-        decoded.append([token for token, _ in decode(model, step, prompt, min(steps, ANSWER_TOKENS))])
+        others.append(decoded(prompt, min(steps, ANSWER_TOKENS), lambda: None)[0])
         on_step()
-    texts = [] if tokenizer is None else [tokenizer.decode(ids) for ids in decoded]
+    texts = [] if tokenizer is None else [tokenizer.decode(ids) for ids in (tokens, *others)]
     right = [prompt.answer in text for prompt, text in zip(prompts, texts, strict=False) if prompt.answer is not None]
     return Result(
         variant, tuple(tokens), tuple(texts), sum(right) if right else None, tuple(milliseconds[WARM_UP:]),

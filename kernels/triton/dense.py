@@ -11,12 +11,12 @@ from .split import (
     after_previous,
     check_rows,
     empty_scores,
-    first_visible,
     live_until,
     load_group,
     load_keys,
     load_values,
     mask_args,
+    mask_edges,
     mask_tile,
     merge,
     num_splits,
@@ -28,7 +28,6 @@ from .split import (
     sum_tile,
     tile_tokens,
     token_stride,
-    unmasked,
     weigh_tile,
 )
 
@@ -37,24 +36,23 @@ MOST_ROWS = 64  # of a tile of queries, whose sums stay in registers
 
 @triton.jit
 def _attend(
-    q, keys, values, mask_ptr, score_ptr, scale, stride_s, begin, end, until, tokens, stride_kn, stride_vn, stride_mt,
-    stride_mn,
+    q, keys, values, mask_ptr, score_ptr, m, l, acc, scale, stride_s, begin, end, until, tokens, stride_kn, stride_vn,
+    stride_mt, stride_mn,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
     WRITE_SCORES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax (m, l, acc: see split.py) of one query group over the tokens from `begin` to `end`.
+    """Go on with the running softmax (m, l, acc: see split.py) of one query group from `begin` to `end`.
 
     Its rows are those of `tokens` query tokens, which see the slots before `until [ROWS]`.
     """
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, BLOCK_N)
     keys += begin.to(tl.int64) * stride_kn
     values += begin.to(tl.int64) * stride_vn
-    for start in range(begin, end, BLOCK_N):
+    # Masks of each row take shared memory as well; a loop over what they change is short
+    STAGES: tl.constexpr = 2 if TOKENS > 1 and MASK != "none" else None
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         token = start + lane
         inside = token < end
         k = load_keys(keys, lane * stride_kn, inside, D, BLOCK_D)
@@ -135,25 +133,28 @@ def _scan(
     if WRITE_SCORES:
         scores += head * stride_s
     masks = mask_ptr
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    plain_end = end  # up to here the mask changes nothing
     if MASK != "none":
         masks += batch * stride_mb + first * stride_mt
-        behind_padding = first_visible(masks, stride_mn, begin, end, MASK, HIDES, 4096, stride_mt, tokens)
+        visible, changed = mask_edges(masks, stride_mn, begin, end, MASK, HIDES, stride_mt, tokens, PER)
         if WRITE_SCORES:
-            _hide(scores, stride_s, begin, behind_padding, tokens, NUM_KV_HEADS * GROUP, GROUP, ROWS, BLOCK_N)
-        begin = behind_padding
-    if MASK == "none" or (
-        TOKENS <= PER and unmasked(masks, stride_mn, begin, end, MASK, HIDES, 4096, stride_mt, TOKENS)
-    ):
+            _hide(scores, stride_s, begin, visible, tokens, NUM_KV_HEADS * GROUP, GROUP, ROWS, BLOCK_N)
+        begin = visible
+        if changed < end:
+            plain_end = begin + (changed - begin) // BLOCK_N * BLOCK_N
+    m, l, acc = _attend(
+        q, keys, values, masks, scores, m, l, acc, scale, stride_s, begin, plain_end, until, tokens, stride_kn,
+        stride_vn, stride_mt, stride_mn, NUM_KV_HEADS * GROUP, GROUP, TOKENS, ROWS, D, BLOCK_D, BLOCK_N, "none", HIDES,
+        CAP, WRITE_SCORES, VALUES,
+    )  # fmt: skip
+    if MASK != "none":
         m, l, acc = _attend(
-            q, keys, values, masks, scores, scale, stride_s, begin, end, until, tokens, stride_kn, stride_vn, stride_mt,
-            stride_mn, NUM_KV_HEADS * GROUP, GROUP, TOKENS, ROWS, D, BLOCK_D, BLOCK_N, "none", HIDES, CAP,
-            WRITE_SCORES, VALUES,
-        )  # fmt: skip
-    else:
-        m, l, acc = _attend(
-            q, keys, values, masks, scores, scale, stride_s, begin, end, until, tokens, stride_kn, stride_vn, stride_mt,
-            stride_mn, NUM_KV_HEADS * GROUP, GROUP, TOKENS, ROWS, D, BLOCK_D, BLOCK_N, MASK, HIDES, CAP, WRITE_SCORES,
-            VALUES,
+            q, keys, values, masks, scores, m, l, acc, scale, stride_s, plain_end, end, until, tokens, stride_kn,
+            stride_vn, stride_mt, stride_mn, NUM_KV_HEADS * GROUP, GROUP, TOKENS, ROWS, D, BLOCK_D, BLOCK_N, MASK,
+            HIDES, CAP, WRITE_SCORES, VALUES,
         )  # fmt: skip
     store_split(
         m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, VALUES, NUM_KV_HEADS * GROUP,
@@ -174,8 +175,6 @@ def scan(call: Call[Tensor], write_scores: bool = False, values: bool = True) ->
     large = head_dim > 64 and batch * num_kv_heads * slots >= 2**17
     block_n = tile_tokens(k, stage_bytes=2**16 if large else 2**15)
     warps, stages = (8, 3) if large and values else (4, 3 if values else 4)
-    if tokens > 1 and mask is not None:  # whose tiles take shared memory as well
-        stages = 2
     splits = num_splits(q.device, programs * num_kv_heads, triton.cdiv(slots, block_n), per_processor=1 if large else 2)
     if mask is not None and batch > 1:  # rows may differ: padding is skipped, and short programs share what is left
         splits = min(4 * splits, triton.cdiv(slots, block_n))

@@ -84,33 +84,45 @@ def mask_tile(mask_ptr, offset, inside, MASK: tl.constexpr, HIDES: tl.constexpr)
 
 @triton.jit
 def unmasked(
-    mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr,
-    stride_mt=0, TOKENS: tl.constexpr = 1,
+    mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Whether the mask changes no score from `begin` to `end`. In most models it only changes those of padding."""
     changed = begin * 0
-    for row in tl.static_range(TOKENS):
-        for start in range(begin, end, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            valid, bias = mask_tile(mask_ptr, row * stride_mt + token * stride_mn, token < end, MASK, HIDES)
-            changed += tl.sum((((token < end) & (valid == 0)) | (bias != 0.0)).to(tl.int32), 0)
+    for start in range(begin, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        valid, bias = mask_tile(mask_ptr, token * stride_mn, token < end, MASK, HIDES)
+        changed += tl.sum((((token < end) & (valid == 0)) | (bias != 0.0)).to(tl.int32), 0)
     return changed == 0
 
 
 @triton.jit
-def first_visible(
-    mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr, stride_mt, tokens
+def mask_edges(
+    mask_ptr, stride_mn, begin, end, MASK: tl.constexpr, HIDES: tl.constexpr, stride_mt, tokens, TOKENS: tl.constexpr
 ):
-    """The first slot from `begin` to `end` that the mask shows to one of `tokens` query tokens; `end`: none."""
-    found = end
+    """The first slot from `begin` to `end` that the mask shows to one of `tokens` query tokens, and the first one from
+    there on whose score it changes for one of them. `end`: none.
+
+    In most models a mask only hides padding, in front, and of several tokens those that a token must not see, behind.
+    """
+    ROWS: tl.constexpr = triton.next_power_of_2(TOKENS)
+    BLOCK: tl.constexpr = (4096 if TOKENS == 1 else 8192) // ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    visible = end
     start = begin
-    while (start < end) & (found == end):
-        slot = start + tl.arange(0, BLOCK)
-        for row in range(tokens):
-            valid, _ = mask_tile(mask_ptr, row * stride_mt + slot * stride_mn, slot < end, MASK, HIDES)
-            found = tl.minimum(found, tl.min(tl.where(valid, slot, end), 0))
+    while (start < end) & (visible == end):
+        slot = start + tl.arange(0, BLOCK)[None, :]
+        inside = (row < tokens) & (slot < end)
+        valid, _ = mask_tile(mask_ptr, row * stride_mt + slot * stride_mn, inside, MASK, HIDES)
+        visible = tl.min(tl.min(tl.where(valid, slot, end), 1), 0)
         start += BLOCK
-    return found
+    # One reduction in all: threads that meet at every block would wait for every load
+    first = tl.full([ROWS, BLOCK], 0, tl.int32) + end
+    for start in range(begin + (visible - begin) // BLOCK * BLOCK, end, BLOCK):
+        slot = start + tl.arange(0, BLOCK)[None, :]
+        inside = (row < tokens) & (slot >= visible) & (slot < end)
+        valid, bias = mask_tile(mask_ptr, row * stride_mt + slot * stride_mn, inside, MASK, HIDES)
+        first = tl.minimum(first, tl.where(inside & ((valid == 0) | (bias != 0.0)), slot, end))
+    return visible, tl.min(tl.min(first, 1), 0)
 
 
 @triton.jit
