@@ -8,14 +8,14 @@ from importlib import import_module
 import pytest
 import torch
 from families import FAMILIES as EXPECTED
-from models import family_model, odd_model, random_tokens, small_model, tiny_model
+from models import decode_logits, family_model, odd_model, random_tokens, small_model, tiny_model
 from tiers import sampled
 from torch._dynamo.utils import counters
 from torch.nn.attention.bias import CausalBias
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteria
 
 import tidal_compile as tc
-from tidal_compile import prefill
+from tidal_compile import prefill, run
 from tidal_compile.cache import LiveCache
 from tidal_compile.errors import TidalError
 
@@ -209,6 +209,34 @@ def test_one_compilation_for_prompts_of_many_lengths(model, monkeypatch):
     got = tc.generate(model, long, max_new_tokens=6, do_sample=False, report=lambda *now: read.append(now))
     assert read == [(100, 250), (200, 250), (250, 250)]
     assert torch.equal(got, model.generate(long, max_new_tokens=6, do_sample=False))
+
+
+def test_a_last_token_alone_is_a_step(model):
+    """What a cache lacks of a prompt is read densely, but for its last token; that is one compilation, too."""
+    policy = {"num_layers": 2, "layers": {"0": "select", "1": "reuse"}, "defaults": {"budget": 12, "recent": 4}}
+    step = torch.compile(model.forward, backend="tidal", fullgraph=True, dynamic=False, options={"policy": policy})
+    cache = StaticCache(config=model.config, max_cache_len=128)
+    options = {"max_new_tokens": 3, "do_sample": False, "past_key_values": cache, "return_dict_in_generate": True}
+    counters.clear()
+    for length in (60, 75):
+        ids = random_tokens(1, length, seed=length)
+        found = {}
+        for known, way in ((length - 1, "step"), (length - 2, "dense"), (length - 1, "exact")):
+            run.rewind(cache, 0) if cache.get_seq_length() else None
+            with torch.no_grad():
+                model(ids[:, :known], past_key_values=cache)
+            exact = {"exact": True} if way == "exact" else {}
+            found[way] = tc.generate(model, ids, policy, output_logits=True, **options, **exact).logits[0]
+        with torch.no_grad():
+            dense = model(ids).logits[:, -1]
+            run.rewind(cache, length - 1)
+            sparse = decode_logits(step, cache, ids[:, -1:])[:, -1]
+        torch.testing.assert_close(found["step"], sparse)
+        torch.testing.assert_close(found["dense"], dense)
+        torch.testing.assert_close(found["exact"], dense)
+        assert (sparse - dense).abs().max() > 1e-3
+    # Under the policy for `generate`, and for `decode_logits`; densely for one token, and for several
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])

@@ -146,7 +146,7 @@ class FromAssistant:
             self.read(sequences[:, held : length - 1], held)
         else:
             for number in range(held, length - 1):
-                self.step(sequences[:, number : number + 1].clone(), self.place[:, number : number + 1].clone())
+                self.step(sequences[:, number : number + 1], self.place[:, number : number + 1])
         self.known = length - 1 + drafts
         return _go_on(self, sequences, length, drafts)
 
@@ -180,8 +180,8 @@ def _go_on(by: FromPolicy | FromAssistant, sequences: Tensor, length: int, draft
     """Write drafts into sequences, one by one, each by a step over what is there."""
     weights: list[Tensor] = []
     for number in range(length, length + drafts):
-        token = sequences[:, number - 1 : number].to(by.place.device, copy=True)
-        logits = by.step(token, by.place[:, number - 1 : number].clone())[:, -1]
+        token = sequences[:, number - 1 : number].to(by.place.device)
+        logits = by.step(token, by.place[:, number - 1 : number])[:, -1]
         scores = by.processor(sequences[:, :number], logits.to(sequences.device, torch.float32))
         sequences[:, number] = _choose(scores, by.samples, weights)
     return sequences[:, length : length + drafts].clone(), torch.stack(weights, 1) if weights else None
@@ -233,7 +233,7 @@ class Drafter:
             sequences[:, length : length + drafts] = drafted
         tokens = torch.zeros(len(sequences), WIDTH, dtype=torch.long, device=self.place.device)
         tokens[:, : drafts + 1] = sequences[:, start : length + drafts]
-        dense = self.verify(tokens, self.place[:, start : start + WIDTH].clone())
+        dense = self.verify(tokens, self.place[:, start : start + WIDTH])
         self.clock.tick()
         dense = dense[:, : drafts + 1].to(sequences.device, torch.float32, copy=True)  # [B, D + 1, vocab]
         prefixes = [sequences[:, : length + number] for number in range(drafts + 1)]
@@ -326,12 +326,12 @@ class RowDrafter:
         weights: list[Tensor] = []
         self.clock.tick()
         for number in range(drafts):
-            logits = self.draft(tokens[:, number : number + 1].clone(), at[:, number : number + 1].clone())
+            logits = self.draft(tokens[:, number : number + 1], at[:, number : number + 1])
             scores = self.processor(tokens, logits[:, -1].float())
             tokens[:, number + 1] = _choose(scores, self.samples, weights)
         take_back(self.cache, drafts)
         self.clock.tick()
-        logits = self.verify(tokens, at[:, :width].clone())[:, : drafts + 1].to(torch.float32, copy=True)
+        logits = self.verify(tokens, at[:, :width])[:, : drafts + 1].to(torch.float32, copy=True)
         self.clock.tick()
         scores = self.processor(tokens.repeat_interleave(drafts + 1, 0), logits.flatten(0, 1)).view_as(logits)
         drafted, draws = tokens[:, 1 : drafts + 1], torch.stack(weights, 1) if weights else None  # [B, D]

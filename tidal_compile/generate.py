@@ -276,11 +276,11 @@ def _loop(
 
         def one_by_one(token: Tensor, slot: int) -> Tensor:
             """The logits `[B, vocab]` after a token `[B, 1]` whose keys go into a slot."""
-            return _decode(model, told, token, place[:, slot : slot + 1].clone(), cache=cache, mask=mask)[:, -1]
+            return _decode(model, told, token, place[:, slot : slot + 1], cache=cache, mask=mask)[:, -1]
 
         if int(cache.get_seq_length()) == prompt - 1 > 0:  # as after any other token
             with _torn_by_an_interrupt(cache, prompt - 1):
-                logits = one_by_one(input_ids[:, -1:].to(model.device, copy=True), prompt - 1)
+                logits = one_by_one(input_ids[:, -1:].to(model.device), prompt - 1)
             report(prompt, prompt)
         else:
             logits = _read_prompt(model, input_ids, cache, seen, report)
@@ -476,8 +476,15 @@ def _decode(
     torch.compiler.cudagraph_mark_step_begin()
     more = {} if mask is None else {"attention_mask": mask}
     if takes(type(model), "position_ids"):
-        more["position_ids"] = at
-    return step(input_ids=tokens, **with_cache(model, cache), **more).logits
+        more["position_ids"] = _as_new(at)
+    return step(input_ids=_as_new(tokens), **with_cache(model, cache), **more).logits
+
+
+def _as_new(numbers: Tensor) -> Tensor:
+    """With the strides of a new tensor: part of a longer one has others even where it is one number, and the step
+    would be compiled anew for each length.
+    """
+    return numbers.reshape(-1).view(numbers.shape)
 
 
 @contextmanager
