@@ -3,6 +3,9 @@
     full_attention    (call)                          -> out
     select_attention  (call, selection)               -> out, index       full attention, and the best tokens by scores
     sparse_attention  (call, index)                   -> out
+    rank_and_attend   (call, selection, rank, ranks)  -> out, worth       select_attention and choose_by_scores up to
+    rank_by_scores    (call, selection, rank, ranks)  -> worth            the choice, by the heads that a rank has;
+    choose_ranked     (call, selection, worth)        -> index            and the choice, by what all ranks say
     choose_by_<name>  (call, selection, method keys, what it keeps)  -> index      one for each of `methods`,
     attend_by_<name>  (call, selection, method keys, what it keeps)  -> out        or for one that attends by itself
     linear            (x, weights, biases)            -> out
@@ -88,10 +91,10 @@ def _full_on_gpu(call: Call) -> Tensor:
     return dense.full_attention(call)
 
 
-def _select_on_gpu(call: Call, selection: Selection) -> tuple[Tensor, Tensor]:
+def _select() -> Any:
     from .triton import select
 
-    return select.select_attention(call, selection)
+    return select
 
 
 def _sparse_on_gpu(call: Call, index: Tensor) -> Tensor:
@@ -109,6 +112,11 @@ def _empty_index(call: Call, selection: Selection, *_: Any) -> Tensor:
     num_kv_heads, slots = call.key.shape[1:3]
     shape = batch, tokens, selection.num_sets(num_heads, num_kv_heads), selection.width(slots)
     return reference.as_index(call.query.new_empty(shape, dtype=torch.int32))
+
+
+def _empty_worth(call: Call) -> Tensor:
+    shape = call.query.shape[0], call.query.shape[2], 1, call.key.shape[2]
+    return call.query.new_empty(shape, dtype=torch.float32)
 
 
 def _check_index(call: Call, index: Tensor) -> None:
@@ -133,12 +141,26 @@ full_attention = _define(
     "full_attention", (Call,), "", "Tensor", _full_on_gpu, reference.full_attention, _empty_out
 )  # fmt: skip
 select_attention = _define(
-    "select_attention", (Call, Selection), "", "(Tensor, Tensor)", _select_on_gpu, reference.select_attention,
+    "select_attention", (Call, Selection), "", "(Tensor, Tensor)",
+    lambda *given: _select().select_attention(*given), reference.select_attention,
     lambda call, selection: (_empty_out(call), _empty_index(call, selection)),
 )  # fmt: skip
 sparse_attention = _define(
     "sparse_attention", (Call,), "Tensor index", "Tensor", _sparse_on_gpu, reference.sparse_attention, _empty_out,
     check=_check_index,
+)  # fmt: skip
+rank_and_attend = _define(
+    "rank_and_attend", (Call, Selection), "int rank, int ranks", "(Tensor, Tensor)",
+    lambda *given: _select().rank_and_attend(*given), reference.rank_and_attend,
+    lambda call, *_: (_empty_out(call), _empty_worth(call)),
+)  # fmt: skip
+rank_by_scores = _define(
+    "rank_by_scores", (Call, Selection), "int rank, int ranks", "Tensor",
+    lambda *given: _select().rank_by_scores(*given), reference.rank_by_scores, lambda call, *_: _empty_worth(call),
+)  # fmt: skip
+choose_ranked = _define(
+    "choose_ranked", (Call, Selection), "Tensor worth", "Tensor", lambda *given: _select().choose_ranked(*given),
+    reference.choose_ranked, _empty_index,
 )  # fmt: skip
 by_method = {
     name: _define(

@@ -37,6 +37,28 @@ def choose_by_scores(call: Call[Tensor], selection: Selection) -> Tensor:
     return _choose(call, selection, score_live_tokens(call))
 
 
+def rank_and_attend(call: Call[Tensor], selection: Selection, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """`select_attention` up to the choice, where the heads of a layer are divided among `ranks`, of which this is one:
+    -> `[B, Hq, T, D]`, worth `[B, T, 1, S]`.
+    """
+    scores = score_live_tokens(call)
+    return weigh_live_tokens(call, scores), _worth(call, selection, scores, rank, ranks)
+
+
+def rank_by_scores(call: Call[Tensor], selection: Selection, rank: int, ranks: int) -> Tensor:
+    """What each slot is worth to the heads of this rank: -> `[B, T, 1, S]` in float32, anything where it isn't seen.
+
+    The ranks' sum of it (of `pool: sum`), or else their maximum, orders tokens as `importance` does for all heads.
+    """
+    return _worth(call, selection, score_live_tokens(call), rank, ranks)
+
+
+def choose_ranked(call: Call[Tensor], selection: Selection, worth: Tensor) -> Tensor:
+    """Choose the most important tokens by what they are worth to all ranks `[B, T, 1, S]`: -> index `[B, 1, K]`."""
+    n = min(int(call.length), call.key.shape[2])
+    return pick(worth[..., :n], seen(call)[..., :n], selection, call.key.shape[2])
+
+
 def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
     """Attend to the tokens in `index [B, G, K]` (`[B, T, G, K]` for T > 1) only, exactly: -> `[B, Hq, T, D]`."""
     batch, num_heads, num_tokens, head_dim = call.query.shape
@@ -215,6 +237,21 @@ def _choose(call: Call[Tensor], selection: Selection, scores: Tensor) -> Tensor:
     kept = always_kept(valid, selection)
     worth = importance(scores, selection, kept, call.sink_logit)
     return pick(worth, valid, selection, call.key.shape[2])
+
+
+def _worth(call: Call[Tensor], selection: Selection, scores: Tensor, rank: int, ranks: int) -> Tensor:
+    """See `rank_by_scores`; by scores `[B, Hkv, g, T, n]`."""
+    by_head = scores.flatten(1, 2)  # [B, Hq, T, n]
+    if selection.pool == "union":
+        kept = always_kept(by_head[:, 0] > -torch.inf, selection)[:, None]
+        order = by_head.masked_fill(kept, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        heads = by_head.shape[1]
+        head = rank * heads + torch.arange(heads, device=order.device)[:, None, None]
+        worth = -(order * heads * ranks + head).amin(1).float()
+    else:
+        weights = probabilities(scores, _by_head(call.sink_logit, scores)).flatten(1, 2)
+        worth = weights.sum(1) if selection.pool == "sum" else weights.amax(1)
+    return torch.nn.functional.pad(worth[:, :, None], (0, call.key.shape[2] - worth.shape[-1]))
 
 
 def weigh_live_tokens(call: Call[Tensor], scores: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ __all__ = [
     "list_options",
     "mark_static_input",
     "note_cache_layers",
+    "rank_in",
     "source_of",
+    "told_by_all",
     "traced_arguments",
 ]
 
@@ -42,6 +44,27 @@ def source_of(node: fx.Node) -> str:
     """Where Dynamo says that a graph input comes from, such as `L['past_key_values'].layers[3].keys`; else ""."""
     source = getattr(node, "_dynamo_source", None)
     return source.name if source is not None else ""
+
+
+def rank_in(group: str) -> tuple[int, int]:
+    """This process's rank in a process group, by the name that functional collectives have for it, and its size."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    found = _resolve_process_group(group)
+    return found.rank(), found.size()
+
+
+def told_by_all(group: str, mine: Any) -> list[Any]:
+    """What each process of a group says, in order; each must ask. A group of fakes says what this one does."""
+    from torch import distributed
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    found = _resolve_process_group(group)
+    if distributed.get_backend(found) == "fake":
+        return [mine] * found.size()
+    said: list[Any] = [None] * found.size()
+    distributed.all_gather_object(said, mine, group=found)
+    return said
 
 
 def mark_static_input(node: fx.Node) -> None:

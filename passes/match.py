@@ -22,10 +22,11 @@ from torch import fx
 
 from ..kernels.call import MOST_TOKENS, Call
 from . import compat
-from .compat import free_unbacked_symbols, note_cache_layers
+from .compat import free_unbacked_symbols, note_cache_layers, rank_in
 from .compat import source_of as _source
 from .forms import NoMatch, is_method, is_sdpa, is_softmax, query_length, read_call, shape, target_name
 from .masks import repeats_length
+from .roles import Ranks
 
 CACHE_LAYER = re.compile(r"\.layers\[(\d+)\]\.keys$")
 LAYER = re.compile(r"\.layers\[(\d+)\]\.\w+$|(?:\.layers|\.h|\.blocks)\.(\d+)$")  # of a cache, or of a module
@@ -39,13 +40,13 @@ ATTENTION_MODULE = re.compile(r"\.(\d+)\.(?:[a-z_.]+\.)?(?:self_attn|self_attent
 class AttentionSite:
     """One attention call that can be rewritten, over the cache of one layer.
 
-    `node` is what the call returns. `sharded`: its heads are one rank's share of the layer's, under tensor parallelism.
+    `node` is what the call returns. `ranks`: who has the layer's other heads, under tensor parallelism.
     """
 
     layer: int
     node: fx.Node
     call: Call[fx.Node]
-    sharded: bool = False
+    ranks: Ranks | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -86,7 +87,7 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
     """
     note_cache_layers(gm)
     found: list[AttentionSite | Unmatched] = []
-    sharded = _is_sharded(gm)
+    groups = _groups(gm)
     read: set[str] = set()
     useless: dict[fx.Node | None, bool] = {None: False}  # masks that say what the live length says
     for node in gm.graph.nodes:
@@ -106,15 +107,17 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
             if mask not in useless:
                 useless[mask] = repeats_length(mask, site.num_tokens, shape(site.call.key)[2])
             call = replace(site.call, mask=None) if useless[mask] else site.call
-            found.append(replace(site, call=call, sharded=sharded))
+            group = groups.get(_layer_of(node))
+            found.append(replace(site, call=call, ranks=None if group is None else Ranks(group, *rank_in(group))))
         except NoMatch as problem:
             found.append(Unmatched(layer, node, str(problem), problem.kind))
     return found
 
 
-def _is_sharded(gm: fx.GraphModule) -> bool:
-    """Whether ranks exchange results inside the graph, as those of a tensor-parallel model do."""
-    return any("c10d" in str(node.target) or "all_reduce" in target_name(node) for node in gm.graph.nodes)
+def _groups(gm: fx.GraphModule) -> dict[int | None, str]:
+    """The process group in which the attention of each layer ends by a sum, as that of a tensor-parallel model does."""
+    sums = [node for node in gm.graph.nodes if "_c10d_functional.all_reduce" in str(node.target)]
+    return {layer: node.args[2] for node in sums if (layer := _layer_of(node)) is not None}
 
 
 def policy_layers(calls: list[AttentionSite | Unmatched]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .match import AttentionSite, Unmatched
-from .roles import LayerRole
+from .roles import LayerRole, asks_all_ranks
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def make_plan(calls: Sequence[AttentionSite | Unmatched], roles: Sequence[LayerR
 
 def _cannot_follow(call: AttentionSite, role: LayerRole, selected: dict[int, AttentionSite | None]) -> str:
     """Why a call can't have its role, or nothing."""
-    if role.role == "select" and role.selection.share == "layer" and call.sharded:
-        return "share: layer ranks the heads of all ranks together, which tensor parallelism keeps apart; use kv_head"
+    if role.role == "select" and call.ranks is not None and asks_all_ranks(role) and role.by != "scores":
+        return f"share: layer, by: {role.by}, but its heads are divided among ranks; use share: kv_head, or by: scores"
     if role.role != "reuse":
         return ""
     if role.source not in selected:
@@ -79,7 +79,7 @@ def _cannot_follow(call: AttentionSite, role: LayerRole, selected: dict[int, Att
         here, there = (site.call.key.meta["example_value"].shape[dim] for site in (call, source))
         if here != there and not (name == "kv heads" and role.selection.share == "layer"):
             return f"{here} {name}, but its selection, layer {role.source}, has {there}"
-    kv_heads = call.num_kv_heads
+    kv_heads = call.num_kv_heads * (1 if call.ranks is None else call.ranks.size)
     if role.heads is not None and (len(role.heads) != kv_heads or max(role.heads) >= kv_heads):
         return f"heads {list(role.heads)} must name, for each of its {kv_heads} kv heads, one from 0 to {kv_heads - 1}"
     if role.selection.share == "query_head" and call.num_heads != source.num_heads:

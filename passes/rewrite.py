@@ -44,7 +44,7 @@ def apply_plan(gm: fx.GraphModule, plan: Plan) -> list[KeptInput]:
             added.append(add_inputs(gm, decision.call.call, decision.role.selection, decision.role.method))
             kept = added[-1].nodes
         with gm.graph.inserting_before(replaced):
-            out = follow(decision.role, decision.call.call, sets, insert, kept)
+            out = follow(decision.role, decision.call.call, sets, insert, kept, decision.call.ranks)
         replaced.replace_all_uses_with(out)
         _erase_unused(gm, replaced)
     gm.graph.lint()

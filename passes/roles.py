@@ -79,17 +79,33 @@ class TokenSet(Generic[T]):
     mask: T | None
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The processes among which the heads of a layer are divided in order, under tensor parallelism: `rank` of `size`,
+    in the process group that PyTorch's functional collectives know as `group`.
+    """
+
+    group: str
+    rank: int
+    size: int
+
+
 Sets = dict[tuple[int, tuple[int, ...] | None], TokenSet]  # by selection, and the head map under which it is used
 Run = Callable[..., Any]  # run(op or function, *arguments): an op is given by name
 
 
-def follow(role: LayerRole, call: Call[T], sets: Sets, run: Run, kept: Sequence[T] = ()) -> T:
+def follow(
+    role: LayerRole, call: Call[T], sets: Sets, run: Run, kept: Sequence[T] = (), ranks: Ranks | None = None
+) -> T:  # fmt: skip
     """The attention of a layer by its role; a selection leaves what it chose in `sets`, for the layers after it.
 
-    `kept`: the tensors that its method keeps beside the cache; without them it chooses by the keys themselves.
+    `kept`: the tensors that its method keeps beside the cache; without them it chooses by the keys themselves. `ranks`:
+    who has the other heads of the layer.
     """
     if role.role == "full":
         return run("full_attention", *arguments(call))
+    if role.role == "select" and ranks is not None and asks_all_ranks(role):
+        return _choose_together(role, call, sets, run, ranks)
     if role.role == "select" and role.output == "full":
         both = run("select_attention", *arguments(call), *arguments(role.selection))
         sets[role.layer, None] = TokenSet(run(operator.getitem, both, 1), call.mask)
@@ -102,18 +118,61 @@ def follow(role: LayerRole, call: Call[T], sets: Sets, run: Run, kept: Sequence[
         chosen = sets[role.layer, None] = TokenSet(index, call.mask)
     else:
         if (role.source, role.heads) not in sets:
-            sets[role.source, role.heads] = _mapped(sets[role.source, None], role.heads, run)
+            sets[role.source, role.heads] = _mapped(sets[role.source, None], role.heads, run, ranks)
         chosen = sets[role.source, role.heads]
+    return _attend_to(chosen, call, run)
+
+
+def _attend_to(chosen: TokenSet, call: Call[T], run: Run) -> T:
     if chosen.mask is call.mask and _is_bool(call.mask):
         call = replace(call, mask=None)  # it hides none of the tokens that were chosen under it
     return run("sparse_attention", *arguments(call), chosen.index)
 
 
-def _mapped(tokens: TokenSet[T], heads: tuple[int, ...], run: Run) -> TokenSet[T]:
-    """The same set with row heads[h] in row h. Slices, not an index: that would be a constant on the CPU."""
+def asks_all_ranks(role: LayerRole) -> bool:
+    """Whether a selection ranks tokens by all heads of its layer, some of which other ranks may have."""
+    return role.selection.share == "layer" and role.method.by_heads and not role.method.attends
+
+
+def _choose_together(role: LayerRole, call: Call[T], sets: Sets, run: Run, ranks: Ranks) -> T:
+    """A selection by the heads of all ranks. Each chooses by the same numbers, which a reduction leaves on all of them,
+    so that they can't disagree.
+    """
     import torch
 
-    rows = [run(torch.select, tokens.index, -2, head) for head in heads]
+    collectives = torch.ops._c10d_functional
+    settings = (*arguments(call), *arguments(role.selection))
+    name = "rank_and_attend" if role.output == "full" else "rank_by_scores"
+    both = run(name, *settings, ranks.rank, ranks.size)
+    worth = run(operator.getitem, both, 1) if role.output == "full" else both
+    reduction = "sum" if role.selection.pool == "sum" else "max"
+    worth = run(collectives.all_reduce.default, worth, reduction, ranks.group)
+    index = run("choose_ranked", *settings, run(collectives.wait_tensor.default, worth))
+    chosen = sets[role.layer, None] = TokenSet(index, call.mask)
+    return run(operator.getitem, both, 0) if role.output == "full" else _attend_to(chosen, call, run)
+
+
+def _mapped(tokens: TokenSet[T], heads: tuple[int, ...], run: Run, ranks: Ranks | None) -> TokenSet[T]:
+    """The same set with row heads[h] in row h. Slices, not an index: that would be a constant on the CPU.
+
+    Of ranks, each has as many heads; where one needs another's rows, all of them exchange theirs.
+    """
+    import torch
+
+    if ranks is None:
+        rows = [run(torch.select, tokens.index, -2, head) for head in heads]
+        return TokenSet(run(torch.stack, rows, -2), tokens.mask)
+    here = len(heads) // ranks.size
+    own = range(ranks.rank * here, (ranks.rank + 1) * here)
+    if all(head // here == source // here for head, source in enumerate(heads)):
+        return _mapped(tokens, tuple(heads[head] % here for head in own), run, None)
+    collectives = torch.ops._c10d_functional
+    everywhere = run(collectives.all_gather_into_tensor.default, tokens.index, ranks.size, ranks.group)
+    everywhere = run(collectives.wait_tensor.default, everywhere)  # [ranks B, ...]
+    of_rank = run(torch.chunk, everywhere, ranks.size)
+    rows = [
+        run(torch.select, run(operator.getitem, of_rank, heads[head] // here), -2, heads[head] % here) for head in own
+    ]
     return TokenSet(run(torch.stack, rows, -2), tokens.mask)
 
 

@@ -209,6 +209,7 @@ def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
     if all(isinstance(call, Unmatched) and call.kind == "tokens" for call in calls):
         return None
     policy, plan = lay_over(calls, count_layers(gm), options)
+    check_ranks(policy, plan)
     if plan.problems:
         _refuse(options, f"the model's graph can't follow policy {policy.name!r}: {'; '.join(plan.problems)}")
     asks_for_more = is_preset(options.policy) and options.policy != "full"
@@ -223,6 +224,30 @@ def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
     if torch.is_grad_enabled() and _wants_gradients(gm):
         raise UnsupportedModelError("a decode step has no gradient: call it under torch.no_grad() or inference_mode()")
     return plan
+
+
+def check_ranks(policy: Policy, plan: Plan) -> None:
+    """Raise `TidalError` where the ranks of a tensor-parallel model don't compile the same step: they would wait for
+    each other, or for nobody.
+    """
+    sites = [decision.call for decision in plan.decisions if getattr(decision.call, "ranks", None) is not None]
+    if not sites:
+        return
+    roles = "; ".join(map(str, policy.roles))
+    slots = {site.layer: f"{tuple(site.call.key.meta['example_value'].shape)}, {site.num_tokens}" for site in sites}
+    said = compat.told_by_all(sites[0].ranks.group, (policy.name, roles, slots))
+    for rank, (name, its_roles, its_slots) in enumerate(said):
+        if its_roles != said[0][1]:
+            raise TidalError(
+                f"the ranks have policies that differ: {said[0][0]!r} on rank 0, and {name!r} on rank {rank}; give all "
+                "of them one"
+            )
+        if its_slots != said[0][2]:
+            layer = next(layer for layer, shape in its_slots.items() if shape != said[0][2].get(layer))
+            raise TidalError(
+                f"the ranks' caches differ: keys and query tokens of layer {layer} are {said[0][2].get(layer)} on rank "
+                f"0, and {its_slots[layer]} on rank {rank}"
+            )
 
 
 def lay_over(calls: list[AttentionSite | Unmatched], num_layers: int, options: Options) -> tuple[Policy, Plan]:

@@ -28,6 +28,7 @@ class Method:
     `full`, to all tokens, is for `scores` alone, whose op does both in one pass.
     `attends`: whether it attends by itself instead of choosing a token set that other layers could reuse.
     `by_slot`: whether a choice depends on the slots in which tokens stand, not only on their order.
+    `by_heads`: whether a choice depends on what the heads that share a set hold, and not on places alone.
     `several`: whether its step takes several query tokens, as `choose` and `attend` always do.
     `keeps`: names of the tensors that it keeps beside the keys of a layer, so as not to read all of these at each step.
     `summarize` makes them of the keys, and `update` takes in what a step knows: its keys, and which slots are live.
@@ -36,6 +37,7 @@ class Method:
     outputs: ClassVar[tuple[str, ...]] = ("sparse",)
     attends: ClassVar[bool] = False
     by_slot: ClassVar[bool] = False
+    by_heads: ClassVar[bool] = True
     several: ClassVar[bool] = False
     keeps: ClassVar[tuple[str, ...]] = ()
 

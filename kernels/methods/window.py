@@ -6,7 +6,7 @@ StreamingLLM (https://arxiv.org/abs/2309.17453): `sinks` first tokens, and as ma
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from . import Method
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Window(Method):
     """No keys of its own: `budget` and `sinks` say it all, and all token sets are the same."""
+
+    by_heads: ClassVar[bool] = False
 
     def choose(self, call: Call[Tensor], selection: Selection) -> Tensor:
         """The first `sinks` valid tokens and the last budget - sinks."""

@@ -5,6 +5,7 @@ References: `reference.select_attention` and, without an output and without a lo
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ..call import Call, Selection
@@ -23,6 +24,48 @@ def select_attention(call: Call[Tensor], selection: Selection) -> tuple[Tensor, 
 def choose_by_scores(call: Call[Tensor], selection: Selection) -> Tensor:
     """See `reference.choose_by_scores`."""
     return choose(scan(call, write_scores=True, values=False), call, selection)
+
+
+def rank_and_attend(call: Call[Tensor], selection: Selection, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """See `reference.rank_and_attend`."""
+    out = call.query.new_empty(call.query.shape)
+    return out, _worth(scan(call, write_scores=True), call, selection, rank, ranks, out)
+
+
+def rank_by_scores(call: Call[Tensor], selection: Selection, rank: int, ranks: int) -> Tensor:
+    """See `reference.rank_by_scores`."""
+    return _worth(scan(call, write_scores=True, values=False), call, selection, rank, ranks)
+
+
+def choose_ranked(call: Call[Tensor], selection: Selection, worth: Tensor) -> Tensor:
+    """See `reference.choose_ranked`."""
+    batch, tokens, _, slots = worth.shape
+    prepared = merge_and_prepare(None, call, 1, slots)
+    width = selection.width(slots)
+    worth = worth.flatten(0, 1).clone()  # `choose_tokens` writes to it
+    index = choose_tokens(worth, prepared, call.length, selection, "turn", slots=slots, width=width, tokens=tokens)
+    return as_index(index.unflatten(0, (batch, tokens)))
+
+
+def _worth(
+    splits: Splits, call: Call[Tensor], selection: Selection, rank: int, ranks: int, out: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """What each slot is worth to the heads of this rank `[B, T, 1, S]`, by the scores of a scan; -inf where hidden."""
+    num_heads, slots = call.query.shape[1], call.key.shape[2]
+    batch, tokens = call.query.shape[0], call.query.shape[2]
+    if selection.pool == "union":
+        prepared = merge_and_prepare(splits, call, num_heads, slots, out)
+        own, width = replace(selection, share="query_head"), selection.width(slots)
+        by_head = choose_tokens(
+            splits.scores, prepared, call.length, own, "score", slots=slots, width=width, tokens=tokens
+        )
+        worth = take_turns(splits.scores, by_head, 1, rank, ranks)
+    else:
+        lse = merge_and_prepare(splits, call, 1, slots, out).lse[..., None]  # [R, Hq, 1]
+        weights = (splits.scores - lse).exp2()
+        pooled = weights.sum(1, keepdim=True) if selection.pool == "sum" else weights.amax(1, keepdim=True)
+        worth = torch.where(splits.scores[:, :1] > -torch.inf, pooled, -torch.inf)
+    return worth[..., :slots].unflatten(0, (batch, tokens)).contiguous()
 
 
 def takes_turns(selection: Selection, num_sets: int, num_heads: int) -> bool:

@@ -362,12 +362,13 @@ def _emit(
 @triton.jit
 def _take_turns(
     score_ptr, index_ptr, turn_ptr, stride_s, width,
-    SETS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SETS: tl.constexpr, MEMBERS: tl.constexpr, OF: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK of the tokens that one query head chose. 1 / (their turn + 1), if larger, becomes their worth.
 
-    The turn of a token is rank x MEMBERS + head, where its rank counts the better ones of those that the head chose,
-    without those that are always kept.
+    The turn of a token is rank x OF + head, where its rank counts the better ones of those that the head chose, without
+    those that are always kept; the heads here are those from FIRST on of the OF that take turns.
     """
     after_previous(PDL)
     member = tl.program_id(1) % MEMBERS
@@ -388,7 +389,7 @@ def _take_turns(
             (rival[None, :] == score[:, None]) & (other_position[None, :] < position[:, None])
         )
         rank += tl.sum((better & (rival < INF)[None, :]).to(tl.int32), 1)
-    worth = 1.0 / (rank * MEMBERS + member + 1).to(tl.float32)
+    worth = 1.0 / (rank * OF + FIRST + member + 1).to(tl.float32)
     ranked = (position >= 0) & (score < INF)
     # Positive floats are in the order of their bits
     tl.atomic_max(turn_ptr + token_set * stride_s + position, worth.to(tl.int32, bitcast=True), mask=ranked)
@@ -472,16 +473,17 @@ def choose_tokens(
     return index
 
 
-def take_turns(scores: Tensor, index: Tensor, num_sets: int) -> Tensor:
+def take_turns(scores: Tensor, index: Tensor, num_sets: int, rank: int = 0, ranks: int = 1) -> Tensor:
     """What the tokens of each set are worth `[B, G, >= S]` by the turns in which its heads `[B, Hq, K]` chose them.
 
-    `scores` are those that `choose_tokens` left. What no head chose is worth 0; what doesn't count, -inf.
+    `scores` are those that `choose_tokens` left. What no head chose is worth 0; what doesn't count, -inf. The heads of
+    a set are divided among `ranks`.
     """
     batch, num_heads, stride_s = scores.shape
     members, width = num_heads // num_sets, index.shape[2]
     worth = torch.where(scores[:, ::members] > -torch.inf, 0.0, -torch.inf)
     _take_turns[(triton.cdiv(width, 64), num_heads, batch)](
-        scores, index, worth.view(torch.int32), stride_s, width, SETS=num_sets, MEMBERS=members, BLOCK=64,
-        **overlap(scores.device),
+        scores, index, worth.view(torch.int32), stride_s, width, SETS=num_sets, MEMBERS=members,
+        OF=ranks * members, FIRST=rank * members, BLOCK=64, **overlap(scores.device),
     )  # fmt: skip
     return worth

@@ -1,0 +1,110 @@
+"""A program for each rank of a tensor-parallel model, which also holds all of it: what both say must be the same."""
+
+import itertools
+import os
+import sys
+
+import torch
+from models import decode_logits
+from torch import distributed
+from transformers import AutoModelForCausalLM, StaticCache
+from transformers.distributed import DistributedConfig
+
+import tidal_compile as tc
+
+SMALL = {"budget": 12, "sinks": 2, "recent": 3}
+LENGTH, SLOTS = 60, 80
+
+
+def policies(ranks):
+    """Every share, pool, method and head map."""
+    kinds = [{"share": share, "pool": pool} for share in ("kv_head", "layer") for pool in ("sum", "max", "union")]
+    kinds += [{"share": "query_head"}]
+    for kind, output in itertools.product(kinds, ("full", "sparse")):
+        yield {"0": "full", "1": {"role": "select", "output": output, **kind}, "2-3": "reuse"}
+    yield {"0": "full", "1": {"role": "select", "by": "pages", "page": 4}, "2-3": "reuse"}
+    yield {"0": "full", "1": {"role": "select", "by": "pages", "page": 4, "keep": 2.0}, "2-3": "reuse"}
+    yield {"0": "full", "1": {"role": "select", "by": "window", "share": "layer"}, "2-3": "reuse"}
+    yield {"0": "full", "1-3": {"role": "select", "by": "lsh", "k": 2, "l": 20}}
+    here = 4 // ranks
+    maps = [[3, 2, 1, 0], [2, 2, 0, 3], [0, 0, 0, 0]]
+    if here > 1:
+        maps.append([1, 0, 3, 2])  # within each rank
+    for heads in maps:
+        yield {"0": "full", "1": "select", "2": {"role": "reuse", "heads": heads}, "3": "reuse"}
+
+
+@torch.no_grad()
+def same_logits(whole, shared):
+    """A decode step by step after a prompt, padded or not."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 128, (2, LENGTH + 3))
+    mask = torch.ones(2, SLOTS, dtype=torch.bool)
+    mask[0, :7] = False
+    for number, layers in enumerate(policies(distributed.get_world_size())):
+        torch._dynamo.reset()
+        policy = tc.Policy.from_dict({"num_layers": 4, "layers": layers, "defaults": SMALL})
+        found = []
+        for model in (whole, shared):
+            cache = StaticCache(config=model.config, max_cache_len=SLOTS)
+            padding = {"attention_mask": mask} if number % 2 else {}
+            model(ids[:, :LENGTH], past_key_values=cache, **padding)
+            step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
+            masks = [mask[:, None, None]] * 3 if number % 2 else None
+            found.append(decode_logits(step, cache, ids[:, LENGTH:], masks))
+        error = (found[0] - found[1]).abs().max()
+        assert error < 1e-5, (layers, error)
+        print("same logits", layers, float(error))
+
+
+def same_tokens(whole, shared):
+    """`generate` under a policy, densely by its drafts, and sampled: each rank has another seed."""
+    ids = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))
+    policy = {"num_layers": 4, "layers": {"0": "full", "1": {"role": "select", "share": "layer"}, "2-3": "reuse"}}
+    policy["defaults"] = SMALL
+    for more in ({}, {"exact": True}):
+        options = {"max_new_tokens": 12, "do_sample": False, **more}
+        assert torch.equal(tc.generate(whole, ids, policy, **options), tc.generate(shared, ids, policy, **options))
+    torch.manual_seed(distributed.get_rank())
+    for more in ({}, {"exact": True}):
+        said = tc.generate(shared, ids, policy, max_new_tokens=12, do_sample=True, **more)
+        everywhere = [torch.empty_like(said) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(everywhere, said.contiguous())
+        assert all(torch.equal(one, said) for one in everywhere)
+    print("same tokens")
+
+
+def refusals(shared):
+    """Ranks that compile different steps are told so, all of them."""
+    rank = distributed.get_rank()
+    for problem in ("policies", "caches"):
+        torch._dynamo.reset()
+        slots = 64 if problem == "policies" or rank == 0 else 96
+        budget = 20 if problem == "caches" or rank == 0 else 30
+        cache = StaticCache(config=shared.config, max_cache_len=slots)
+        ids = torch.arange(3, 40)[None]
+        step = torch.compile(shared, backend="tidal", fullgraph=True, options={"policy": "tidal", "budget": budget})
+        with torch.no_grad():
+            shared(ids, past_key_values=cache)
+            try:
+                step(input_ids=ids[:, :1].clone(), past_key_values=cache)
+            except tc.TidalError as error:
+                assert f"the ranks' {problem} differ" in str(error) or "policies that differ" in str(error), error
+            else:
+                raise AssertionError(f"{problem} that differ were taken")
+    print("refusals")
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    ranks = int(os.environ["WORLD_SIZE"])
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    shared = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=ranks))
+    same_logits(whole, shared)
+    same_tokens(whole, shared)
+    refusals(shared)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
