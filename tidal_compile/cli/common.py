@@ -75,12 +75,12 @@ def add_stage(progress: Progress, title: str, steps: int) -> Callable[[], None]:
     return lambda: progress.advance(task)
 
 
-def load(progress: Progress, model: str, device: str, dtype: Any) -> tuple[Any, Any]:
-    """Load the model and its tokenizer, with a progress bar."""
+def load(progress: Progress, model: str, device: str, dtype: Any, ranks: int = 1) -> tuple[Any, Any]:
+    """Load the model and its tokenizer, with a progress bar; or one rank's part of the model."""
     from ..models import load_model, load_tokenizer
 
     advance = add_stage(progress, f"load {model}", 1)
-    loaded = load_model(model, device, dtype), load_tokenizer(model)
+    loaded = load_model(model, device, dtype, ranks=ranks), load_tokenizer(model)
     advance()
     return loaded
 

@@ -1,0 +1,90 @@
+"""Tensor parallelism through transformers and `torch.distributed`: what one rank has to know of the others.
+
+transformers divides the heads of each layer among ranks, and sums what they make of it. Each rank runs the whole
+program, and compiles a step over its own heads. What is chosen by the heads of all ranks is exchanged inside the graph:
+see `passes/roles.py`. Here is what concerns the loop around it.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import PreTrainedModel
+
+from .errors import TidalError
+
+
+def group_of(model: PreTrainedModel) -> Any | None:
+    """The process group of the ranks that share a model's heads; None for a model that is whole."""
+    mesh, size = getattr(model, "_device_mesh", None), getattr(model, "_tp_size", None)
+    if mesh is None or (size or 1) == 1:
+        return None
+    return mesh.get_group("tp") if "tp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
+
+
+def share_random_state(model: PreTrainedModel) -> None:
+    """Let all ranks draw the same random numbers: those of the first. Else they would go on with tokens that differ."""
+    group = group_of(model)
+    if group is None:
+        return
+    on_gpu = model.device.type == "cuda"
+    states = [torch.cuda.get_rng_state(model.device) if on_gpu else torch.get_rng_state()]
+    first = distributed.get_global_rank(group, 0)
+    distributed.broadcast_object_list(states, src=first, group=group, device=model.device)
+    if on_gpu:
+        torch.cuda.set_rng_state(states[0], model.device)
+    else:
+        torch.set_rng_state(states[0])
+
+
+def as_first_rank(model: PreTrainedModel, number: int) -> int:
+    """A number that follows from measured times, as the first rank has it."""
+    group = group_of(model)
+    if group is None:
+        return number
+    said = torch.tensor([number], device=model.device)
+    distributed.broadcast(said, src=distributed.get_global_rank(group, 0), group=group)
+    return int(said)
+
+
+def join(device: str) -> tuple[str, int, int]:
+    """Join the processes that torchrun started: this one's device, its rank, and how many there are.
+
+    Raises `TidalError` where torchrun did not start this process, or there are fewer GPUs than processes.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        raise TidalError("--tp: start it by torchrun: torchrun --nproc-per-node 2 -m tidal_compile run --tp ...")
+    local = int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise TidalError(f"--tp: process {local} of this machine has no GPU; there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+        os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # all collectives of a step are in one CUDA graph
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device, distributed.get_rank(), distributed.get_world_size()
+
+
+def check_heads(config: Any, ranks: int) -> None:
+    """Raise `TidalError` for a model whose heads can't be divided among so many ranks."""
+    text = config.get_text_config(decoder=True)
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if kv_heads % ranks:
+        valid = [number for number in range(1, kv_heads + 1) if kv_heads % number == 0]
+        raise TidalError(f"--tp: {kv_heads} kv heads among {ranks} processes; valid here: {', '.join(map(str, valid))}")
+
+
+def divide(model: PreTrainedModel, ranks: int) -> PreTrainedModel:
+    """Divide a model that every rank has loaded, by transformers' plan for it: for weights that no folder holds.
+
+    Raises `TidalError` if transformers has no plan.
+    """
+    from transformers.distributed import DistributedConfig
+
+    if not model.supports_tp_plan:
+        raise TidalError(f"--tp: transformers has no plan for {type(model).__name__}")
+    kind = type(model)
+    config, _, mesh = kind.prepare_distribute_model(DistributedConfig(tp_size=ranks))
+    return kind.maybe_distribute_model(model, config, mesh).eval()
