@@ -134,19 +134,26 @@ def one_of_two_ranks():
     distributed.destroy_process_group()
 
 
-def test_one_token_set_a_layer_is_refused_under_tensor_parallel_ranks(one_of_two_ranks):
-    model = tiny_model(num_hidden_layers=3)
-    projection = model.model.layers[0].self_attn.o_proj
-    forward = projection.forward
+def test_what_ranks_cannot_choose_together_is_refused(one_of_two_ranks):
+    model = tiny_model(num_hidden_layers=3)  # the half of one with 4 kv heads
+    for layer in model.model.layers:
+        projection = layer.self_attn.o_proj
 
-    def rowwise(x):  # as transformers' tensor parallelism ends an attention block
-        out = forward(x)
-        distributed.all_reduce(out)
-        return out
+        def rowwise(x, forward=projection.forward):  # as transformers' tensor parallelism ends an attention block
+            out = forward(x)
+            distributed.all_reduce(out)
+            return out
 
-    projection.forward = rowwise
-    assert "tensor parallelism" in tc.explain(model, "tidal", share="layer", **SMALL).problems[0]
-    assert not tc.explain(model, "tidal", share="kv_head", **SMALL).problems
+        projection.forward = rowwise
+    by_pages = {"0": "full", "1": {"role": "select", "by": "pages", "share": "layer"}, "2": "reuse"}
+    policy = {"num_layers": 3, "layers": by_pages, "defaults": SMALL}
+    assert "by: pages, but its heads are divided among ranks" in tc.explain(model, policy).problems[0]
+    for share in ("kv_head", "layer"):
+        assert not tc.explain(model, "tidal", share=share, **SMALL).problems
+    for heads, problem in (([0, 1], "for each of its 4 kv heads"), ([3, 2, 1, 0], ""), ([1, 0, 3, 2], "")):
+        layers = {"0": "full", "1": "select", "2": {"role": "reuse", "heads": heads}}
+        problems = tc.explain(model, {"num_layers": 3, "layers": layers, "defaults": SMALL}).problems
+        assert problem in problems[0] if problem else not problems
 
 
 def test_settings_that_no_calibration_can_follow_are_refused_at_once():

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .errors import TidalError, UnsupportedModelError
 from .passes.compat import FakeTensor, FakeTensorMode, batched_experts, has_model
-from .ranks import check_heads, divide, group_of
+from .ranks import check_heads, divide, divided, group_of
 from .shapes import FORMS, SHAPES, is_random
 
 
@@ -33,10 +33,13 @@ def load_model(
         raise TidalError(f"model {name!r} has its own number of layers: only random:<shape> can be given another")
     with _named(name):
         config = load_config(name, num_layers)
+        kind = _auto_class(config)
         if ranks > 1:
             check_heads(config, ranks)
-            return divide(load_model(name, device, dtype, num_layers), ranks)
-        kind = _auto_class(config)
+            folder, options = (None, {}) if is_random(name) else _where(name)
+            if folder is None or "gguf_file" in options:
+                return divide(load_model(name, device, dtype, num_layers), ranks)
+            return kind.from_pretrained(folder, dtype=dtype, distributed_config=divided(ranks), **options).eval()
         if is_random(name) or device == "meta":
             torch.manual_seed(0)
             with torch.device(device):

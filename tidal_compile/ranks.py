@@ -76,15 +76,26 @@ def check_heads(config: Any, ranks: int) -> None:
         raise TidalError(f"--tp: {kv_heads} kv heads among {ranks} processes; valid here: {', '.join(map(str, valid))}")
 
 
+def divided(ranks: int) -> Any:
+    """What tells transformers to divide a model among so many processes."""
+    from transformers.distributed import DistributedConfig
+
+    return DistributedConfig(tp_size=ranks)
+
+
 def divide(model: PreTrainedModel, ranks: int) -> PreTrainedModel:
     """Divide a model that every rank has loaded, by transformers' plan for it: for weights that no folder holds.
 
     Raises `TidalError` if transformers has no plan.
     """
-    from transformers.distributed import DistributedConfig
-
     if not model.supports_tp_plan:
         raise TidalError(f"--tp: transformers has no plan for {type(model).__name__}")
+    seen = set()
+    for name, weight in list(model.named_parameters(remove_duplicate=False)):
+        if weight in seen:  # tied: transformers divides both uses, each in its own way
+            module, _, own = name.rpartition(".")
+            model.get_submodule(module).register_parameter(own, torch.nn.Parameter(weight.detach().clone()))
+        seen.add(weight)
     kind = type(model)
-    config, _, mesh = kind.prepare_distribute_model(DistributedConfig(tp_size=ranks))
+    config, _, mesh = kind.prepare_distribute_model(divided(ranks))
     return kind.maybe_distribute_model(model, config, mesh).eval()

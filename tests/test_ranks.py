@@ -1,0 +1,108 @@
+"""Heads divided among ranks: the ops against the oracle of all heads, and whole models with gloo in processes."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from attention import IMPLEMENTATIONS, check_index, make_case, on_device
+from models import tiny_model
+from test_ops import slack_of_turns
+from tiers import sampled
+
+from tidal_compile.kernels import ops, reference
+from tidal_compile.kernels.call import Call, Selection, arguments
+
+HERE = Path(__file__).parent
+CASES = {
+    "plain": {"heads": (8, 4)},
+    "one-head-a-rank": {"heads": (2, 2)},
+    "padding": {"heads": (12, 4), "padding": 30, "batch": 3},
+    "all-three": {"heads": (12, 2), "bias": True, "sink": True, "softcap": 2.0, "padding": 20},
+    "nothing-live": {"heads": (4, 2), "length": 0},
+    "long": {"slots": 6500, "length": 6100, "heads": (4, 2), "batch": 1, "head_dim": 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    sampled(
+        [(name, case) for name in IMPLEMENTATIONS for case in CASES],
+        [*(("reference", case) for case in CASES), ("triton", "plain"), ("triton", "all-three"), ("triton", "one-head-a-rank")],
+    ),
+)  # fmt: skip
+@pytest.mark.parametrize("pool", ["sum", "max", "union"])
+def test_ranks_choose_by_the_heads_of_all(name, case, pool):
+    """What each rank says of its own heads, joined as the graph joins it, is what all heads together say."""
+    from tidal_compile.kernels.triton import select  # after conftest has chosen how kernels run
+
+    impl, (args, extra) = {"reference": reference, "triton": select}[name], make_case(**CASES[case])
+    q, k, v, length, mask, scale = args
+    budget, sinks, recent, ratio = 24, 3, 5, 0.3 if pool == "max" else 0.0
+    selection = Selection(budget, ratio, sinks, recent, "layer", pool)
+    scores, valid = oracle.scores_of(q, k, int(length), mask, scale, extra["softcap"])
+    said, ranks = [], 2
+    for rank in range(ranks):
+        own = [one.chunk(ranks, 1)[rank] for one in (q, k, v)]
+        sink = None if extra["sink"] is None else extra["sink"].chunk(ranks)[rank]
+        call = Call(
+            *on_device((*own, length, mask, scale)), **on_device({"sink_logit": sink, "softcap": extra["softcap"]})
+        )
+        out, worth = impl.rank_and_attend(call, selection, rank, ranks)
+        torch.testing.assert_close(out, ops.full_attention(*arguments(call)))
+        again = impl.rank_by_scores(call, selection, rank, ranks)
+        torch.testing.assert_close(worth[..., : int(length)], again[..., : int(length)], rtol=1e-5, atol=1e-7)
+        said.append(worth)
+    index = impl.choose_ranked(call, selection, sum(said) if pool == "sum" else torch.maximum(*said))
+    width = min(k.shape[2], max(budget, math.ceil(ratio * k.shape[2])))
+    assert index.dtype == torch.int32 and index.shape == (q.shape[0], 1, width)
+    importance = oracle.importance_of(scores, k.shape[1], "layer", extra["sink"], pool, sinks, recent)
+    slack = 1e-5 if pool != "union" else slack_of_turns(scores)
+    check_index(index, importance, valid, budget, ratio, sinks, recent, slack)
+
+
+def in_processes(ranks, *arguments, out=None):
+    """Run a program in as many processes, which find each other: what they print, or the test fails."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *arguments,
+    ]
+    here = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    done = subprocess.run(command, env=here, capture_output=True, text=True, timeout=900, check=False, cwd=out)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of 8 query heads and 4 kv heads."""
+    made = tmp_path_factory.mktemp("model")
+    tiny_model(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4).save_pretrained(made)
+    return made
+
+
+@pytest.mark.parametrize(("ranks", "every"), sampled([(2, 1), (4, 1), (4, 4)], [(2, 1), (4, 4)]))
+def test_ranks_say_what_one_process_does(folder, ranks, every):
+    """See `ranks.py`: logits under every share, pool, method and head map; generated tokens; ranks that disagree."""
+    out = in_processes(ranks, str(HERE / "ranks.py"), str(folder), str(every))
+    assert out.count("same tokens") == out.count("refusals") == ranks
+    assert out.count("same logits") >= ranks * (30 // every - 1)
+
+
+def test_the_command_line(tmp_path):
+    """`run --tp` of three ranks, since the shape has three kv heads; of two it is refused."""
+    command = ["-m", "tidal_compile", "run", "--tp", "--model", "random:smollm2-135m", "--baseline", "eager"]
+    command += ["--policy", "no such policy", "--context", "64", "--new-tokens", "8", "--out", str(tmp_path)]
+    with pytest.raises(AssertionError, match="no such policy"):
+        in_processes(3, *command)
+    with pytest.raises(AssertionError, match="3 kv heads among 2 processes; valid here: 1, 3"):
+        in_processes(2, *command[:-6], "--policy", "full", *command[-6:][2:])
