@@ -17,7 +17,7 @@ def provenance(device: str) -> dict[str, Any]:
     """Where and with what a result was made."""
     import torch
 
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name()
     # Where a result was written is no part of it
     script = Path(sys.argv[0])
     program = f"python benchmarks/{script.name}" if script.parent.name == "benchmarks" else "tidal-compile"
