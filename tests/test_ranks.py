@@ -15,8 +15,8 @@ from test_ops import slack_of_turns
 from tiers import sampled
 
 from tidal_compile.__main__ import main
-from tidal_compile.kernels import ops, reference
-from tidal_compile.kernels.call import Call, Selection, arguments
+from tidal_compile.kernels import reference
+from tidal_compile.kernels.call import Call, Selection
 
 HERE = Path(__file__).parent
 CASES = {
@@ -39,9 +39,12 @@ CASES = {
 @pytest.mark.parametrize("pool", ["sum", "max", "union"])
 def test_ranks_choose_by_the_heads_of_all(name, case, pool):
     """What each rank says of its own heads, joined as the graph joins it, is what all heads together say."""
-    from tidal_compile.kernels.triton import select  # after conftest has chosen how kernels run
+    from tidal_compile.kernels.triton import dense, select  # after conftest has chosen how kernels run
 
-    impl, (args, extra) = {"reference": reference, "triton": select}[name], make_case(**CASES[case])
+    impl, full_attention = {
+        "reference": (reference, reference.full_attention), "triton": (select, dense.full_attention)
+    }[name]  # fmt: skip
+    args, extra = make_case(**CASES[case])
     q, k, v, length, mask, scale = args
     budget, sinks, recent, ratio = 24, 3, 5, 0.3 if pool == "max" else 0.0
     selection = Selection(budget, ratio, sinks, recent, "layer", pool)
@@ -54,7 +57,7 @@ def test_ranks_choose_by_the_heads_of_all(name, case, pool):
             *on_device((*own, length, mask, scale)), **on_device({"sink_logit": sink, "softcap": extra["softcap"]})
         )
         out, worth = impl.rank_and_attend(call, selection, rank, ranks)
-        torch.testing.assert_close(out, ops.full_attention(*arguments(call)))
+        torch.testing.assert_close(out, full_attention(call), rtol=0, atol=0)
         again = impl.rank_by_scores(call, selection, rank, ranks)
         torch.testing.assert_close(worth[..., : int(length)], again[..., : int(length)], rtol=1e-5, atol=1e-7)
         said.append(worth)
