@@ -2,7 +2,7 @@
 
 Graph in: Dynamo's decode graph, in which every layer calls
 
-    linear(x, weight, bias)            x [B, 1, K], the weight [N, K] a graph input
+    linear(x, weight, bias)            x [B, 1, K], the weight [N, K] a graph input, or a rank's part of one
 
 Graph out: the same graph object, edited in place, where up to three of them that read the same x become
 
@@ -50,11 +50,18 @@ def _is_supported(node: fx.Node) -> bool:
     values = [argument.meta.get("example_value") for argument in (x, *parameters)]
     x_value = values[0]
     return (
-        all(parameter.op in ("placeholder", "get_attr") for parameter in parameters)
+        all(_is_input(parameter) for parameter in parameters)
         and all(_is_plain(value) and value.dtype == x_value.dtype and value.is_contiguous() for value in values)
         and x_value.numel() <= most_tokens(x_value.dtype) * x_value.shape[-1]
         and not any(user.op == "call_method" and user.target.endswith("_") for user in x.users)  # overwrites x
     )
+
+
+def _is_input(parameter: fx.Node) -> bool:
+    """Whether a node is a graph input, or what this rank has of one that is divided (a DTensor): no copy of it."""
+    if parameter.op == "call_method" and parameter.target == "to_local":
+        parameter = parameter.args[0]
+    return parameter.op in ("placeholder", "get_attr")
 
 
 def _bias(node: fx.Node) -> fx.Node | None:
@@ -71,6 +78,9 @@ def _join(gm: fx.GraphModule, nodes: list[fx.Node]) -> None:
     """Replace linear layers of one input by one call, and slices of its output where there are several."""
     weights = [node.args[1] for node in nodes]
     biases = [_bias(node) for node in nodes if _bias(node) is not None]
+    for parameter in (*weights, *biases):
+        if parameter.op == "call_method":  # a rank's part is taken just before its layer
+            nodes[0].prepend(parameter)
     with gm.graph.inserting_before(nodes[0]):
         joined = insert_call(gm, nodes[0], torch.ops.tidal.linear.default, (nodes[0].args[0], weights, biases))
         outputs = [joined]

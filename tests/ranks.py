@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.distributed import DistributedConfig
 
 import tidal_compile as tc
+from tidal_compile.ranks import use_local_weights
 
 SMALL = {"budget": 12, "sinks": 2, "recent": 3}
 LENGTH, SLOTS = 60, 80
@@ -113,7 +114,7 @@ def main(folder, every):
     shared = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=ranks))
     same_logits(whole, shared, every)
     with uncompiled():
-        same_tokens(whole, shared)
+        same_tokens(whole, use_local_weights(shared))
         refusals(shared)
     distributed.destroy_process_group()
 

@@ -10,13 +10,15 @@ import oracle
 import pytest
 import torch
 from attention import IMPLEMENTATIONS, check_index, make_case, on_device
-from models import tiny_model
+from models import decode_logits, prefilled, random_tokens, tiny_model
+from recorder import Recorder
 from test_ops import slack_of_turns
 from tiers import sampled
 
 from tidal_compile.__main__ import main
 from tidal_compile.kernels import reference
 from tidal_compile.kernels.call import Call, Selection
+from tidal_compile.ranks import divide, use_local_weights
 
 HERE = Path(__file__).parent
 CASES = {
@@ -100,6 +102,23 @@ def test_ranks_say_what_one_process_does(folder, ranks, every):
     out = in_processes(ranks, str(HERE / "ranks.py"), str(folder), str(every))
     assert out.count("same tokens") == out.count("refusals") == ranks
     assert out.count("same logits") == ranks * math.ceil({2: 22, 4: 21}[ranks] / every)
+
+
+@torch.no_grad()
+def test_linear_layers_of_a_rank_are_joined(one_of_two_ranks):
+    """Their weights are parts of what is divided: taken out of it in the graph, or before."""
+    model = divide(tiny_model(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4), 2)
+    for _ in range(2):
+        found = []
+        for linears in (True, False):
+            recorder = Recorder(policy="full", linears=linears)
+            step = torch.compile(model, backend=recorder, fullgraph=True, dynamic=False)
+            found.append(decode_logits(step, prefilled(model, random_tokens(1, 60), 80), random_tokens(1, 3)))
+            counts = recorder.after[-1]
+            assert (counts.get("linear.default", 0), counts.get("linear", 0)) == ((9, 0) if linears else (0, 15))
+            torch._dynamo.reset()
+        torch.testing.assert_close(*found)
+        use_local_weights(model)
 
 
 def test_the_command_line_refuses(tmp_path, capsys):

@@ -124,16 +124,6 @@ def test_a_head_map_of_the_wrong_length_is_refused():
     assert not explanation.problems and explanation.rows[2].heads is None
 
 
-@pytest.fixture
-def one_of_two_ranks():
-    """This process, whose group has another rank that answers nothing: graphs are traced, not run."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    distributed.destroy_process_group()
-
-
 def test_what_ranks_cannot_choose_together_is_refused(one_of_two_ranks):
     model = tiny_model(num_hidden_layers=3)  # the half of one with 4 kv heads
     for layer in model.model.layers:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .errors import TidalError, UnsupportedModelError
 from .passes.compat import FakeTensor, FakeTensorMode, batched_experts, has_model
-from .ranks import check_heads, divide, divided, group_of
+from .ranks import check_heads, divide, divided, group_of, use_local_weights
 from .shapes import FORMS, SHAPES, is_random
 
 
@@ -38,8 +38,9 @@ def load_model(
             check_heads(config, ranks)
             folder, options = (None, {}) if is_random(name) else _where(name)
             if folder is None or "gguf_file" in options:
-                return divide(load_model(name, device, dtype, num_layers), ranks)
-            return kind.from_pretrained(folder, dtype=dtype, distributed_config=divided(ranks), **options).eval()
+                return use_local_weights(divide(load_model(name, device, dtype, num_layers), ranks))
+            shared = kind.from_pretrained(folder, dtype=dtype, distributed_config=divided(ranks), **options)
+            return use_local_weights(shared.eval())
         if is_random(name) or device == "meta":
             torch.manual_seed(0)
             with torch.device(device):

@@ -83,6 +83,22 @@ def divided(ranks: int) -> Any:
     return DistributedConfig(tp_size=ranks)
 
 
+def use_local_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the linear layers of a divided model hold this rank's part of their weights as plain tensors.
+
+    A step has less to check on the host then: each weight that is a DTensor is unpacked at every call. For inference
+    alone, since nothing can gather the weights again.
+    """
+    from torch.distributed.tensor import DTensor
+
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if isinstance(module, torch.nn.Linear) and isinstance(weight, DTensor):
+                own = weight.to_local().detach().contiguous()
+                module.register_parameter(name, torch.nn.Parameter(own, requires_grad=False))
+    return model
+
+
 def divide(model: PreTrainedModel, ranks: int) -> PreTrainedModel:
     """Divide a model that every rank has loaded, by transformers' plan for it: for weights that no folder holds.
 
