@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from . import tensorrt
 from .errors import TidalError, UnsupportedModelError
 from .kernels import ops as _ops  # noqa: F401  registers the ops that `rewrite` inserts
 from .kernels.methods import METHODS
@@ -24,6 +25,7 @@ from .passes.counters import COUNTER, take_out_counters, unknown_arithmetic
 from .passes.linears import join_linears
 from .passes.match import AttentionSite, Unmatched, count_layers, find_attention, policy_layers
 from .passes.plan import Plan, make_plan
+from .passes.regions import Compiler, Region, take_out_regions
 from .passes.rewrite import apply_plan
 from .passes.state import around, examples, take_out_inputs
 from .policy import Defaults, Policy, is_preset, load_any, resolve
@@ -40,7 +42,8 @@ torch.compiler.config.dynamic_sources = ",".join(filter(None, _sources))
 # With output_attentions=True it warns, which Dynamo would refuse in its own words before `refuse_output_attentions` can
 compat.ignore_warning_of_attention_weights()
 
-OWN_OPTIONS = ("policy", "strict", "cuda_graphs", "linears", "inductor")
+DENSE_COMPILERS = ("inductor", "tensorrt")
+OWN_OPTIONS = ("policy", "strict", "cuda_graphs", "linears", "dense_compiler", "inductor")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Options:
     strict: bool = True
     cuda_graphs: bool | None = None  # None: on a CUDA device
     linears: bool | None = None  # through our own kernel, for up to 16 sequences; None: on a CUDA device
+    dense_compiler: str | Compiler = "inductor"  # of what stands between our ops and the writes to the cache
     inductor: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)  # of the policy's defaults
 
@@ -75,6 +79,14 @@ class Options:
         ):
             if name in own and not isinstance(own[name], kind):
                 raise TidalError(f"option {name!r} must be {valid}, found {own[name]!r}")
+        dense = own.get("dense_compiler", "inductor")
+        if not callable(dense) and dense not in DENSE_COMPILERS:
+            raise TidalError(
+                f"option 'dense_compiler' must be one of {', '.join(DENSE_COMPILERS)}, or a function of a graph module "
+                f"and its inputs that returns one of such inputs; found {dense!r}"
+            )
+        if dense == "tensorrt":
+            tensorrt.check()
         unknown = sorted(set(own.get("inductor", {})) - set(compat.list_options()))
         if unknown:
             raise TidalError(
@@ -136,7 +148,12 @@ def tidal(
         kept = apply_plan(gm, plan)
 
     decodes_on_cuda = plan is not None and any(getattr(value, "is_cuda", False) for value in example_inputs)
-    if plan is not None and (decodes_on_cuda if parsed.linears is None else parsed.linears):
+    inputs, regions = [*example_inputs, *examples(kept)], []
+    if plan is not None and parsed.dense_compiler != "inductor":
+        compiler = tensorrt.compile_region if parsed.dense_compiler == "tensorrt" else parsed.dense_compiler
+        regions = take_out_regions(gm, inputs, compiler)
+        log.info("tidal: %d regions compiled by %s", len(regions), parsed.dense_compiler)
+    elif plan is not None and (decodes_on_cuda if parsed.linears is None else parsed.linears):
         log.info("tidal: %d linear layers joined", join_linears(gm))
 
     # A prefill would record another CUDA graph for every prompt length
@@ -152,10 +169,15 @@ def tidal(
             "steps run without CUDA graphs, which would be recorded anew for every token",
             stacklevel=2,
         )
-    inputs = [*example_inputs, *examples(kept)]
     compiled = compile_fx(gm, inputs if counters is None else counters.as_tensors(inputs), config_patches=settings)
     take_out_inputs(gm, kept)
-    return around(kept, compiled if counters is None else counters.around(compiled))
+    step = around(kept, compiled if counters is None else counters.around(compiled))
+    return functools.partial(_with, regions, step) if regions else step
+
+
+def _with(_: list[Region], step: Callable, *inputs: Any) -> Any:
+    """The step; its graph knows its regions by their numbers, and they live as long as it does."""
+    return step(*inputs)
 
 
 _compiled: dict[tuple[int, str], int] = {}  # how often, by function as Dynamo numbers them, and options
