@@ -107,17 +107,36 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite | Unmatched]:
             if mask not in useless:
                 useless[mask] = repeats_length(mask, site.num_tokens, shape(site.call.key)[2])
             call = replace(site.call, mask=None) if useless[mask] else site.call
-            group = groups.get(_layer_of(node))
-            found.append(replace(site, call=call, ranks=None if group is None else Ranks(group, *rank_in(group))))
+            group, width = groups.get(_layer_of(node), (None, 0))
+            divided = group is not None and width in (None, site.num_heads * shape(site.call.value)[3])
+            found.append(replace(site, call=call, ranks=Ranks(group, *rank_in(group)) if divided else None))
         except NoMatch as problem:
             found.append(Unmatched(layer, node, str(problem), problem.kind))
     return found
 
 
-def _groups(gm: fx.GraphModule) -> dict[int | None, str]:
-    """The process group in which the attention of each layer ends by a sum, as that of a tensor-parallel model does."""
+def rank_group(gm: fx.GraphModule) -> str | None:
+    """The process group of a tensor-parallel model's graph."""
+    return next((group for group, _ in _groups(gm).values()), None)
+
+
+def _groups(gm: fx.GraphModule) -> dict[int | None, tuple[str, int | None]]:
+    """The process group in which the attention of each layer ends by a sum, as that of a tensor-parallel model does.
+
+    And how many features go into the product that is summed, if it can be told: those of a rank's own heads; or fewer,
+    where each rank has all heads and only this product is divided (Phi 3, OLMo 2).
+    """
     sums = [node for node in gm.graph.nodes if "_c10d_functional.all_reduce" in str(node.target)]
-    return {layer: node.args[2] for node in sums if (layer := _layer_of(node)) is not None}
+    found: dict[int | None, tuple[str, int | None]] = {}
+    for node in sums:
+        if (layer := _layer_of(node)) is None:
+            continue
+        product = node.args[0]
+        while target_name(product) not in PROJECTIONS and len(product.all_input_nodes) == 1:
+            product = product.all_input_nodes[0]
+        width = shape(product.args[0])[-1] if target_name(product) in PROJECTIONS else None
+        found[layer] = node.args[2], width
+    return found
 
 
 def policy_layers(calls: list[AttentionSite | Unmatched]) -> tuple[int, ...]:

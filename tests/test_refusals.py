@@ -144,6 +144,20 @@ def test_what_ranks_cannot_choose_together_is_refused(one_of_two_ranks):
         layers = {"0": "full", "1": "select", "2": {"role": "reuse", "heads": heads}}
         problems = tc.explain(model, {"num_layers": 3, "layers": layers, "defaults": SMALL}).problems
         assert problem in problems[0] if problem else not problems
+    for layer in model.model.layers:  # each rank has all heads, and a part of this product only, as in Phi 3
+        projection = layer.self_attn.o_proj
+        del projection.forward
+
+        def split(x, weight=projection.weight):
+            half = x.shape[-1] // 2
+            out = torch.nn.functional.linear(x[..., :half], weight[:, :half])
+            distributed.all_reduce(out)
+            return out
+
+        projection.forward = split
+    layers = {"0": "full", "1": "select", "2": {"role": "reuse", "heads": [1, 0]}}
+    for given in (layers, by_pages):
+        assert not tc.explain(model, {"num_layers": 3, "layers": given, "defaults": SMALL}).problems
 
 
 def test_settings_that_no_calibration_can_follow_are_refused_at_once():

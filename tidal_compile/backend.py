@@ -23,7 +23,7 @@ from .passes import compat
 from .passes.compat import ShortenTraceback
 from .passes.counters import COUNTER, take_out_counters, unknown_arithmetic
 from .passes.linears import join_linears
-from .passes.match import AttentionSite, Unmatched, count_layers, find_attention, policy_layers
+from .passes.match import AttentionSite, Unmatched, count_layers, find_attention, policy_layers, rank_group
 from .passes.plan import Plan, make_plan
 from .passes.regions import Compiler, Region, take_out_regions
 from .passes.rewrite import apply_plan
@@ -224,6 +224,19 @@ def refuse_output_attentions() -> None:
 
 def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
     """The plan for a decode step, even if it changes nothing; None for other graphs. Raises, or warns if not strict."""
+    plan, problem = None, None
+    try:
+        plan = _plan(gm, options)
+    except TidalError as error:
+        problem = error
+    if (group := rank_group(gm)) is not None:
+        check_ranks(group, plan, problem)
+    if problem is not None:
+        raise problem
+    return plan
+
+
+def _plan(gm: fx.GraphModule, options: Options) -> Plan | None:
     calls = find_attention(gm)
     if not calls:
         _refuse(options, "no attention call of the graph can be rewritten: it has none (compile with fullgraph=True)")
@@ -231,7 +244,6 @@ def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
     if all(isinstance(call, Unmatched) and call.kind == "tokens" for call in calls):
         return None
     policy, plan = lay_over(calls, count_layers(gm), options)
-    check_ranks(policy, plan)
     if plan.problems:
         _refuse(options, f"the model's graph can't follow policy {policy.name!r}: {'; '.join(plan.problems)}")
     asks_for_more = is_preset(options.policy) and options.policy != "full"
@@ -248,28 +260,31 @@ def plan_graph(gm: fx.GraphModule, options: Options) -> Plan | None:
     return plan
 
 
-def check_ranks(policy: Policy, plan: Plan) -> None:
+def check_ranks(group: str, plan: Plan | None, problem: TidalError | None) -> None:
     """Raise `TidalError` where the ranks of a tensor-parallel model don't compile the same step: they would wait for
-    each other, or for nobody.
+    each other, or for nobody. A `problem` of one is told to all.
     """
-    sites = [decision.call for decision in plan.decisions if getattr(decision.call, "ranks", None) is not None]
-    if not sites:
-        return
-    roles = "; ".join(map(str, policy.roles))
-    slots = {site.layer: f"{tuple(site.call.key.meta['example_value'].shape)}, {site.num_tokens}" for site in sites}
-    said = compat.told_by_all(sites[0].ranks.group, (policy.name, roles, slots))
-    for rank, (name, its_roles, its_slots) in enumerate(said):
-        if its_roles != said[0][1]:
-            raise TidalError(
-                f"the ranks have policies that differ: {said[0][0]!r} on rank 0, and {name!r} on rank {rank}; give all "
-                "of them one"
-            )
+    decisions = () if plan is None else plan.decisions
+    roles = "; ".join(str(decision.role) for decision in decisions)
+    slots = {
+        decision.layer: f"{tuple(decision.call.call.key.meta['example_value'].shape)}, {decision.call.num_tokens}"
+        for decision in decisions
+        if isinstance(decision.call, AttentionSite)
+    }
+    said = compat.told_by_all(group, (None if problem is None else problem.message, roles, slots))
+    for rank, (message, its_roles, its_slots) in enumerate(said):
+        if message is not None:
+            raise problem or TidalError(f"rank {rank}: {message}")
         if its_slots != said[0][2]:
-            layer = next(layer for layer, shape in its_slots.items() if shape != said[0][2].get(layer))
+            layer = next(
+                layer for layer in {**said[0][2], **its_slots} if said[0][2].get(layer) != its_slots.get(layer)
+            )
             raise TidalError(
                 f"the ranks' caches differ: keys and query tokens of layer {layer} are {said[0][2].get(layer)} on rank "
-                f"0, and {its_slots[layer]} on rank {rank}"
+                f"0, and {its_slots.get(layer)} on rank {rank}"
             )
+        if its_roles != said[0][1]:
+            raise TidalError(f"the ranks' policies differ: that of rank {rank} is not that of rank 0; give all one")
 
 
 def lay_over(calls: list[AttentionSite | Unmatched], num_layers: int, options: Options) -> tuple[Policy, Plan]:

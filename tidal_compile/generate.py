@@ -40,7 +40,7 @@ from .errors import TidalError
 from .models import continues, forgets, is_plain, is_recurrent, with_cache
 from .policy import Policy, is_preset, load_any, resolve
 from .prefill import positions, read, takes
-from .ranks import as_first_rank, share_random_state
+from .ranks import as_first_rank, from_first_rank, share_random_state
 from .run import rewind, shorten, windows
 
 SMALLEST = 256  # slots of a cache
@@ -338,6 +338,8 @@ def _loop(
                 sequences[:, length] = chosen
                 length += 1
                 going = stops.leave(going, sequences[:, :length], kept["scores"])
+                if stops.others:  # which may look at a clock
+                    going = from_first_rank(model, going)
                 if drafter is not None:
                     ends = torch.where(~going & (ends == most), length, ends)
                 late.send(chosen, going)

@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from .errors import TidalError
@@ -38,14 +38,19 @@ def share_random_state(model: PreTrainedModel) -> None:
         torch.set_rng_state(states[0])
 
 
-def as_first_rank(model: PreTrainedModel, number: int) -> int:
-    """A number that follows from measured times, as the first rank has it."""
+def from_first_rank(model: PreTrainedModel, values: Tensor) -> Tensor:
+    """Numbers that may follow from a rank's own clock, as the first rank has them."""
     group = group_of(model)
     if group is None:
-        return number
-    said = torch.tensor([number], device=model.device)
+        return values
+    said = values.long()
     distributed.broadcast(said, src=distributed.get_global_rank(group, 0), group=group)
-    return int(said)
+    return said.to(values.dtype)
+
+
+def as_first_rank(model: PreTrainedModel, number: int) -> int:
+    """One such number, on the host."""
+    return number if group_of(model) is None else int(from_first_rank(model, torch.tensor([number]).to(model.device)))
 
 
 def join(device: str) -> tuple[str, int, int]:
@@ -56,6 +61,8 @@ def join(device: str) -> tuple[str, int, int]:
     if "LOCAL_RANK" not in os.environ:
         raise TidalError("--tp: start it by torchrun: torchrun --nproc-per-node 2 -m tidal_compile run --tp ...")
     local = int(os.environ["LOCAL_RANK"])
+    if device == "cpu" and torch.cuda.is_available():
+        raise TidalError("--tp --device cpu: transformers divides a model over the GPUs that it finds; hide them first")
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise TidalError(f"--tp: process {local} of this machine has no GPU; there are {torch.cuda.device_count()}")

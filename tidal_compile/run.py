@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from .cache import LiveCache
 from .models import empty_cache, forgets, with_cache
@@ -23,9 +23,6 @@ from .prefill import read
 from .variant import Variant
 
 ANSWER_TOKENS = 12  # a number of seven digits, and what a model may say before it
-GREEDY = {  # whatever the model's own generation config says
-    "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-}  # fmt: skip
 WARM_UP = 3  # steps that are not timed: compilation, CUDA-graph warm-up and recording
 
 
@@ -207,11 +204,15 @@ def said(
     rewind(prompt.cache, prompt.length - 1, prompt.windows)
     ids = prompt.token.new_ones(1, prompt.length)  # its tokens were read; no processor looks at them
     ids[:, -1:] = prompt.token
-    listener = Listener(on_token)
-    generate(
-        model, ids, policy, streamer=listener, max_new_tokens=steps, attention_mask=torch.ones_like(ids), **GREEDY,
-        past_key_values=prompt.cache,
-    )  # fmt: skip
+    listener, own = Listener(on_token), model.generation_config
+    model.generation_config = GenerationConfig()  # what a model's own says is not asked for here
+    try:
+        generate(
+            model, ids, policy, streamer=listener, max_new_tokens=steps, attention_mask=torch.ones_like(ids),
+            do_sample=False, pad_token_id=0, **with_cache(model, prompt.cache),
+        )  # fmt: skip
+    finally:
+        model.generation_config = own
     return listener
 
 

@@ -3,6 +3,7 @@
 References: `reference.select_attention` and, without an output and without a look at the values, `choose_by_scores`.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -64,7 +65,8 @@ def _worth(
         lse = merge_and_prepare(splits, call, 1, slots, out).lse[..., None]  # [R, Hq, 1]
         weights = (splits.scores - lse).exp2()
         pooled = weights.sum(1, keepdim=True) if selection.pool == "sum" else weights.amax(1, keepdim=True)
-        worth = torch.where(splits.scores[:, :1] > -torch.inf, pooled, -torch.inf)
+        least = 2.0 ** -math.ceil(math.log2(ranks * num_heads))  # one set has as much to give as one head: see `topk`
+        worth = torch.where(splits.scores[:, :1] > -torch.inf, pooled * least, -torch.inf)
     return worth[..., :slots].unflatten(0, (batch, tokens)).contiguous()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .. import tensorrt
 from ..backend import Options, followed, past_dynamo, plan_graph
 from ..errors import TidalError
 from ..explain import decode_calls
@@ -88,6 +89,8 @@ def cases_of(
     A policy that chooses tokens runs at each of the `budgets`, or else at its own. Raises `TidalError` where the model
     can't follow a policy.
     """
+    if "tensorrt" in baselines:
+        tensorrt.check()
     cases = [Variant(name) for name in baselines]
     calls = list(shape.calls)
     for options in asked:
@@ -388,6 +391,8 @@ def _compiled(forward: Callable, case: Variant, device: torch.device) -> Callabl
         return forward
     if case.policy is not None:
         return torch.compile(forward, backend="tidal", fullgraph=True, options={"policy": case.policy})
+    if case.name == "tensorrt":
+        return torch.compile(forward, backend="tidal", fullgraph=True, options={"dense_compiler": "tensorrt"})
     graphs = case.name in ("reduce-overhead", "flash") and device.type == "cuda"
     return torch.compile(forward, fullgraph=True, mode="reduce-overhead" if graphs else None)
 

@@ -40,6 +40,7 @@ class StepBaseline(StrEnum):
     inductor = "inductor"
     reduce_overhead = "reduce-overhead"
     flash = "flash"
+    tensorrt = "tensorrt"
     none = "none"
 
 
@@ -56,7 +57,8 @@ def bench_decode(
     baseline: Annotated[
         list[StepBaseline],
         typer.Option(
-            help="Repeat; `none` for none. `flash`: reduce-overhead, SDPA flash on the live cache without a mask."
+            help="Repeat; `none` for none. `flash`: reduce-overhead, SDPA flash on the live cache without a mask. "
+            "`tensorrt`: `full`, with its dense parts as TensorRT engines."
         ),
     ] = (StepBaseline.reduce_overhead, StepBaseline.flash),
     context: ContextsOption = (100_000,),
