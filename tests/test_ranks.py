@@ -96,7 +96,7 @@ def folder(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize(("ranks", "every"), sampled([(2, 1), (4, 1), (4, 4)], [(2, 1), (4, 4)]))
+@pytest.mark.parametrize(("ranks", "every"), sampled([(2, 1), (4, 1), (2, 3), (4, 5)], [(2, 3), (4, 5)]))
 def test_ranks_say_what_one_process_does(folder, ranks, every):
     """See `ranks.py`: logits under every share, pool, method and head map; generated tokens; ranks that disagree."""
     out = in_processes(ranks, str(HERE / "ranks.py"), str(folder), str(every))
