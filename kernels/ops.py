@@ -22,6 +22,7 @@ without a GPU may have no Triton.
 import re
 from collections.abc import Callable
 from dataclasses import fields
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -85,22 +86,13 @@ def _define(
     return op
 
 
-def _full_on_gpu(call: Call) -> Tensor:
-    from .triton import dense
+def _on_gpu(module: str, name: str) -> Callable:
+    """A function of `kernels/triton`, which is imported when it is first called."""
 
-    return dense.full_attention(call)
+    def run(*given: Any) -> Any:
+        return getattr(import_module(f".triton.{module}", __package__), name)(*given)
 
-
-def _select() -> Any:
-    from .triton import select
-
-    return select
-
-
-def _sparse_on_gpu(call: Call, index: Tensor) -> Tensor:
-    from .triton import sparse
-
-    return sparse.sparse_attention(call, index)
+    return run
 
 
 def _empty_out(call: Call, *_: Any) -> Tensor:
@@ -138,28 +130,28 @@ def _check_one_token(call: Call, *_: Any) -> None:
 
 
 full_attention = _define(
-    "full_attention", (Call,), "", "Tensor", _full_on_gpu, reference.full_attention, _empty_out
+    "full_attention", (Call,), "", "Tensor", _on_gpu("dense", "full_attention"), reference.full_attention, _empty_out
 )  # fmt: skip
 select_attention = _define(
     "select_attention", (Call, Selection), "", "(Tensor, Tensor)",
-    lambda *given: _select().select_attention(*given), reference.select_attention,
+    _on_gpu("select", "select_attention"), reference.select_attention,
     lambda call, selection: (_empty_out(call), _empty_index(call, selection)),
 )  # fmt: skip
 sparse_attention = _define(
-    "sparse_attention", (Call,), "Tensor index", "Tensor", _sparse_on_gpu, reference.sparse_attention, _empty_out,
-    check=_check_index,
+    "sparse_attention", (Call,), "Tensor index", "Tensor", _on_gpu("sparse", "sparse_attention"),
+    reference.sparse_attention, _empty_out, check=_check_index,
 )  # fmt: skip
 rank_and_attend = _define(
     "rank_and_attend", (Call, Selection), "int rank, int ranks", "(Tensor, Tensor)",
-    lambda *given: _select().rank_and_attend(*given), reference.rank_and_attend,
+    _on_gpu("select", "rank_and_attend"), reference.rank_and_attend,
     lambda call, *_: (_empty_out(call), _empty_worth(call)),
 )  # fmt: skip
 rank_by_scores = _define(
     "rank_by_scores", (Call, Selection), "int rank, int ranks", "Tensor",
-    lambda *given: _select().rank_by_scores(*given), reference.rank_by_scores, lambda call, *_: _empty_worth(call),
+    _on_gpu("select", "rank_by_scores"), reference.rank_by_scores, lambda call, *_: _empty_worth(call),
 )  # fmt: skip
 choose_ranked = _define(
-    "choose_ranked", (Call, Selection), "Tensor worth", "Tensor", lambda *given: _select().choose_ranked(*given),
+    "choose_ranked", (Call, Selection), "Tensor worth", "Tensor", _on_gpu("select", "choose_ranked"),
     reference.choose_ranked, _empty_index,
 )  # fmt: skip
 by_method = {

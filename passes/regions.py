@@ -37,9 +37,8 @@ NEW = {"topk", "sort", "softmax", "linear", "matmul", "mul", "add", "sub", "true
 
 @dataclass(eq=False)
 class Region:
-    """A part of a step: its module, whose weights are its attributes, and what the other compiler made of it."""
+    """A part of a step: what the other compiler made of it."""
 
-    module: fx.GraphModule
     outputs: tuple[Tensor, ...]  # fake ones
     compiled: Callable
 
@@ -73,8 +72,8 @@ def _(number, inputs):
 def take_out_regions(gm: fx.GraphModule, inputs: Sequence[Any], compiler: Compiler) -> list[Region]:
     """Put every region through `compiler`; returns them, since the graph holds them by number only.
 
-    `inputs` are the graph's. Raises `UnsupportedModelError` for a graph with sizes that vary, or one that writes into
-    an activation.
+    `inputs` are the graph's. What has no fixed size is in no region. Raises `UnsupportedModelError` for a graph that
+    writes into an activation.
     """
     weights = {
         node: value
@@ -82,7 +81,7 @@ def take_out_regions(gm: fx.GraphModule, inputs: Sequence[Any], compiler: Compil
         if isinstance(value, torch.nn.Parameter) and value.is_floating_point()
     }
     _spare_writes(gm)
-    inside, outside = _levels(gm, weights)
+    inside, outside = _levels(gm)
     regions = []
     for level in sorted(set(inside.values())):
         nodes = [node for node, its in inside.items() if its == level]
@@ -113,7 +112,7 @@ def _output(gm: fx.GraphModule) -> fx.Node:
     return next(node for node in gm.graph.nodes if node.op == "output")
 
 
-def _levels(gm: fx.GraphModule, weights: dict[fx.Node, Tensor]) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
+def _levels(gm: fx.GraphModule) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
     """The number of each node's region, and of each other node the number of the first region that may need it.
 
     Region n comes behind all others up to number n, and before those with a larger one.
@@ -137,7 +136,7 @@ def _levels(gm: fx.GraphModule, weights: dict[fx.Node, Tensor]) -> tuple[dict[fx
         reads_cache = any(one in cached for one in before)
         if reads_cache and not _attends(node):
             cached.add(node)
-        if reads_cache or not _is_dense(node, weights):
+        if reads_cache or not _is_dense(node):
             now = max([now, *(inside[one] + 1 for one in before if one in inside)])
             outside[node] = now
         else:
@@ -167,7 +166,7 @@ def _is_ours(node: fx.Node) -> bool:
     )
 
 
-def _is_dense(node: fx.Node, weights: dict[fx.Node, Tensor]) -> bool:
+def _is_dense(node: fx.Node) -> bool:
     """Whether a node computes a floating tensor of fixed size from such tensors, and nothing else."""
     if node.op not in ("call_function", "call_method") or _writes(node) or _is_ours(node):
         return False
@@ -210,7 +209,7 @@ def _take_out(
         root.register_parameter(name, torch.nn.Parameter(weight.detach(), requires_grad=False))
     module = fx.GraphModule(root, graph)
     examples = [_like(one.meta["example_value"]) for one in activations]
-    region = Region(module, tuple(node.meta["example_value"] for node in outputs), compiler(module, examples))
+    region = Region(tuple(node.meta["example_value"] for node in outputs), compiler(module, examples))
     _regions[id(region)] = region
     with gm.graph.inserting_before(place):
         call = insert_call(gm, nodes[0], torch.ops.tidal.region.default, (id(region), activations))

@@ -41,7 +41,7 @@ from .models import continues, forgets, is_plain, is_recurrent, with_cache
 from .policy import Policy, is_preset, load_any, resolve
 from .prefill import positions, read, takes
 from .ranks import as_first_rank, from_first_rank, share_random_state
-from .run import rewind, shorten, windows
+from .run import as_new, rewind, shorten, windows
 
 SMALLEST = 256  # slots of a cache
 HOLES = 0.5  # slots for rejected drafts, a new token
@@ -482,15 +482,8 @@ def _decode(
     torch.compiler.cudagraph_mark_step_begin()
     more = {} if mask is None else {"attention_mask": mask}
     if takes(type(model), "position_ids"):
-        more["position_ids"] = _as_new(at)
-    return step(input_ids=_as_new(tokens), **with_cache(model, cache), **more).logits
-
-
-def _as_new(numbers: Tensor) -> Tensor:
-    """With the strides of a new tensor: part of a longer one has others even where it is one number, and the step
-    would be compiled anew for each length.
-    """
-    return numbers.reshape(-1).view(numbers.shape)
+        more["position_ids"] = as_new(at)
+    return step(input_ids=as_new(tokens), **with_cache(model, cache), **more).logits
 
 
 @contextmanager

@@ -146,11 +146,18 @@ def make_step(model: PreTrainedModel, variant: Variant) -> Callable:
     return torch.compile(model.forward, fullgraph=True, mode=mode)
 
 
+def as_new(numbers: Tensor) -> Tensor:
+    """With the strides of a new tensor: part of a longer one has others even where it is one number, and a step would
+    be compiled anew for each length.
+    """
+    return numbers.reshape(-1).view(numbers.shape)
+
+
 @torch.no_grad()
 def decode(model: PreTrainedModel, step: Callable, prompt: Prompt, steps: int) -> Iterator[tuple[int, float]]:
     """Greedy decoding after a prompt: yields (next token, ms of the step). The first step may compile."""
     rewind(prompt.cache, prompt.length - 1, prompt.windows)
-    token = prompt.token.clone(memory_format=torch.contiguous_format)  # a slice has other strides, and would recompile
+    token = as_new(prompt.token)
     for _ in range(steps):
         torch.compiler.cudagraph_mark_step_begin()
         _synchronize(model.device)
@@ -167,8 +174,7 @@ def decode_given(model: PreTrainedModel, variant: Variant, cache: Any, tokens: T
     step = make_step(model, variant)
     for token in tokens.split(1, dim=1):
         torch.compiler.cudagraph_mark_step_begin()
-        token = token.clone(memory_format=torch.contiguous_format)
-        yield step(input_ids=token, **with_cache(model, cache)).logits[:, -1].clone()
+        yield step(input_ids=as_new(token), **with_cache(model, cache)).logits[:, -1].clone()
 
 
 class Listener:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..models import continues, is_recurrent_model, with_cache
 from ..passes.roles import LayerRole
 from ..prefill import positions
-from ..run import filled, rewind, windows
+from ..run import as_new, filled, rewind, windows
 from ..step import PolicyStep
 
 SLOTS = 128  # cache sizes are multiples of it: the decode step is traced once for each size
@@ -79,8 +79,7 @@ def answer(
     dense = [LayerRole(role.layer, "full") for role in roles]
 
     def decode(as_roles: Sequence[LayerRole], token: Tensor, at: int) -> Tensor:
-        token = token.clone(memory_format=torch.contiguous_format)
-        return _logits(model, prompts, lambda **inputs: step(as_roles, **inputs), token, at)
+        return _logits(model, prompts, lambda **inputs: step(as_roles, **inputs), as_new(token), at)
 
     rewind(prompts.cache, prompts.length, prompts.windows)
     if sparse_question or not continues(model):

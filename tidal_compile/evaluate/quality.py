@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..models import with_cache
 from ..policy import Policy
 from ..replay import Block, make_context, replay, replay_text
-from ..run import decode_given, filled, rewind, windows
+from ..run import as_new, decode_given, filled, rewind, windows
 from ..step import PolicyStep
 from ..text import ids_of
 from ..variant import Variant
@@ -93,7 +93,7 @@ def decode_steps(
 ) -> Iterator[Tensor]:
     """The logits `[1, vocab]` after each of tokens `[1, n]`, decoded one by one by the uncompiled step."""
     for token in tokens.split(1, dim=1):
-        token = token.clone(memory_format=torch.contiguous_format)
+        token = as_new(token)
         yield step(policy.roles, input_ids=token, **with_cache(model, cache)).logits[:, -1].clone()
 
 
