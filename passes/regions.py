@@ -97,15 +97,26 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def _spare_writes(gm: fx.GraphModule) -> None:
-    """Let `x /= y` and the like make a new tensor where nobody sees x afterwards, as in the routers of experts."""
+    """Let `x /= y`, `x.masked_fill_(y, 0)` and the like make a new tensor where x has no other name."""
     for node in gm.graph.nodes:
-        if node.target in OUT_OF_PLACE and isinstance(node.args[0], fx.Node):
-            before = node.args[0]
-            source = before.args[0] if before.target is operator.getitem else before
-            others = [user for user in before.users if user is not node]
-            seen_before = all(target_name(user) == "sum" and user < node for user in others)
-            if target_name(source) in NEW and seen_before:
-                node.target = OUT_OF_PLACE[node.target]
+        new = OUT_OF_PLACE.get(node.target) or (node.op == "call_method" and node.target.rstrip("_"))
+        if not _writes(node) or not new or not isinstance(node.args[0], fx.Node):
+            continue
+        before = node.args[0]
+        earlier = [user for user in before.users if user < node]
+        if _is_new(before) and all(target_name(user) == "sum" for user in earlier):
+            node.target = new
+            before.replace_all_uses_with(node, lambda user, write=node: user > write)
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Whether a node's output is no view: of an op that is known to make one, or rows taken by an index."""
+    if node.target is not operator.getitem:
+        return target_name(node) in NEW
+    source, index = node.args
+    if isinstance(index, fx.Node):
+        return isinstance(_value(index), Tensor)
+    return isinstance(_value(source), tuple) and target_name(source) in NEW
 
 
 def _output(gm: fx.GraphModule) -> fx.Node:

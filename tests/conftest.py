@@ -116,11 +116,12 @@ def fails(monkeypatch, capsys):
 
 
 @pytest.fixture
-def one_of_two_ranks():
+def one_of_two_ranks(monkeypatch):
     """This process, whose group has another rank that answers nothing: graphs are traced, not run."""
     from torch import distributed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    monkeypatch.setenv("LOCAL_RANK", "0")
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     distributed.destroy_process_group()

@@ -9,9 +9,7 @@ import torch
 from families import FAMILIES
 from models import decode_logits, family_model, family_pair, prefilled, random_tokens, tiny_model
 from recorder import Recorder
-from torch import distributed
 from torch._dynamo.utils import counters
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import StaticCache
 
 import tidal_compile as tc
@@ -194,30 +192,26 @@ def test_layers_in_host_memory_give_what_they_do_on_the_gpu(padded, cudagraph_or
     torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)
 
 
-def test_a_ranks_step_is_recorded_in_one_cuda_graph(cudagraph_or_error):
+def test_a_ranks_step_is_recorded_in_one_cuda_graph(cudagraph_or_error, one_of_two_ranks):
     """One of two ranks, whose other one is a fake: sums over ranks are its own, and the graph is that of a rank."""
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        model = tiny_model(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, device="cuda")
-        model = divide(model, 2)
-        layers = {
-            "0": "full", "1": {"role": "select", "share": "layer", "pool": "union"},
-            "2": {"role": "select", "share": "layer", "output": "sparse"}, "3": "reuse",
-        }  # fmt: skip
-        policy = tc.Policy.from_dict(
-            {"num_layers": 4, "layers": layers, "defaults": {"budget": 24, "sinks": 2, "recent": 4}}
-        )
-        prompt, tokens = on_gpu(random_tokens(2, 90)), on_gpu(random_tokens(2, 8, seed=2))
-        with torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True):
-            cache = prefilled(model, prompt, 128)
-            step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
-            got = decode_logits(step, cache, tokens)
-            torch._dynamo.reset()
-            plain = torch.compile(model, backend=reference_backend(policy), fullgraph=True)
-            expected = decode_logits(plain, prefilled(model, prompt, 128), tokens)
-        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
-    finally:
-        distributed.destroy_process_group()
+    model = tiny_model(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, device="cuda")
+    model = divide(model, 2)
+    layers = {
+        "0": "full", "1": {"role": "select", "share": "layer", "pool": "union"},
+        "2": {"role": "select", "share": "layer", "output": "sparse"}, "3": "reuse",
+    }  # fmt: skip
+    policy = tc.Policy.from_dict(
+        {"num_layers": 4, "layers": layers, "defaults": {"budget": 24, "sinks": 2, "recent": 4}}
+    )
+    prompt, tokens = on_gpu(random_tokens(2, 90)), on_gpu(random_tokens(2, 8, seed=2))
+    with torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True):
+        cache = prefilled(model, prompt, 128)
+        step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
+        got = decode_logits(step, cache, tokens)
+        torch._dynamo.reset()
+        plain = torch.compile(model, backend=reference_backend(policy), fullgraph=True)
+        expected = decode_logits(plain, prefilled(model, prompt, 128), tokens)
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_a_cache_in_host_memory_takes_none_of_the_gpus():

@@ -9,7 +9,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from attention import IMPLEMENTATIONS, check_index, make_case, on_device
+from attention import DEVICE, IMPLEMENTATIONS, check_index, make_case, on_device
 from models import decode_logits, prefilled, random_tokens, tiny_model
 from recorder import Recorder
 from test_ops import slack_of_turns
@@ -82,7 +82,8 @@ def in_processes(ranks, *arguments):
         str(ranks),
         *arguments,
     ]
-    here = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    here = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # one GPU is not enough, and gloo is what is to be tested
+    here |= {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])}
     done = subprocess.run(command, env=here, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
@@ -107,13 +108,15 @@ def test_ranks_say_what_one_process_does(folder, ranks, every):
 @torch.no_grad()
 def test_linear_layers_of_a_rank_are_joined(one_of_two_ranks):
     """Their weights are parts of what is divided: taken out of it in the graph, or before."""
-    model = divide(tiny_model(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4), 2)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model = divide(tiny_model(num_hidden_layers=2, device=DEVICE, **heads), 2)
+    prompt, tokens = on_device((random_tokens(1, 60), random_tokens(1, 3)))
     for _ in range(2):
         found = []
         for linears in (True, False):
             recorder = Recorder(policy="full", linears=linears)
             step = torch.compile(model, backend=recorder, fullgraph=True, dynamic=False)
-            found.append(decode_logits(step, prefilled(model, random_tokens(1, 60), 80), random_tokens(1, 3)))
+            found.append(decode_logits(step, prefilled(model, prompt, 80), tokens))
             counts = recorder.after[-1]
             assert (counts.get("linear.default", 0), counts.get("linear", 0)) == ((9, 0) if linears else (0, 15))
             torch._dynamo.reset()
