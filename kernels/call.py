@@ -29,13 +29,14 @@ class Call(Generic[T]):
     """
 
     query: T  # [B, Hq, T, D] in float32, float16 or bfloat16
-    key: T  # [B, Hkv, S, D]: the static cache, read in place
+    key: T  # [B, Hkv, S, D]: the static cache, read in place; the bytes of float8 (e4m3) where there are `scales`
     value: T  # [B, Hkv, S, D]
     length: T  # 0-d int64 on the device: the number of live slots, with the new tokens
     mask: T | None  # [B or 1, 1, 1 or T, S]: bool (which tokens count), or floating (added to the scores)
     scale: float
     sink_logit: T | None = None  # [Hq]: the score of a token without a value, as in GPT-OSS (arXiv 2508.10925)
     softcap: float = 0.0  # 0: none
+    scales: T | None = None  # [B, Hkv, S, 2] bfloat16: what keys, and what values, in float8 are multiplied by
 
 
 @dataclass(frozen=True)

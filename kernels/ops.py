@@ -227,10 +227,18 @@ def _check_call(call: Call) -> None:
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"tidal: {q.shape[1]} query heads are not a multiple of {k.shape[1]} kv heads")
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or k.dtype != q.dtype or v.dtype != q.dtype:
+    stored = q.dtype if call.scales is None else torch.uint8
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or k.dtype != stored or v.dtype != stored:
         raise ValueError(
-            f"tidal: query, key and value must share one of float32, float16, bfloat16; found {q.dtype}, {k.dtype}, "
-            f"{v.dtype}"
+            f"tidal: query, key and value must share one of float32, float16, bfloat16, or with scales key and value "
+            f"must be uint8, the bytes of float8; found {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if call.scales is not None and (
+        call.scales.dtype != torch.bfloat16 or call.scales.shape != (*k.shape[:3], 2) or k.shape[3] % 2
+    ):
+        raise ValueError(
+            f"tidal: scales must be bfloat16 [B, Hkv, S, 2] as in key {tuple(k.shape)}, whose last size is even; found "
+            f"{call.scales.dtype} {tuple(call.scales.shape)}"
         )
     if call.length.numel() != 1 or call.length.dtype != torch.int64:
         raise ValueError(f"tidal: length must be one int64; found {call.length.dtype} {tuple(call.length.shape)}")

@@ -76,8 +76,11 @@ def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
     kv_head = torch.arange(pairs, device=token.device) // (pairs // num_kv_heads)
     first_row = (torch.arange(batch, device=token.device)[:, None] * num_kv_heads + kv_head) * slots
     rows = first_row[:, None, :, None] + token  # [B, T, pairs, K] of the cache as [B * Hkv * S, D]
-    keys = torch.nn.functional.embedding(rows, call.key.reshape(-1, head_dim)).float()
-    values = torch.nn.functional.embedding(rows, call.value.reshape(-1, head_dim)).float()
+    keys, values = _rows(call.key, rows), _rows(call.value, rows)
+    if call.scales is not None:
+        scales = _rows(call.scales, rows).float()
+        keys, values = _dequantised(keys, scales[..., 0]), _dequantised(values, scales[..., 1])
+    keys, values = keys.float(), values.float()
     grouped = call.query.float().transpose(1, 2).reshape(batch, num_tokens, pairs, num_heads // pairs, head_dim)
     scores = _cap(grouped @ keys.mT * call.scale, call.softcap)
     if bias is not None:
@@ -99,6 +102,28 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
 def most_tokens(dtype: torch.dtype) -> int:
     """The most tokens that `linear` takes: a tile of the tensor cores, or 1 in float32, which these don't multiply."""
     return 16 if dtype.itemsize == 2 else 1
+
+
+def keys_of(call: Call[Tensor], some: slice) -> Tensor:
+    """The keys of some slots `[B, Hkv, n, D]` in float32. On any device."""
+    keys = call.key[:, :, some]
+    return (keys if call.scales is None else _dequantised(keys, call.scales[:, :, some, 0])).float()
+
+
+def values_of(call: Call[Tensor], some: slice) -> Tensor:
+    """The values of some slots `[B, Hkv, n, D]` in float32. On any device."""
+    values = call.value[:, :, some]
+    return (values if call.scales is None else _dequantised(values, call.scales[:, :, some, 1])).float()
+
+
+def _dequantised(rows: Tensor, scales: Tensor) -> Tensor:
+    """Bytes of float8 `[..., n, D]`, and what each row is multiplied by."""
+    return rows.view(torch.float8_e4m3fn).float() * scales.float()[..., None]
+
+
+def _rows(cache: Tensor, rows: Tensor) -> Tensor:
+    """Rows `[...]` of a cache `[B, Hkv, S, D]`, as one of `[B * Hkv * S, D]`: `[..., D]`."""
+    return cache.reshape(-1, cache.shape[3])[rows]
 
 
 def hidden(mask: Tensor) -> Tensor:
@@ -126,7 +151,7 @@ def score_live_tokens(call: Call[Tensor]) -> Tensor:
     num_kv_heads, slots = call.key.shape[1:3]
     n = min(int(call.length), slots)
     rows = call.query.float().reshape(batch, num_kv_heads, -1, head_dim)  # [B, Hkv, g T, D]
-    products = rows @ call.key[:, :, :n].float().mT
+    products = rows @ keys_of(call, slice(n)).mT
     return as_scores(call, products.view(batch, num_kv_heads, num_heads // num_kv_heads, num_tokens, n))
 
 
@@ -256,7 +281,7 @@ def _worth(call: Call[Tensor], selection: Selection, scores: Tensor, rank: int, 
 
 def weigh_live_tokens(call: Call[Tensor], scores: Tensor) -> Tensor:
     """The live values, weighted by scores `[B, Hkv, g, T, n]`: `[B, Hq, T, D]`."""
-    values = call.value[:, :, : scores.shape[-1]].float()
+    values = values_of(call, slice(scores.shape[-1]))
     if call.mask is not None:
         masked = hidden(call.mask[..., : scores.shape[-1]]).all(2, keepdim=True)  # [B or 1, 1, 1, n]
         if masked.any():  # a weight of 0 is not enough: padding may hold NaN

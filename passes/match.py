@@ -7,7 +7,8 @@ Graph in: what Dynamo captured from one decode step, of T tokens, of a Hugging F
     attention(q, repeat_kv(keys), repeat_kv(values), mask, scale)        in one of the spellings of `forms`
 
 where `keys`, `values` and `cumulative_length` are graph inputs that come from `...layers[i]` of the cache. `repeat_kv`
-is `reshape(expand(x[:, :, None]))`, or missing (one query head a kv head, or `enable_gqa=True`).
+is `reshape(expand(x[:, :, None]))`, or missing (one query head a kv head, or `enable_gqa=True`). Those of an `Fp8Cache`
+are bytes, and what attention gets is `(keys.view(float8).to(dtype) * scales[..., 0:1]).to(dtype)`, for values `1:2`.
 
 Out: an `AttentionSite` for every call of that form, an `Unmatched` with the reason for every other. Changes nothing.
 A mask that only says which slots are live is left out of the call: see `masks`.
@@ -169,23 +170,26 @@ def _match(node: fx.Node, layer: int | None) -> AttentionSite:
         raise NoMatch("sliding-window layer: left as it is", "sliding")
     batch, num_heads, tokens, head_dim = shape(call.query)
     tokens = int(tokens)  # each number of a few tokens is a graph of its own
-    key, key_layer = _cache_input(call.key, "keys", num_heads, layer)
-    value, value_layer = _cache_input(call.value, "values", num_heads, layer)
-    if key_layer != value_layer:
+    key, key_layer, scales = _cache_input(call.key, "keys", num_heads, layer)
+    value, value_layer, value_scales = _cache_input(call.value, "values", num_heads, layer)
+    if key_layer != value_layer or scales is not value_scales:
         raise NoMatch(f"keys of layer {key_layer}, but values of layer {value_layer}")
     if shape(key) != shape(value) or shape(key)[0] != batch or shape(key)[3] != head_dim:
         raise NoMatch(f"q {shape(call.query)}, keys {shape(key)} and values {shape(value)} don't go together")
     dtypes = [one.meta["example_value"].dtype for one in (call.query, key, value)]
-    if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
+    if dtypes[0] not in DTYPES or (scales is None and len(set(dtypes)) > 1):
         raise NoMatch(f"q, keys and values are {dtypes}; one of {', '.join(map(str, DTYPES))} for all is supported")
+    if scales is not None and head_dim % 2:
+        raise NoMatch(f"a cache in float8 with heads of {head_dim} numbers; even numbers are supported")
     mask = _checked_mask(call.mask, shape(key), tokens)
-    call = replace(call, key=key, value=value, length=_live_length(node, key, tokens), mask=mask)
+    call = replace(call, key=key, value=value, length=_live_length(node, key, tokens), mask=mask, scales=scales)
     return AttentionSite(key_layer if layer is None else layer, output, call)
 
 
-def _cache_input(node: fx.Node, name: str, num_heads: int, layer: int | None) -> tuple[fx.Node, int]:
-    """The cache input behind an argument of the call, `repeat_kv` stripped, and its layer."""
+def _cache_input(node: fx.Node, name: str, num_heads: int, layer: int | None) -> tuple[fx.Node, int, fx.Node | None]:
+    """The cache input behind an argument of the call, `repeat_kv` stripped, its layer, and its scales in float8."""
     base = _strip_identity(_strip_repeat(_strip_identity(node)))
+    base, scales = _strip_scales(base, name)
     match = re.search(rf"\.layers\[(\d+)\]\.{name}$", _source(base)) if base.op == "placeholder" else None
     if match is None:
         raise _not_from_a_static_cache(base, name, layer)
@@ -195,7 +199,22 @@ def _cache_input(node: fx.Node, name: str, num_heads: int, layer: int | None) ->
     writes = [user for user in base.users if is_method(user, "index_copy_")]
     if len(writes) != 1 or writes[0].args[1] != 2:
         raise NoMatch(f"the {name} are written by {len(writes)} index_copy_ on the token dimension, 1 is expected")
-    return base, int(match[1])
+    return base, int(match[1]), scales
+
+
+def _strip_scales(node: fx.Node, name: str) -> tuple[fx.Node, fx.Node | None]:
+    """The bytes behind `cache.dequantised`, and the scales; or the node itself, and None."""
+    product = node.args[0] if is_method(node, "to") else node
+    if not isinstance(product, fx.Node) or product.target is not operator.mul:
+        return node, None
+    number, scale = product.args
+    viewed = number.args[0] if is_method(number, "to") else None
+    of_one = scale.args if isinstance(scale, fx.Node) and scale.target is operator.getitem else (None, None)
+    which = ("keys", "values").index(name)
+    is_scale = of_one[1] == (Ellipsis, slice(which, which + 1, None))
+    if not is_method(viewed, "view") or viewed.args[1] != torch.float8_e4m3fn or not is_scale:
+        return node, None
+    return viewed.args[0], of_one[0]
 
 
 def _strip_identity(node: fx.Node) -> fx.Node:
@@ -318,7 +337,7 @@ def _cache_of(node: fx.Node) -> fx.Node | None:
         keys = read_call(node)[1].key
     except NoMatch:
         return None
-    for _ in range(8):  # repeat_kv, casts and copies are fewer
+    for _ in range(12):  # repeat_kv, scales, casts and copies are fewer
         if keys.op == "placeholder" or not keys.all_input_nodes:
             break
         keys = keys.all_input_nodes[0]

@@ -19,7 +19,8 @@ from tidal_compile.kernels.triton import dense, linear, lsh, pages, pick, select
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.uint8: "*u8", torch.int8: "*i8",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 COMPILED = {}
 SHARED = 232_448  # bytes that a program may have on a Hopper GPU
@@ -100,6 +101,23 @@ def compile_several_tokens():
             sparse.sparse_attention(call, index)
 
 
+def compile_fp8():
+    """Of dtypes, masks and tokens."""
+    for dtype, head_dim, tokens, masking in (
+        (torch.bfloat16, 128, 1, None), (torch.bfloat16, 128, 8, torch.bool), (torch.float16, 80, 1, torch.float16),
+        (torch.float32, 64, 1, torch.bool),
+    ):  # fmt: skip
+        q = torch.zeros(1, 8, tokens, head_dim, dtype=dtype)
+        k = torch.zeros(1, 4, 2**15, head_dim, dtype=torch.uint8)
+        mask = None if masking is None else torch.ones(1, 1, tokens, 2**15, dtype=masking)
+        scales = torch.ones(1, 4, 2**15, 2, dtype=torch.bfloat16)
+        call = Call(q, k, k, torch.tensor(300), mask, 0.1, scales=scales)
+        dense.full_attention(call)
+        _, index = select.select_attention(call, Selection(64, 0.0, 4, 8))
+        select.choose_by_scores(call, Selection(64, 0.0, 4, 8))
+        sparse.sparse_attention(call, index)
+
+
 def compile_more_pages_than_a_program_holds():
     pick.MOST = 64
     q, k = (torch.zeros(1, *shape, 128, dtype=torch.bfloat16) for shape in ((8, 1), (2, 2048)))
@@ -116,6 +134,7 @@ def main():
     compile_linears()
     compile_attention()
     compile_several_tokens()
+    compile_fp8()
     compile_more_pages_than_a_program_holds()
     print(len(COMPILED), "kernels:", *sorted(set(COMPILED.values())))
 

@@ -18,7 +18,7 @@ from .errors import PolicyError, TidalError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from .backend import compile_config
-    from .cache import HostCache
+    from .cache import Fp8Cache, HostCache
     from .calibrate import calibrate, calibrate_curve
     from .evaluate import evaluate
     from .explain import explain
@@ -31,6 +31,7 @@ __version__ = "0.2.0"
 __all__ = [
     "CalibrationSettings",
     "EvaluationSettings",
+    "Fp8Cache",
     "HostCache",
     "Policy",
     "PolicyError",
@@ -48,6 +49,7 @@ __all__ = [
 _HOMES = {
     "CalibrationSettings": "settings",
     "EvaluationSettings": "settings",
+    "Fp8Cache": "cache",
     "HostCache": "cache",
     "Policy": "policy",
     "calibrate": "calibrate",

@@ -1,4 +1,4 @@
-"""Static caches that read a prompt by its live tokens, and may keep layers in the host's memory."""
+"""Static caches that read a prompt by its live tokens; in float8, or with layers in the host's memory."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +13,8 @@ from transformers.cache_utils import StaticLayer
 from .errors import TidalError
 from .kernels.host import memory
 from .policy import Policy, resolve
+
+MOST = 448.0  # the largest number of float8 (e4m3)
 
 
 class LiveLayer(StaticLayer):
@@ -55,6 +57,73 @@ class LiveCache(StaticCache):
         for number, layer in enumerate(self.layers):
             if type(layer) is StaticLayer:
                 self.layers[number] = LiveLayer(max_cache_len=max_cache_len)
+
+
+class Fp8Layer(LiveLayer):
+    """A layer in float8 (e4m3), one scale a token and head: half of the memory, and half of what a step reads.
+
+    `keys` and `values [B, Hkv, S, D]` are its bytes, uint8, and `scales [B, Hkv, S, 2]` in bfloat16 what each key and
+    value is multiplied by: the largest number of each is 448, the largest that float8 has. Attention gets them in the
+    model's dtype, except in a compiled step, which reads the bytes (`passes/match.py`).
+    """
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states[:, :, :0].to(torch.uint8), value_states[:, :, :0].to(torch.uint8))
+        self.scales = torch.zeros(*self.keys.shape[:3], 2, dtype=torch.bfloat16, device=self.keys.device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.scales)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        (keys, key_scale), (values, value_scale) = as_float8(key_states), as_float8(value_states)
+        place = torch.arange(keys.shape[2], device=keys.device) + self.cumulative_length
+        self.scales.index_copy_(2, place, torch.stack([key_scale, value_scale], -1))
+        keys, values = super().update(keys, values, *args, **kwargs)
+        scales = self.scales if self.read is None else self.scales[:, :, : keys.shape[2]]
+        return (
+            dequantised(keys, scales[..., 0:1], key_states.dtype),
+            dequantised(values, scales[..., 1:2], value_states.dtype),
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.is_initialized:
+            self.scales = self.scales.index_select(0, beam_idx.to(self.scales.device))
+
+
+def as_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `[..., D]` as the bytes of float8 (e4m3), and their scales `[...]` in bfloat16."""
+    scales = (rows.abs().amax(-1).float() / MOST).to(torch.bfloat16).clamp(min=torch.finfo(torch.bfloat16).tiny)
+    return (rows / scales[..., None].float()).to(torch.float8_e4m3fn).view(torch.uint8), scales
+
+
+def dequantised(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes of float8 `[..., D]` and scales `[..., 1]` as numbers. `passes/match.py` knows this form by its calls."""
+    return (rows.view(torch.float8_e4m3fn).to(dtype) * scales).to(dtype)
+
+
+class Fp8Cache(LiveCache):
+    """A `StaticCache` of `max_cache_len` slots whose layers are `Fp8Layer`s, but for sliding windows, which are small.
+
+    Pass it as `past_key_values` to the model or to `generate`. For head sizes that are even.
+    """
+
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int) -> None:
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        for number, layer in enumerate(self.layers):
+            if type(layer) is LiveLayer:
+                self.layers[number] = Fp8Layer(max_cache_len=max_cache_len)
+
+
+CACHES = {"auto": LiveCache, "fp8": Fp8Cache}  # by the name that the command line has for them
+
+
+def new_cache(config: PreTrainedConfig, slots: int, kind: str = "auto") -> LiveCache:
+    """A static cache, in the model's own dtype (`auto`) or in float8 (`fp8`). Raises `TidalError` for another kind."""
+    if kind not in CACHES:
+        raise TidalError(f"cache must be one of {', '.join(CACHES)}; found {kind!r}")
+    return CACHES[kind](config, slots)
 
 
 class HostLayer(LiveLayer):

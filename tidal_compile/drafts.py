@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .cache import Fp8Layer
 from .errors import TidalError
 from .run import rewind, take_back
 
@@ -400,7 +401,7 @@ class RowDrafter:
         """Put what each row has said since the prompt, first of all, into so many slots behind it."""
         order = torch.argsort((~self.mask[:, self.prompt : self.used]).long(), dim=1, stable=True)[:, :slots]
         for layer in self.cache.layers:
-            for tensor in (layer.keys, layer.values):
+            for tensor in (layer.keys, layer.values, *([layer.scales] if isinstance(layer, Fp8Layer) else [])):
                 index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]).to(tensor.device)
                 said = tensor[:, :, self.prompt : self.used].gather(2, index)
                 tensor[:, :, self.prompt : self.prompt + slots] = said

@@ -119,15 +119,15 @@ def _cache_keyword(kind: type) -> str:
 
 
 @torch.no_grad()
-def empty_cache(model: PreTrainedModel, slots: int, batch: int = 1) -> Any:
-    """A StaticCache of `slots` tokens for the model, allocated and empty, without running it.
+def empty_cache(model: PreTrainedModel, slots: int, batch: int = 1, kind: str = "auto") -> Any:
+    """A static cache of `slots` tokens for the model (see `cache.new_cache`), allocated and empty, without running it.
 
     What each layer keeps, and in which shape, is seen in a prefill with fake tensors: configs name it in too many ways.
     Raises `UnsupportedModelError` if the model can't run with those.
     """
-    from transformers import StaticCache
+    from .cache import new_cache
 
-    cache = StaticCache(config=model.config, max_cache_len=slots)
+    cache = new_cache(model.config, slots, kind)
     if group_of(model) is not None:  # whose collectives don't take fake tensors
         model(input_ids=torch.zeros(batch, 2, dtype=torch.long, device=model.device), **with_cache(model, cache))
         cache.reset()
@@ -146,7 +146,12 @@ def empty_cache(model: PreTrainedModel, slots: int, batch: int = 1) -> Any:
             setattr(layer, name, tree_map_only(FakeTensor, _zeros_like_fake, value))
         if hasattr(layer, "cumulative_length_int"):
             layer.cumulative_length_int = 0
-        for name in ("keys", "values", "cumulative_length"):  # as the layers do in a real prefill, for CUDA graphs
+        for name in (
+            "keys",
+            "values",
+            "scales",
+            "cumulative_length",
+        ):  # as in a real prefill, for CUDA graphs
             if isinstance(getattr(layer, name, None), torch.Tensor):
                 torch._dynamo.mark_static_address(getattr(layer, name))
     return cache

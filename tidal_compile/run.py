@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from .cache import LiveCache
+from .cache import Fp8Layer, as_float8, new_cache
 from .models import empty_cache, forgets, with_cache
 from .prefill import read
 from .variant import Variant
@@ -61,31 +61,40 @@ class Result:
 
 
 def prefill(
-    model: PreTrainedModel, input_ids: Tensor, slots: int, mask: Tensor | None = None, chunk: int = 1024
-) -> Iterator[Any]:
-    """Fill a StaticCache of `slots` with input_ids `[B, n]`; `mask [B, slots]` bool leaves out padding on the left.
+    model: PreTrainedModel, input_ids: Tensor, slots: int, mask: Tensor | None = None, chunk: int = 1024,
+    kind: str = "auto",
+) -> Iterator[Any]:  # fmt: skip
+    """Fill a static cache of `slots` with input_ids `[B, n]`; `mask [B, slots]` bool leaves out padding on the left.
 
     Yields the cache after every chunk; the last one is complete.
     """
-    cache = LiveCache(model.config, slots)
+    cache = new_cache(model.config, slots, kind)
     for _ in read(model, input_ids, cache, mask=mask, chunk=chunk):
         yield cache
 
 
-def filled(model: PreTrainedModel, input_ids: Tensor, slots: int, mask: Tensor | None = None) -> Any:
+def filled(
+    model: PreTrainedModel, input_ids: Tensor, slots: int, mask: Tensor | None = None, kind: str = "auto"
+) -> Any:
     """The complete cache of `prefill`."""
-    for cache in prefill(model, input_ids, slots, mask):  # noqa: B007  the last one is complete
+    for cache in prefill(model, input_ids, slots, mask, kind=kind):  # noqa: B007  the last one is complete
         pass
     return cache
 
 
-def random_cache(model: PreTrainedModel, length: int, slots: int, batch: int = 1) -> Any:
-    """A StaticCache whose first `length` tokens are random: with random weights, a prefill would be no better."""
-    cache = empty_cache(model, slots, batch)
+def random_cache(model: PreTrainedModel, length: int, slots: int, batch: int = 1, kind: str = "auto") -> Any:
+    """A static cache whose first `length` tokens are random: with random weights, a prefill would be no better."""
+    cache = empty_cache(model, slots, batch, kind)
     for layer in cache.layers:
-        for name in ("keys", "values"):
-            if getattr(layer, name, None) is not None:
-                getattr(layer, name)[:, :, :length].normal_()
+        for number, name in enumerate(("keys", "values")):
+            if getattr(layer, name, None) is None:
+                continue
+            some = getattr(layer, name)[:, :, :length]
+            if isinstance(layer, Fp8Layer):
+                rows, layer.scales[:, :, :length, number] = as_float8(torch.randn(some.shape, device=some.device))
+                some.copy_(rows)
+            else:
+                some.normal_()
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length.fill_(length)
         if hasattr(layer, "cumulative_length_int"):

@@ -9,20 +9,22 @@ from ..call import Call, arguments
 from .split import (
     Splits,
     after_previous,
-    check_rows,
+    as_float16,
     empty_scores,
     live_until,
     load_group,
     load_keys,
+    load_scales,
     load_values,
     mask_args,
     mask_edges,
     mask_tile,
     merge,
+    multiply,
     num_splits,
     overlap,
-    padded_dim,
     padded_rows,
+    rows_of,
     score_tile,
     store_split,
     sum_tile,
@@ -36,18 +38,19 @@ MOST_ROWS = 64  # of a tile of queries, whose sums stay in registers
 
 @triton.jit
 def _attend(
-    q, keys, values, mask_ptr, score_ptr, m, l, acc, scale, stride_s, begin, end, until, tokens, stride_kn, stride_vn,
-    stride_mt, stride_mn,
+    q, unit, keys, values, scales, mask_ptr, score_ptr, m, l, acc, odd_acc, scale, stride_s, begin, end, until,
+    tokens, stride_kn, stride_vn, stride_xn, stride_mt, stride_mn,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
-    WRITE_SCORES: tl.constexpr, VALUES: tl.constexpr,
+    WRITE_SCORES: tl.constexpr, VALUES: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Go on with the running softmax (m, l, acc: see split.py) of one query group from `begin` to `end`.
+    """Go on with the running softmax (m, l, acc, odd_acc: see split.py) of one query group from `begin` to `end`.
 
     Its rows are those of `tokens` query tokens, which see the slots before `until [ROWS]`.
     """
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, BLOCK_N)
+    PACK: tl.constexpr = 2 if FP8 else 1  # values in a number
     keys += begin.to(tl.int64) * stride_kn
     values += begin.to(tl.int64) * stride_vn
     # Masks of each row take shared memory as well; a loop over what they change is short
@@ -57,15 +60,19 @@ def _attend(
         inside = token < end
         k = load_keys(keys, lane * stride_kn, inside, D, BLOCK_D)
         if VALUES:
-            v = load_values(values, lane * stride_vn, inside, D, BLOCK_D)
+            v = load_values(values, lane * stride_vn, inside, D // PACK, BLOCK_D // PACK)
+        key_scale, value_scale = unit, unit
+        if FP8:
+            key_scale, value_scale = load_scales(scales, token.to(tl.int64) * stride_xn, inside)
+        product = multiply(q, unit, k, key_scale, FP8)
         if TOKENS == 1:
             valid, bias = mask_tile(mask_ptr, token * stride_mn, inside, MASK, HIDES)
-            score = score_tile(q, k, valid[None, :], bias[None, :], scale, CAP)
+            score = score_tile(product, valid[None, :], bias[None, :], scale, CAP)
         else:  # each row has its own part of the mask
             sees = inside[None, :] & (token[None, :] < until[:, None])
             offset = (row // GROUP)[:, None] * stride_mt + token[None, :] * stride_mn
             sees, bias = mask_tile(mask_ptr, offset, sees & (row < GROUP * tokens)[:, None], MASK, HIDES)
-            score = score_tile(q, k, sees, bias, scale, CAP)
+            score = score_tile(product, sees, bias, scale, CAP)
             valid = tl.max(sees.to(tl.int32), 0) != 0
         if WRITE_SCORES:
             place = (row // GROUP * NUM_HEADS + row % GROUP).to(tl.int64)
@@ -74,12 +81,12 @@ def _attend(
             # The selection reads scores back from L2, which the much larger stream of keys and values would push out.
             tl.store(rows, score, mask=stored, eviction_policy="evict_last")
         if VALUES:
-            m, l, acc = weigh_tile(score, v, valid, m, l, acc, MASK)
+            m, l, acc, odd_acc = weigh_tile(score, v, value_scale, valid, m, l, acc, odd_acc, MASK, q.dtype, FP8)
             values += BLOCK_N * stride_vn
         else:
             m, l = sum_tile(score, m, l)
         keys += BLOCK_N * stride_kn
-    return m, l, acc
+    return m, l, acc, odd_acc
 
 
 @triton.jit
@@ -99,12 +106,12 @@ def _hide(
 
 @triton.jit
 def _scan(
-    q_ptr, k_ptr, v_ptr, mask_ptr, length_ptr, acc_ptr, stat_ptr, score_ptr, scale, slots,
+    q_ptr, k_ptr, v_ptr, scale_ptr, mask_ptr, length_ptr, acc_ptr, stat_ptr, score_ptr, scale, slots,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_mb, stride_mn, stride_mt, stride_s, splits,
+    stride_xb, stride_xh, stride_xn, stride_mb, stride_mn, stride_mt, stride_s, splits,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, PER: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr,
-    CAP: tl.constexpr, WRITE_SCORES: tl.constexpr, VALUES: tl.constexpr, PDL: tl.constexpr,
+    CAP: tl.constexpr, WRITE_SCORES: tl.constexpr, VALUES: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the query group of one kv head, of PER query tokens, against one split of its cache."""
     after_previous(PDL)
@@ -127,15 +134,21 @@ def _scan(
 
     queries = q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh + first * stride_qt
     q = load_group(queries, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D, stride_qt, tokens)
+    q, unit = as_float16(q, FP8)
     keys = k_ptr + batch * stride_kb + kv_head * stride_kh
     values = v_ptr + batch * stride_vb + kv_head * stride_vh
+    scales = scale_ptr
+    if FP8:
+        scales += batch * stride_xb + kv_head * stride_xh
     scores = score_ptr
     if WRITE_SCORES:
         scores += head * stride_s
     masks = mask_ptr
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    PACK: tl.constexpr = 2 if FP8 else 1
+    acc = tl.zeros([ROWS, BLOCK_D // PACK], tl.float32)
+    odd_acc = acc
     plain_end = end  # up to here the mask changes nothing
     if MASK != "none":
         masks += batch * stride_mb + first * stride_mt
@@ -145,27 +158,28 @@ def _scan(
         begin = visible
         if changed < end:
             plain_end = begin + (changed - begin) // BLOCK_N * BLOCK_N
-    m, l, acc = _attend(
-        q, keys, values, masks, scores, m, l, acc, scale, stride_s, begin, plain_end, until, tokens, stride_kn,
-        stride_vn, stride_mt, stride_mn, NUM_KV_HEADS * GROUP, GROUP, TOKENS, ROWS, D, BLOCK_D, BLOCK_N, "none", HIDES,
-        CAP, WRITE_SCORES, VALUES,
+    m, l, acc, odd_acc = _attend(
+        q, unit, keys, values, scales, masks, scores, m, l, acc, odd_acc, scale, stride_s, begin, plain_end, until,
+        tokens, stride_kn, stride_vn, stride_xn, stride_mt, stride_mn, NUM_KV_HEADS * GROUP, GROUP, TOKENS, ROWS, D,
+        BLOCK_D, BLOCK_N, "none", HIDES, CAP, WRITE_SCORES, VALUES, FP8,
     )  # fmt: skip
     if MASK != "none":
-        m, l, acc = _attend(
-            q, keys, values, masks, scores, m, l, acc, scale, stride_s, plain_end, end, until, tokens, stride_kn,
-            stride_vn, stride_mt, stride_mn, NUM_KV_HEADS * GROUP, GROUP, TOKENS, ROWS, D, BLOCK_D, BLOCK_N, MASK,
-            HIDES, CAP, WRITE_SCORES, VALUES,
+        m, l, acc, odd_acc = _attend(
+            q, unit, keys, values, scales, masks, scores, m, l, acc, odd_acc, scale, stride_s, plain_end, end,
+            until, tokens, stride_kn, stride_vn, stride_xn, stride_mt, stride_mn, NUM_KV_HEADS * GROUP, GROUP, TOKENS,
+            ROWS, D, BLOCK_D, BLOCK_N, MASK, HIDES, CAP, WRITE_SCORES, VALUES, FP8,
         )  # fmt: skip
     store_split(
-        m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, VALUES, NUM_KV_HEADS * GROUP,
-        tokens,
+        m, l, acc, odd_acc, acc_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, VALUES, FP8,
+        NUM_KV_HEADS * GROUP, tokens,
     )  # fmt: skip
 
 
 def scan(call: Call[Tensor], write_scores: bool = False, values: bool = True) -> Splits:
     """Attend to the whole live cache, in splits; without `values`, only score its keys."""
-    q, k, v, length, mask, scale, _, softcap = arguments(call)
-    check_rows(k, v)
+    q, _, _, length, mask, scale, _, softcap, _ = arguments(call)
+    rows = rows_of(call)
+    k, v = rows.key, rows.value
     batch, num_heads, tokens, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
     group = num_heads // num_kv_heads
@@ -184,10 +198,10 @@ def scan(call: Call[Tensor], write_scores: bool = False, values: bool = True) ->
     stride_s = 0 if scores is None else scores.stride(1)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _scan[(splits, num_kv_heads, programs)](
-        q, k, v, mask_data, length, acc, stats, scores, scale, slots,
-        *q.stride(), *k.stride()[:3], *v.stride()[:3], *stride_m, token_stride(mask), stride_s, splits,
+        q, k, v, rows.scales, mask_data, length, acc, stats, scores, scale, slots,
+        *q.stride(), *k.stride()[:3], *v.stride()[:3], *rows.strides, *stride_m, token_stride(mask), stride_s, splits,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, TOKENS=tokens, PER=per, ROWS=padded_rows(group * per),
-        D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, **mask_kind, CAP=softcap,
+        BLOCK_N=block_n, **rows.sizes, **mask_kind, CAP=softcap,
         WRITE_SCORES=write_scores, VALUES=values, num_warps=warps, num_stages=stages, **overlap(q.device),
     )  # fmt: skip
     return Splits(stats, acc, scores)

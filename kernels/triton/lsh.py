@@ -27,7 +27,6 @@ from .split import (
     Splits,
     after_previous,
     cap,
-    check_rows,
     dot,
     load_group,
     load_keys,
@@ -39,6 +38,7 @@ from .split import (
     overlap,
     padded_dim,
     padded_rows,
+    rows_of,
     store_split,
     tile_tokens,
     weigh_tile,
@@ -333,8 +333,8 @@ def _attend(
             weighted = score + _log_weight(cosine, weight_ptr, STEPS)
             mine = inside[None, :] & (((found_by[None, :] >> row[:, None]) & 1) != 0)
             score = tl.where((inside & (found_by == STATIC))[None, :], score, tl.where(mine, weighted, float("-inf")))
-            m, l, acc = weigh_tile(score, v, inside, m, l, acc, "none")
-    store_split(m, l, acc, acc_ptr, stat_ptr, head, split, all_splits, GROUP, ROWS, D, BLOCK_D, True)
+            m, l, acc, _ = weigh_tile(score, v, m, inside, m, l, acc, acc, "none", q.dtype, False)
+    store_split(m, l, acc, acc, acc_ptr, stat_ptr, head, split, all_splits, GROUP, ROWS, D, BLOCK_D, True, False)
 
 
 def attend(
@@ -369,7 +369,7 @@ def edges(call: Call[Tensor], selection: Selection, method: Lsh, center: Tensor,
     At the first step (`since`) also the mean of the keys between them, into `center`.
     """
     k = call.key
-    check_rows(k, call.value)
+    rows_of(call)
     batch, num_kv_heads, slots, head_dim = k.shape
     (mask, *stride_m), mask_kind = mask_args(call.mask, batch, slots)
     edge = torch.empty(batch, 2, dtype=torch.int32, device=k.device)
@@ -403,7 +403,7 @@ def _attend_to(
     codes: Tensor | None = None, query_codes: Tensor | None = None, more: int = 0,
 ) -> Splits:  # fmt: skip
     """Attention to static tokens and, with codes, to the sample; `more` splits are empty."""
-    q, k, v, length, mask, scale, _, softcap = arguments(call)
+    q, k, v, length, mask, scale, _, softcap, _ = arguments(call)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
     group, device = num_heads // num_kv_heads, q.device

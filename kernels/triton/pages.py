@@ -25,7 +25,6 @@ from .split import (
     Splits,
     after_previous,
     cap,
-    check_rows,
     dot,
     empty_scores,
     load_group,
@@ -36,6 +35,7 @@ from .split import (
     overlap,
     padded_dim,
     padded_rows,
+    rows_of,
     score_tile,
     store_split,
     sum_tile,
@@ -196,7 +196,7 @@ def _score_pages(
                 here = tl.min(tl.where(in_part & (number > here), number, BLOCK_P), 0)
     if kv_head == 0:
         tl.store(valid_ptr + batch * splits + split, num_valid)
-    store_split(m, l, m, stat_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, False)
+    store_split(m, l, m, m, stat_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, False, False)
 
 
 @triton.jit
@@ -246,17 +246,17 @@ def _score_chosen(
         k_ptr + batch * stride_kb + kv_head * stride_kh, token.to(tl.int64) * stride_kn, token >= 0, D, BLOCK_D
     )
     valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token >= 0, MASK, HIDES)
-    score = score_tile(q, k, valid[None, :], bias[None, :], scale, CAP)
+    score = score_tile(dot(q, k), valid[None, :], bias[None, :], scale, CAP)
     scores = score_ptr + (head + row)[:, None] * stride_s + column[None, :]
     tl.store(scores, score, mask=(row < GROUP)[:, None] & (column < width)[None, :])
     m, l = sum_tile(score, tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32))
-    store_split(m, l, m, stat_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, False)
+    store_split(m, l, m, m, stat_ptr, stat_ptr, head, split, splits, GROUP, ROWS, D, BLOCK_D, False, False)
 
 
 def choose_pages(call: Call[Tensor], selection: Selection, bounds: Tensor, page: int) -> Picked:
     """The tokens of the best pages. Also brings `bounds [B, Hkv, P, 2, D]` up to date."""
-    q, k, _, length, mask, scale, sink_logit, softcap = arguments(call)
-    check_rows(k, k)
+    q, k, _, length, mask, scale, sink_logit, softcap, _ = arguments(call)
+    rows_of(call)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
     num_sets = selection.num_sets(num_heads, num_kv_heads)
@@ -291,7 +291,7 @@ def choose_pages(call: Call[Tensor], selection: Selection, bounds: Tensor, page:
 
 def choose_again(call: Call[Tensor], selection: Selection, of: Picked) -> Tensor:
     """The best tokens by exact scores of those that were picked: an index `[B, G, K]`."""
-    q, k, _, _, mask, scale, sink_logit, softcap = arguments(call)
+    q, k, _, _, mask, scale, sink_logit, softcap, _ = arguments(call)
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
     sets, wide = of.index.shape[1:]

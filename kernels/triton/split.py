@@ -4,7 +4,7 @@ A split keeps a running softmax in base 2: the largest score m, the sum l of 2^(
 by it. `merge` joins the splits by their log-sum-exp. An empty split has m = -inf, l = 0 and acc = 0.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..call import Call
 from ..reference import HIDES
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -144,37 +145,97 @@ def load_keys(k_ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_values(v_ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Values `[N, BLOCK_D]` of the cache rows at `offset [N]`; zero where not inside."""
+    """Values `[N, BLOCK_D]` of the cache rows at `offset [N]`, or pairs of them; zero where not inside."""
     dim = tl.arange(0, BLOCK_D)
-    return tl.load(v_ptr + offset[:, None] + dim[None, :], mask=inside[:, None] & (dim[None, :] < D), other=0.0)
+    return tl.load(v_ptr + offset[:, None] + dim[None, :], mask=inside[:, None] & (dim[None, :] < D), other=0)
 
 
 @triton.jit
-def score_tile(q, k, valid, bias, scale, CAP: tl.constexpr):
-    """Base-2 scores `[ROWS, N]` of keys `[BLOCK_D, N]`; -inf for tokens that don't count, whatever their keys are.
+def as_float16(q, FP8: tl.constexpr):
+    """A query `[ROWS, BLOCK_D]` to be multiplied with keys in FP8, and what products `[ROWS]` are to be multiplied by.
+
+    16 bits are divided by the largest of a row, so that float16 holds them.
+    """
+    unit = tl.full([q.shape[0]], 1.0, tl.float32)
+    if FP8 and q.dtype != tl.float32:
+        number = q.to(tl.float32)
+        unit = tl.max(tl.abs(number), 1)
+        q = (number * tl.where(unit > 0.0, 1.0 / unit, 0.0)[:, None]).to(tl.float16)
+    return q, unit
+
+
+@triton.jit
+def unpack(pair, LIKE: tl.constexpr):
+    """The two numbers in float8 (e4m3) of each int16, in tiles of their own: matrix products take no interleaved ones.
+
+    The bits of float8 are those of a float16 with an exponent that is less by 8.
+    """
+    if INTERPRETED:
+        even = (((pair & 0x80) << 8) | ((pair & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        odd = ((pair & -0x8000) | ((pair & 0x7F00) >> 1)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            """{ .reg .b16 one, other; .reg .b32 a, b; mov.b32 {one, other}, $2;
+            cvt.rn.f16x2.e4m3x2 a, one; cvt.rn.f16x2.e4m3x2 b, other;
+            prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }""",
+            "=r,=r,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return even.to(LIKE), odd.to(LIKE)
+
+
+@triton.jit
+def load_scales(scale_ptr, offset, inside):
+    """What keys, and values, are multiplied by `[N]`: two bfloat16 numbers, which are an int32. 0 where not inside."""
+    pair = tl.load(scale_ptr + offset, mask=inside, other=0)
+    return (pair << 16).to(tl.float32, bitcast=True), (pair & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def multiply(q, unit, k, key_scale, FP8: tl.constexpr):
+    """Products `[ROWS, N]` of a query (see `as_float16`) and keys `[BLOCK_D, N]`, which have scales `[N]` in FP8."""
+    product = dot(q, k.to(q.dtype))
+    if FP8:
+        product *= unit[:, None] * key_scale[None, :]
+    return product
+
+
+@triton.jit
+def score_tile(product, valid, bias, scale, CAP: tl.constexpr):
+    """Base-2 scores `[ROWS, N]` of products with keys; -inf for tokens that don't count, whatever their keys are.
 
     `valid` and `bias` are those of all rows `[1, N]`, or of each `[ROWS, N]`.
     """
-    score = (cap(dot(q, k) * scale, CAP) + bias) * LOG2E
+    score = (cap(product * scale, CAP) + bias) * LOG2E
     return tl.where(valid, score, float("-inf"))
 
 
 @triton.jit
-def weigh_tile(score, v, valid, m, l, acc, MASK: tl.constexpr):
+def weigh_tile(
+    score, v, value_scale, valid, m, l, acc, odd_acc, MASK: tl.constexpr, LIKE: tl.constexpr, FP8: tl.constexpr
+):
     """Add a scored tile to the running softmax (m `[ROWS]`, l `[ROWS]`, acc `[ROWS, BLOCK_D]`).
 
     Rows are loaded before their mask is known, so that no load waits for another: what is masked is zeroed here, since
-    a weight of zero doesn't make NaN vanish.
+    a weight of zero doesn't make NaN vanish. In FP8, values are pairs and have scales `[N]`; acc are the even numbers
+    of a head, and `odd_acc` the odd ones `[ROWS, BLOCK_D / 2]`. They are multiplied in LIKE.
     """
-    if MASK != "none":
-        v = tl.where(valid[:, None], v, 0.0)
     new_m = tl.maximum(m, tl.max(score, 1))
     shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # nothing alive yet: -inf - -inf is NaN
     weight = tl.exp2(score - shift[:, None])
     decay = tl.exp2(m - shift)
     l = l * decay + tl.sum(weight, 1)
-    acc = acc * decay[:, None] + dot(weight.to(v.dtype), v)
-    return new_m, l, acc
+    if FP8:
+        value_scale = tl.where(valid, value_scale, 0.0)
+        largest = tl.max(value_scale, 0)
+        weight = (weight * (value_scale * tl.where(largest > 0.0, 1.0 / largest, 0.0))[None, :]).to(LIKE)
+        even, odd = unpack(v, LIKE)
+        acc = acc * decay[:, None] + dot(weight, even) * largest
+        odd_acc = odd_acc * decay[:, None] + dot(weight, odd) * largest
+    else:
+        if MASK != "none":
+            v = tl.where(valid[:, None], v, 0.0)
+        acc = acc * decay[:, None] + dot(weight.to(v.dtype), v)
+    return new_m, l, acc, odd_acc
 
 
 @triton.jit
@@ -187,19 +248,25 @@ def sum_tile(score, m, l):
 
 @triton.jit
 def store_split(
-    m, l, acc, acc_ptr, stat_ptr, head, split, splits, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, VALUES: tl.constexpr, num_heads=0, tokens=1,
+    m, l, acc, odd_acc, acc_ptr, stat_ptr, head, split, splits, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, VALUES: tl.constexpr, FP8: tl.constexpr, num_heads=0, tokens=1,
 ):  # fmt: skip
     """Write one split of GROUP heads, the first of which is `head`, counted over batch and tokens: (m, l), any acc.
 
-    The rows of several tokens are `num_heads` apart.
+    The rows of several tokens are `num_heads` apart. See `weigh_tile` for acc.
     """
     row = tl.arange(0, ROWS)
     inside = row < GROUP * tokens
     slot = (head + row // GROUP * num_heads + row % GROUP) * splits + split
     if VALUES:
-        dim = tl.arange(0, BLOCK_D)
-        tl.store(acc_ptr + slot[:, None] * D + dim[None, :], acc, mask=inside[:, None] & (dim[None, :] < D))
+        dim = tl.arange(0, acc.shape[1])[None, :]
+        stored = inside[:, None] & (dim < (D // 2 if FP8 else D))
+        if FP8:
+            place = acc_ptr + slot[:, None] * D + dim * 2
+            tl.store(place, acc, mask=stored)
+            tl.store(place + 1, odd_acc, mask=stored)
+        else:
+            tl.store(acc_ptr + slot[:, None] * D + dim, acc, mask=stored)
     tl.store(stat_ptr + slot * 2, m, mask=inside)
     tl.store(stat_ptr + slot * 2 + 1, l, mask=inside)
 
@@ -364,9 +431,29 @@ def token_stride(mask: Tensor | None) -> int:
     return 0 if mask is None or mask.shape[2] == 1 else mask.stride(2)
 
 
-def check_rows(k: Tensor, v: Tensor) -> None:
+class Rows(NamedTuple):
+    """The cache as kernels read it: keys and values, their scales, and how far these are apart along B, Hkv and S."""
+
+    key: Tensor  # [B, Hkv, S, D]
+    value: Tensor  # [B, Hkv, S, D]; pairs of float8 [B, Hkv, S, D / 2] int16
+    scales: Tensor | None  # [B, Hkv, S, 1] int32
+    strides: tuple[int, int, int]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Of a kernel: the head, and whether the cache is in FP8."""
+        head_dim = self.key.shape[3]
+        return {"D": head_dim, "BLOCK_D": padded_dim(head_dim), "FP8": self.scales is not None}
+
+
+def rows_of(call: Call[Tensor]) -> Rows:
     """The kernels read whole rows of the cache, so a row must be contiguous."""
-    if k.stride(3) != 1 or v.stride(3) != 1:
+    k, v, scales = call.key, call.value, call.scales
+    if k.stride(3) != 1 or v.stride(3) != 1 or (scales is not None and scales.stride(3) != 1):
         raise ValueError(
             f"tidal: the cache's last dimension must be contiguous, found strides {k.stride()}, {v.stride()}"
         )
+    if scales is None:
+        return Rows(k, v, None, (0, 0, 0))
+    pairs = scales.view(torch.int32)
+    return Rows(k.view(torch.float8_e4m3fn), v.view(torch.int16), pairs, pairs.stride()[:3])

@@ -54,8 +54,8 @@ class Shape:
     width: int  # bytes of one number
 
 
-def read_shape(model: nn.Module, dtype: torch.dtype) -> Shape:
-    """The shape of a model on the meta device.
+def read_shape(model: nn.Module, dtype: torch.dtype, kind: str = "auto") -> Shape:
+    """The shape of a model on the meta device, over a cache of this kind (see `cache.CACHES`).
 
     An untied embedding table is not streamed, since a step reads one row of it. Experts count as if all were read.
     """
@@ -63,22 +63,21 @@ def read_shape(model: nn.Module, dtype: torch.dtype) -> Shape:
     sites = [call for call in calls if isinstance(call, AttentionSite)]
     if not sites:
         raise TidalError("bench: the model has no attention call over a static cache that could be rewritten")
-    kv_elements = [_elements_per_token(site.call.key) + _elements_per_token(site.call.value) for site in sites]
+    kv_bytes = [_bytes_per_token(tensor, dtype, kind) for site in sites for tensor in (site.call.key, site.call.value)]
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     not_streamed = 0 if head is not None and head.weight is table else table.numel() * dtype.itemsize
     return Shape(
         calls=tuple(calls), num_layers=num_layers, weight_bytes=weights, streamed_bytes=weights - not_streamed,
-        kv_bytes_per_token=sum(kv_elements) * dtype.itemsize,
-        largest_layer_bytes_per_token=max(kv_elements) * dtype.itemsize,
+        kv_bytes_per_token=sum(kv_bytes), largest_layer_bytes_per_token=2 * max(kv_bytes),
         group=sites[0].num_heads // sites[0].num_kv_heads, width=dtype.itemsize,
     )  # fmt: skip
 
 
-def _elements_per_token(node: fx.Node) -> int:
-    """Numbers that a cache tensor `[B, H, S, D]` holds for each token."""
+def _bytes_per_token(node: fx.Node, dtype: torch.dtype, kind: str) -> int:
+    """What a cache tensor `[B, H, S, D]` holds for each token; in float8, with a scale of 16 bits."""
     _, heads, _, head_dim = node.meta["example_value"].shape
-    return heads * head_dim
+    return heads * (head_dim + 2 if kind == "fp8" else head_dim * dtype.itemsize)
 
 
 def cases_of(
@@ -284,7 +283,11 @@ def expected_results(
 
 def _results(logits: Tensor, cache: Any, slot: int) -> list[Tensor]:
     """What a step leaves: the keys `[B, H, 1, D]` that each layer wrote to this slot, and the last logits `[B, V]`."""
-    return [*(keys.clone() for keys in _at_slot(cache, slot, "keys")), logits[:, -1].clone()]
+    keys = [
+        one.view(torch.float8_e4m3fn).float() if one.dtype == torch.uint8 else one.clone()
+        for one in _at_slot(cache, slot, "keys")
+    ]
+    return [*keys, logits[:, -1].clone()]
 
 
 def _at_slot(cache: Any, slot: int, *names: str) -> list[Tensor]:
@@ -380,9 +383,9 @@ def keeps_everything(model: nn.Module) -> bool:
     return all(type(layer) is StaticLayer for layer in StaticCache(config=model.config, max_cache_len=8).layers)
 
 
-def make_cache(model: nn.Module, batch: int, length: int, slots: int) -> tuple[Any, dict[int, Any]]:
+def make_cache(model: nn.Module, batch: int, length: int, slots: int, kind: str = "auto") -> tuple[Any, dict[int, Any]]:
     """A cache with `length` random tokens, and copies of its layers that forget tokens, such as sliding windows."""
-    cache = random_cache(model, length, slots, batch)
+    cache = random_cache(model, length, slots, batch, kind)
     return cache, windows(cache)
 
 

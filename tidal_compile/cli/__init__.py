@@ -16,6 +16,8 @@ from ..provenance import provenance, versions
 from . import bench, calibrate, chat, evaluate, policy
 from .common import (
     BudgetOption,
+    CacheKind,
+    CacheOption,
     DeviceOption,
     DType,
     DTypeOption,
@@ -69,6 +71,7 @@ def run(
     budget: BudgetOption = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
+    cache: CacheOption = CacheKind.auto,
     tp: Annotated[
         bool, typer.Option("--tp", help="Divide the model among the processes that torchrun started.")
     ] = False,
@@ -116,16 +119,17 @@ def run(
         made: list[Prompt] = []
         if is_random(model):
             ids = torch.randint(net.config.vocab_size, (1, context), generator=torch.manual_seed(seed)).to(device)
-            cache = random_cache(net, context - 1, context + new_tokens)
-            made.append(Prompt(ids[:, -1:], context, cache, windows(cache), None))
+            filled = random_cache(net, context - 1, context + new_tokens, kind=cache.value)
+            made.append(Prompt(ids[:, -1:], context, filled, windows(filled), None))
         for place in [] if is_random(model) else range(prompts):
             sample = make_sample("needle", tokenizer, FILLER, context, (place + 0.5) / prompts, seed + place)
             ids = torch.tensor([sample.context + sample.question], device=device)
             advance = stage(f"prefill prompt {place + 1} of {prompts}", -(-ids.shape[1] // 1024))
             # All caches have one size, or the step would be compiled anew for each prompt
-            for cache in prefill(net, ids[:, :-1], context + new_tokens):  # noqa: B007  the last one is complete
+            parts = prefill(net, ids[:, :-1], context + new_tokens, kind=cache.value)
+            for filled in parts:  # noqa: B007  the last one is complete
                 advance()
-            made.append(Prompt(ids[:, -1:], ids.shape[1], cache, windows(cache), sample.answers[0]))
+            made.append(Prompt(ids[:, -1:], ids.shape[1], filled, windows(filled), sample.answers[0]))
         measured = []
         for variant in variants:
             advance = stage(f"{variant.name} (compile, decode)", new_tokens + len(made) - 1)
@@ -136,7 +140,7 @@ def run(
         measured, model=model, prompts=[prompt.answer for prompt in made if prompt.answer],
         context=made[0].length, dtype=str(number).removeprefix("torch."),
     )  # fmt: skip
-    record |= provenance(device) | {"ranks": ranks}
+    record |= provenance(device) | {"ranks": ranks, "cache": cache.value}
     if rank:
         return
     name = file_name("run", Path(model).name, record["device"])

@@ -15,6 +15,8 @@ from .. import report
 from ..provenance import provenance
 from ..shapes import FORMS
 from .common import (
+    CacheKind,
+    CacheOption,
     DeviceOption,
     DType,
     DTypeOption,
@@ -66,6 +68,7 @@ def bench_decode(
     budget: Annotated[list[int] | None, typer.Option(min=1, help="Budgets of each sparse policy; repeat.")] = None,
     steps: Annotated[int, typer.Option(min=4, help="Steps to time.")] = 50,
     generate: Annotated[int, typer.Option(help="Tokens through model.generate and ours, too; 0: none.")] = 0,
+    cache: CacheOption = CacheKind.auto,
     layers: LayersOption = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
@@ -79,11 +82,12 @@ def bench_decode(
     """
     device, number = where(device, dtype)
     baselines = [kind.value for kind in baseline if kind != StepBaseline.none]
-    about = {"kind": "decode", "model": model, "layers": layers}
+    about = {"kind": "decode", "model": model, "layers": layers, "cache": cache.value}
     with _results(about, results, f"{Path(model).name}-{name}", device, as_json) as keep:
         _measure_decode(
-            keep, model, policy, budget or [], baselines, context, batch, steps, generate, layers, device, number
-        )
+            keep, model, policy, budget or [], baselines, context, batch, steps, generate, layers, device, number,
+            cache.value,
+        )  # fmt: skip
 
 
 @app.command("kernels")
@@ -151,7 +155,7 @@ def bench_figures(
 
 def _measure_decode(
     keep: "Kept", model: str, policies: list[str], budgets: list[int], baselines: list[str], contexts: list[int],
-    batches: list[int], steps: int, generate: int, layers: int | None, device: str, number: Any,
+    batches: list[int], steps: int, generate: int, layers: int | None, device: str, number: Any, kind: str = "auto",
 ) -> None:  # fmt: skip
     """Keep the records of `bench decode`, with progress."""
     import torch
@@ -166,7 +170,7 @@ def _measure_decode(
     asked = [Options.parse({"policy": policy}) for policy in policies]
     place = torch.device(device)
     extra = decode.WARM_UP + max(steps, generate + 1)
-    shape = decode.read_shape(load_model(model, "meta", number, layers), number)
+    shape = decode.read_shape(load_model(model, "meta", number, layers), number, kind)
     cases = decode.cases_of(shape, baselines, asked, budgets)
     config = load_config(model)
     for context in contexts:
@@ -182,7 +186,7 @@ def _measure_decode(
         shared = not baselines and decode.keeps_everything(net)
         for batch, group in itertools.product(batches, [contexts] if shared else [[context] for context in contexts]):
             advance = add_stage(progress, f"batch {batch}, {', '.join(map(str, group))} tokens", len(cases))
-            cache, saved = decode.make_cache(net, batch, max(group) - 1, max(group) + extra)
+            cache, saved = decode.make_cache(net, batch, max(group) - 1, max(group) + extra, kind)
             token = torch.randint(net.config.vocab_size, (batch, 1), device=place)
             lengths = [context - 1 for context in group]
             for case in cases:

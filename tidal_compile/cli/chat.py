@@ -6,7 +6,20 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import TidalError
-from .common import DeviceOption, DType, DTypeOption, ModelOption, check_positions, err, load, out, show_progress, where
+from .common import (
+    CacheKind,
+    CacheOption,
+    DeviceOption,
+    DType,
+    DTypeOption,
+    ModelOption,
+    check_positions,
+    err,
+    load,
+    out,
+    show_progress,
+    where,
+)
 
 LEAVE, FORGET = "/exit", "/clear"
 
@@ -26,6 +39,7 @@ def chat(
         bool, typer.Option(help="Let the policy draft only, and the dense model verify: its answers, faster.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    cache: CacheOption = CacheKind.auto,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
 ) -> None:
@@ -36,11 +50,13 @@ def chat(
     import torch
     from transformers.utils import logging as hf_logging
 
-    from ..cache import HostCache, LiveCache
+    from ..cache import HostCache, new_cache
     from ..drafts import WIDTH
     from ..models import load_config
     from ..policy import resolve
 
+    if host and cache != CacheKind.auto:
+        raise TidalError("chat: --host and --cache fp8 don't go together; layers in host memory keep the number format")
     hf_logging.disable_progress_bar()
     device, number = where(device, dtype)
     check_positions(load_config(model), model, context, "a conversation of", 0)
@@ -49,7 +65,7 @@ def chat(
     layers = net.config.get_text_config(decoder=True).num_hidden_layers
     chosen = policy if not Path(policy).is_file() else resolve(policy, layers)
     slots = context + WIDTH if exact else context
-    cache = HostCache(net.config, slots, chosen) if host else LiveCache(net.config, slots)
+    held_in = HostCache(net.config, slots, chosen) if host else new_cache(net.config, slots, cache.value)
     options = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     options["exact"] = exact
     torch.manual_seed(seed)
@@ -68,7 +84,7 @@ def chat(
         elif line:
             messages.append({"role": "user", "content": line})
             try:
-                answer, held = take_turn(net, tokenizer, chosen, messages, cache, held, context, new_tokens, options)
+                answer, held = take_turn(net, tokenizer, chosen, messages, held_in, held, context, new_tokens, options)
             except TidalError as error:
                 messages.pop()
                 err.print(str(error), markup=False, highlight=False)

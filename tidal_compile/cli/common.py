@@ -39,6 +39,16 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class CacheKind(StrEnum):
+    """How the KV cache is stored: see `cache.CACHES`."""
+
+    auto = "auto"
+    fp8 = "fp8"
+
+
+CacheOption = Annotated[
+    CacheKind, typer.Option(help="How keys and values are stored: auto is the number format, fp8 half of it.")
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or auto, which is cuda where there is a GPU.")]
 DTypeOption = Annotated[DType, typer.Option(help="Number format; auto is bfloat16 on a GPU and float32 on a CPU.")]
 ResultsOption = Annotated[Path, typer.Option("--out", help="The folder for the results.")]
