@@ -8,7 +8,7 @@
     choose_ranked     (call, selection, worth)        -> index            and the choice, by what all ranks say
     choose_by_<name>  (call, selection, method keys, what it keeps)  -> index      one for each of `methods`,
     attend_by_<name>  (call, selection, method keys, what it keeps)  -> out        or for one that attends by itself
-    linear            (x, weights, biases)            -> out
+    linear            (x, weights, biases, scales)    -> out
 
 `call` are the fields of a `Call`, `selection` those of a `Selection`, in their order: see `call` for shapes and dtypes.
 A decode step has T = 1, or up to `MOST_TOKENS`; only one for methods that aren't for `several`. Outputs never alias
@@ -168,28 +168,36 @@ by_method = {
 
 
 @torch.library.custom_op("tidal::linear", mutates_args=(), device_types="cuda")
-def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """The joined outputs of linear layers that share an input of a few tokens; all of them have biases, or none."""
+def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor]) -> Tensor:
+    """The joined outputs of linear layers that share an input of a few tokens; all of them have biases, or none, and
+    all are quantised in one way, or none.
+    """
     from .triton import linear
 
-    _check_linear(x, weights, biases)
-    return linear.linear(x, weights, biases)
+    _check_linear(x, weights, biases, scales)
+    return linear.linear(x, weights, biases, scales)
 
 
 @linear.register_kernel("cpu")
-def _(x, weights, biases):
-    _check_linear(x, weights, biases)
-    return reference.linear(x, weights, biases)
+def _(x, weights, biases, scales):
+    _check_linear(x, weights, biases, scales)
+    return reference.linear(x, weights, biases, scales)
 
 
 @linear.register_fake
-def _(x, weights, biases):
-    _check_linear(x, weights, biases)
-    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
+def _(x, weights, biases, scales):
+    _check_linear(x, weights, biases, scales)
+    return x.new_empty((*x.shape[:-1], sum(map(_num_rows, weights))))
 
 
-def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
-    most = reference.most_tokens(x.dtype)
+def _num_rows(weight: Tensor) -> int:
+    """The outputs of a linear layer."""
+    return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
+
+
+def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor]) -> None:
+    stored = weights[0].dtype if scales and weights else x.dtype
+    most = reference.most_tokens(x.dtype, stored)
     if not 1 <= x.numel() // max(1, x.shape[-1]) <= most:
         raise ValueError(f"tidal: x must be 1 to {most} tokens [..., K] in {x.dtype}; found {tuple(x.shape)}")
     if not 1 <= len(weights) <= 3 or len(biases) not in (0, len(weights)):
@@ -197,15 +205,35 @@ def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Non
             f"tidal: linear takes 1 to 3 weights, and as many biases or none; found {len(weights)} weights and "
             f"{len(biases)} biases"
         )
-    for weight in weights:
-        if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not weight.is_contiguous() or weight.dtype != x.dtype:
+    if scales and (len(scales) != len(weights) or stored not in (torch.int8, torch.int32)):
+        raise ValueError(f"tidal: scales go with as many weights in int8 or int4; found {len(scales)} with {stored}")
+    for number, weight in enumerate(weights):
+        is_row = weight.dim() == 2 and weight.shape[1] == x.shape[-1]
+        if stored == torch.int32:
+            is_row = _is_int4(x, weight, scales[number])
+        elif scales:
+            is_row &= scales[number].numel() == weight.shape[0] and scales[number].is_contiguous()
+        if not is_row or not weight.is_contiguous() or weight.dtype != stored:
             raise ValueError(
-                f"tidal: a weight must be contiguous {x.dtype} [N, {x.shape[-1]}]; found {weight.dtype} "
-                f"{tuple(weight.shape)} with strides {weight.stride()}"
+                f"tidal: a weight must be contiguous {x.dtype} [N, {x.shape[-1]}], int8 with a scale a row, or int4 "
+                f"for an x in bfloat16 (see `reference.dense_weight`); found {weight.dtype} {tuple(weight.shape)} with "
+                f"strides {weight.stride()}, and scales {[tuple(one.shape) for one in scales]}"
             )
     for weight, bias in zip(weights, biases, strict=False):
-        if bias.shape != weight.shape[:1] or not bias.is_contiguous():
-            raise ValueError(f"tidal: a bias must be contiguous [{weight.shape[0]}]; found {tuple(bias.shape)}")
+        if bias.shape != (_num_rows(weight),) or not bias.is_contiguous():
+            raise ValueError(f"tidal: a bias must be contiguous [{_num_rows(weight)}]; found {tuple(bias.shape)}")
+
+
+def _is_int4(x: Tensor, weight: Tensor, scale: Tensor) -> bool:
+    """Whether a weight and its steps and zeros fit x: groups of 32, 64, 128 columns and so on."""
+    if weight.dim() != 4 or weight.shape[2:] != (32, 4) or scale.dim() != 3 or x.dtype != torch.bfloat16:
+        return False
+    columns = weight.shape[1] * reference.COLUMNS
+    return (
+        scale.dtype == torch.bfloat16 and scale.is_contiguous() and scale.shape[1:] == (_num_rows(weight), 2)
+        and columns % scale.shape[0] == 0 and columns // scale.shape[0] % 32 == 0 and x.shape[-1] <= columns
+        and x.shape[-1] % 2 == 0
+    )  # fmt: skip
 
 
 def _check(given: Call | Selection | Method) -> None:
