@@ -189,7 +189,10 @@ def scan(call: Call[Tensor], write_scores: bool = False, values: bool = True) ->
     large = head_dim > 64 and batch * num_kv_heads * slots >= 2**17
     block_n = tile_tokens(k, stage_bytes=2**16 if large else 2**15)
     warps, stages = (8, 3) if large and values else (4, 3 if values else 4)
-    splits = num_splits(q.device, programs * num_kv_heads, triton.cdiv(slots, block_n), per_processor=1 if large else 2)
+    per_processor = 1 if large else 2
+    if large and rows.scales is not None and tokens == 1:  # half the bytes, and more to compute for each
+        warps, stages, per_processor = 4, 2 if values else 3, 3 if values else 4
+    splits = num_splits(q.device, programs * num_kv_heads, triton.cdiv(slots, block_n), per_processor)
     if mask is not None and batch > 1:  # rows may differ: padding is skipped, and short programs share what is left
         splits = min(4 * splits, triton.cdiv(slots, block_n))
     acc = q.new_empty(batch * tokens, num_heads, splits, head_dim, dtype=torch.float32) if values else None

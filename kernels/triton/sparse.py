@@ -102,6 +102,8 @@ def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
     group = num_heads // pairs
     # Few pairs: short programs, whose loads are all in flight at once. Many pairs: longer programs, with a pipeline.
     most, stages, per_processor = (64, 1, 8) if rows * pairs < 32 else (128, 2, 2)
+    if stored.scales is not None and rows * pairs >= 32:
+        most, per_processor = 64, 4
     block_n = tile_tokens(k, most * 2**9, most)
     splits = num_splits(q.device, rows * pairs, triton.cdiv(width, block_n), per_processor)
     acc = q.new_empty(rows, num_heads, splits, head_dim, dtype=torch.float32)
