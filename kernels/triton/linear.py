@@ -61,44 +61,41 @@ def _low(word, mask):
 @triton.jit
 def _row_int4(
     x_ptr, weight_0, weight_1, weight_2, scale_0, scale_1, scale_2, bias_0, bias_1, bias_2, out_ptr, rows_0, rows_1,
-    rows_2, columns, k_tiles, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    rows_2, columns, k_tiles, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: rows of three weights in int4, 8 at a time, times x, whose pairs are int32 (`reference.unpacked`).
+    """One program: 8 rows of one of three weights in int4, times x, whose pairs are int32 (see `reference.unpacked`).
 
-    A program holds all of x. Its tiles are `[8, 4 * BLOCK_K, 4]` words of 8 nibbles: rows, lanes, and words of a lane.
+    A tile is `[8, 4 * BLOCK_K, 4]` words of 8 nibbles: rows, lanes, and words of a lane.
     """
+    first_row = tl.program_id(0) * 8
+    weight, scale, bias, rows, within = weight_0, scale_0, bias_0, rows_0, first_row
+    if first_row >= rows_0 + rows_1:
+        weight, scale, bias, rows, within = weight_2, scale_2, bias_2, rows_2, first_row - rows_0 - rows_1
+    elif first_row >= rows_0:
+        weight, scale, bias, rows, within = weight_1, scale_1, bias_1, rows_1, first_row - rows_0
     row = tl.arange(0, 8)
     lane = tl.arange(0, 4 * BLOCK_K)
-    k_tile = lane // 4
     number = tl.arange(0, 4)[None, :]
-    place = row[:, None, None] * 16 + (k_tile * 128 + lane % 4 * 4)[None, :, None] + number[None, :, :]
-    column = k_tile[:, None] * 128 + number * 32 + lane[:, None] % 4 * 2  # of the first nibble of a word
-    wait_for_previous(PDL)
-    x = x_ptr + column // 2
-    first = tl.load(x, mask=column < columns, other=0)
-    second = tl.load(x + 4, mask=column + 8 < columns, other=0)
-    third = tl.load(x + 8, mask=column + 16 < columns, other=0)
-    fourth = tl.load(x + 12, mask=column + 24 < columns, other=0)
+    place = row[:, None, None] * 16 + (lane // 4 * 128 + lane % 4 * 4)[None, :, None] + number[None, :, :]
+    column = (lane // 4 * 128 + lane % 4 * 2)[:, None] + number * 32  # of the first nibble of a word
     mask = 0xF000 + tl.program_id(1)  # which is 0, but the compiler would write a constant anew for each use
-    # By the bits where their nibbles stand: 0 to 15, 16 to 31. Those that `_low` reads are 16 times as large
-    x_0, x_4, x_8, x_12 = _even(first) * 16.0, _even(second), _even(third), _even(fourth) * 16.0
-    x_16, x_20, x_24, x_28 = _odd(first), _odd(second) * 16.0, _odd(third), _odd(fourth)
-    high, low = x_4 + x_8 + x_16 + x_24 + x_28, x_0 + x_12 + x_20
-    plain = high + low * 0.0625
-    offset = high * 136.0 + low * 128.5  # of q - 8: 128 + 8, and (2048 + 8) / 16
-    if GROUP >= 128:
-        plain = tl.sum(plain, 1)
-        offset = tl.sum(offset, 1)
-    tiles = (rows_0 + rows_1 + rows_2) // 8
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-        weight, scale, bias, rows, within = weight_0, scale_0, bias_0, rows_0, tile * 8
-        if tile * 8 >= rows_0 + rows_1:
-            weight, scale, bias, rows, within = weight_2, scale_2, bias_2, rows_2, tile * 8 - rows_0 - rows_1
-        elif tile * 8 >= rows_0:
-            weight, scale, bias, rows, within = weight_1, scale_1, bias_1, rows_1, tile * 8 - rows_0
-        words = weight + within * k_tiles * 16 + place
-        w = tl.load(words, mask=(k_tile < k_tiles)[None, :, None], other=0, eviction_policy="evict_first")
+    weight += within.to(tl.int64) * k_tiles * 16 + place
+    w = tl.load(weight, mask=(lane // 4 < k_tiles)[None, :, None], other=0, eviction_policy="evict_first")
+    wait_for_previous(PDL)
+    total = tl.zeros([8, 4 * BLOCK_K], tl.float32)
+    for first in range(0, k_tiles, BLOCK_K):
+        k_tile = first + lane // 4
+        there = (k_tile + BLOCK_K < k_tiles)[None, :, None]
+        ahead = tl.load(weight + (first + BLOCK_K) * 128, mask=there, other=0, eviction_policy="evict_first")
+        here = first * 128 + column
+        x = x_ptr + here // 2
+        pair_0 = tl.load(x, mask=here < columns, other=0)
+        pair_1 = tl.load(x + 4, mask=here + 8 < columns, other=0)
+        pair_2 = tl.load(x + 8, mask=here + 16 < columns, other=0)
+        pair_3 = tl.load(x + 12, mask=here + 24 < columns, other=0)
+        # By the bits where their nibbles stand: 0 to 15, 16 to 31. Those that `_low` reads are 16 times as large
+        x_0, x_4, x_8, x_12 = _even(pair_0) * 16.0, _even(pair_1), _even(pair_2), _even(pair_3) * 16.0
+        x_16, x_20, x_24, x_28 = _odd(pair_0), _odd(pair_1) * 16.0, _odd(pair_2), _odd(pair_3)
         left = w << 12
         right = w >> 8
         products = x_0[None] * _low(left, mask)
@@ -109,21 +106,25 @@ def _row_int4(
         products += x_20[None] * _low(right, mask)
         products += x_24[None] * _high(right, mask)
         products += x_28[None] * _high(w >> 12, mask)
+        high, low = x_4 + x_8 + x_16 + x_24 + x_28, x_0 + x_12 + x_20
+        plain = high + low * 0.0625
+        products = products * 0.0000152587890625 - (high * 136.0 + low * 128.5)[None]  # 128 + 8, and (2048 + 8) / 16
         if GROUP >= 128:
             products = tl.sum(products, 2)
+            plain = tl.sum(plain, 1)
             group = (k_tile * 128 // GROUP)[None, :] * rows + within + row[:, None]
             both = tl.load(scale + group, mask=(k_tile < k_tiles)[None, :], other=0)
-            total = _even(both) * (products * 0.0000152587890625 - offset[None]) + _odd(both) * plain[None]
+            total += _even(both) * products + _odd(both) * plain[None]
         else:
-            group = ((k_tile[:, None] * 4 + number) * 32 // GROUP)[None] * rows + within + row[:, None, None]
+            group = ((k_tile[:, None] * 128 + number * 32) // GROUP)[None] * rows + within + row[:, None, None]
             both = tl.load(scale + group, mask=(k_tile < k_tiles)[None, :, None], other=0)
-            total = _even(both) * (products * 0.0000152587890625 - offset[None]) + _odd(both) * plain[None]
-            total = tl.sum(total, 2)
-        out = tl.sum(total, 1)
-        if HAS_BIAS:
-            out += tl.load(bias + within + row).to(tl.float32)
-        tl.store(out_ptr + tile * 8 + row, out.to(out_ptr.dtype.element_ty))
+            total += tl.sum(_even(both) * products + _odd(both) * plain[None], 2)
+        w = ahead
     may_launch_next(PDL)
+    out = tl.sum(total, 1)
+    if HAS_BIAS:
+        out += tl.load(bias + within + row).to(tl.float32)
+    tl.store(out_ptr + first_row + row, out.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -186,12 +187,6 @@ def _rows(
     tl.store(outs, out.to(out_ptr.dtype.element_ty), mask=(token[:, None] < tokens) & (row[None, :] < rows))
 
 
-def num_programs(device: torch.device, tiles: int) -> int:
-    """Programs that take tiles in turn, four a processor at most: as many as make each take equally many."""
-    most = 4 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2)
-    return triton.cdiv(tiles, triton.cdiv(tiles, most))
-
-
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor]) -> Tensor:
     """See `reference.linear`."""
     columns = x.shape[-1]
@@ -207,11 +202,9 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[
     if in_int4:
         words = [one if one is None else one.view(torch.int32) for one in tensors[3:6]]
         group = weights[0].shape[1] * COLUMNS // scales[0].shape[0]
-        k_tiles = weights[0].shape[1]
-        block_k = triton.next_power_of_2(k_tiles)
-        _row_int4[(num_programs(x.device, sum(rows) // 8),)](
-            x.view(torch.int32), *tensors[:3], *words, *tensors[6:], out, *rows, columns, k_tiles, GROUP=group,
-            BLOCK_K=block_k, STAGES=None, num_warps=max(1, min(16, block_k // 8)), **given,
+        _row_int4[(sum(rows) // 8,)](
+            x.view(torch.int32), *tensors[:3], *words, *tensors[6:], out, *rows, columns, weights[0].shape[1],
+            GROUP=group, BLOCK_K=16, num_warps=2, **given,
         )  # fmt: skip
         return out
     given["HAS_SCALE"] = bool(scales)
