@@ -187,53 +187,29 @@ def _(x, weights, biases, scales):
 @linear.register_fake
 def _(x, weights, biases, scales):
     _check_linear(x, weights, biases, scales)
-    return x.new_empty((*x.shape[:-1], sum(map(_num_rows, weights))))
-
-
-def _num_rows(weight: Tensor) -> int:
-    """The outputs of a linear layer."""
-    return weight.shape[0] * (8 if weight.dtype == torch.int32 else 1)
+    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
 
 
 def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor]) -> None:
-    stored = weights[0].dtype if scales and weights else x.dtype
-    most = reference.most_tokens(x.dtype, stored)
+    most = reference.most_tokens(x.dtype)
     if not 1 <= x.numel() // max(1, x.shape[-1]) <= most:
         raise ValueError(f"tidal: x must be 1 to {most} tokens [..., K] in {x.dtype}; found {tuple(x.shape)}")
-    if not 1 <= len(weights) <= 3 or len(biases) not in (0, len(weights)):
+    if not 1 <= len(weights) <= 3 or len(biases) not in (0, len(weights)) or len(scales) not in (0, len(weights)):
         raise ValueError(
-            f"tidal: linear takes 1 to 3 weights, and as many biases or none; found {len(weights)} weights and "
-            f"{len(biases)} biases"
+            f"tidal: linear takes 1 to 3 weights, and as many biases and scales or none; found {len(weights)} weights, "
+            f"{len(biases)} biases and {len(scales)} scales"
         )
-    if scales and (len(scales) != len(weights) or stored not in (torch.int8, torch.int32)):
-        raise ValueError(f"tidal: scales go with as many weights in int8 or int4; found {len(scales)} with {stored}")
-    for number, weight in enumerate(weights):
-        is_row = weight.dim() == 2 and weight.shape[1] == x.shape[-1]
-        if stored == torch.int32:
-            is_row = _is_int4(x, weight, scales[number])
-        elif scales:
-            is_row &= scales[number].numel() == weight.shape[0] and scales[number].is_contiguous()
-        if not is_row or not weight.is_contiguous() or weight.dtype != stored:
+    stored = torch.int8 if scales else x.dtype
+    for weight in weights:
+        if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not weight.is_contiguous() or weight.dtype != stored:
             raise ValueError(
-                f"tidal: a weight must be contiguous {x.dtype} [N, {x.shape[-1]}], int8 with a scale a row, or int4 "
-                f"for an x in bfloat16 (see `reference.dense_weight`); found {weight.dtype} {tuple(weight.shape)} with "
-                f"strides {weight.stride()}, and scales {[tuple(one.shape) for one in scales]}"
+                f"tidal: a weight must be contiguous {stored} [N, {x.shape[-1]}]; found {weight.dtype} "
+                f"{tuple(weight.shape)} with strides {weight.stride()}"
             )
-    for weight, bias in zip(weights, biases, strict=False):
-        if bias.shape != (_num_rows(weight),) or not bias.is_contiguous():
-            raise ValueError(f"tidal: a bias must be contiguous [{_num_rows(weight)}]; found {tuple(bias.shape)}")
-
-
-def _is_int4(x: Tensor, weight: Tensor, scale: Tensor) -> bool:
-    """Whether a weight and its steps and zeros fit x: groups of 32, 64, 128 columns and so on."""
-    if weight.dim() != 4 or weight.shape[2:] != (32, 4) or scale.dim() != 3 or x.dtype != torch.bfloat16:
-        return False
-    columns = weight.shape[1] * reference.COLUMNS
-    return (
-        scale.dtype == torch.bfloat16 and scale.is_contiguous() and scale.shape[1:] == (_num_rows(weight), 2)
-        and columns % scale.shape[0] == 0 and columns // scale.shape[0] % 32 == 0 and x.shape[-1] <= columns
-        and x.shape[-1] % 2 == 0
-    )  # fmt: skip
+    for name, given in (("bias", biases), ("scale", scales)):
+        for weight, one in zip(weights, given, strict=False):
+            if one.numel() != weight.shape[0] or one.shape[0] != weight.shape[0] or not one.is_contiguous():
+                raise ValueError(f"tidal: a {name} must be contiguous [{weight.shape[0]}]; found {tuple(one.shape)}")
 
 
 def _check(given: Call | Selection | Method) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .call import Call, Selection
 
-COLUMNS = 128  # of a weight in int4 that stand together
 HIDES = -9000.0  # leaves no weight to a score that it is added to; above -9984, which is -1e4 in bfloat16
 
 
@@ -97,46 +96,20 @@ def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor]) -> Tensor:
     """Up to 3 linear layers of a few tokens: `x [..., K]`, weights `[Ni, K]` -> joined `[..., N1 + N2 + N3]`.
 
-    Quantised weights have `scales`, one tensor each: see `dense_weight`.
+    Weights in int8 have `scales`, one tensor `[N]` or `[N, 1]` each: what every row is multiplied by.
     """
     if scales:
-        pairs = zip(weights, scales, strict=True)
-        weights = [dense_weight(*pair)[:, : x.shape[-1]].to(x.dtype) for pair in pairs]
+        weights = [
+            (weight.float() * scale.float().view(-1, 1)).to(x.dtype)
+            for weight, scale in zip(weights, scales, strict=True)
+        ]
     outputs = [torch.nn.functional.linear(x, *layer) for layer in zip(weights, biases or [None] * 3, strict=False)]
     return torch.cat(outputs, -1)
 
 
-def most_tokens(dtype: torch.dtype, weight: torch.dtype | None = None) -> int:
-    """The most tokens that `linear` takes: a tile of the tensor cores, or 1 in float32, which these don't multiply.
-
-    With a `weight` in int4 (packed as int32), 1.
-    """
-    return 16 if dtype.itemsize == 2 and weight != torch.int32 else 1
-
-
-def dense_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """A quantised weight as `[N, K]` in float32.
-
-    int8 `[N, K]` has a scale a row `[N]` or `[N, 1]`. int4 (see `unpacked`) has a step and a zero for every group of
-    columns: `scale [groups, N, 2]` bfloat16; a number q means (q - 8) step + zero.
-    """
-    if weight.dtype == torch.int8:
-        return weight.float() * scale.float().view(-1, 1)
-    numbers = unpacked(weight) - 8
-    step, zero = scale.float().repeat_interleave(numbers.shape[1] // scale.shape[0], 0).unbind(2)  # [K, N]
-    return numbers * step.T + zero.T
-
-
-def unpacked(weight: Tensor) -> Tensor:
-    """The numbers 0 to 15 of a weight in int4 `[N, K]`, in the layout of PyTorch's tinygemm kernels, int32:
-    `[N / 8, K / 128, 32, 4]`. So torchao has them (`tile_packed_to_4d`).
-
-    Lane 4 n + l has of row n in its word j the columns 32 j + 8 r + 2 l + h of 128, in bits 16 h + 4 r and on.
-    """
-    tiles, k_tiles, *_ = weight.shape
-    shifts = torch.arange(0, 32, 4, device=weight.device)
-    numbers = ((weight.unsqueeze(-1) >> shifts) & 15).view(tiles, k_tiles, 8, 4, 4, 2, 4)  # [.., n, l, j, h, r]
-    return numbers.permute(0, 2, 1, 4, 6, 3, 5).reshape(tiles * 8, k_tiles * COLUMNS)
+def most_tokens(dtype: torch.dtype) -> int:
+    """The most tokens that `linear` takes: a tile of the tensor cores, or 1 in float32, which these don't multiply."""
+    return 16 if dtype.itemsize == 2 else 1
 
 
 def keys_of(call: Call[Tensor], some: slice) -> Tensor:

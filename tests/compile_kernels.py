@@ -62,11 +62,6 @@ def compile_quantised_linears():
     for tokens, dtype in ((1, torch.bfloat16), (5, torch.float16), (1, torch.float32)):
         weight, scale = torch.zeros(64, 512, dtype=torch.int8), torch.zeros(64, 1)
         linear.linear(torch.zeros(tokens, 512, dtype=dtype), [weight] * 2, [], [scale] * 2)
-    weight = torch.zeros(8, 8, 32, 4, dtype=torch.int32)
-    for group, biased in ((128, 0), (32, 1)):
-        scale = torch.zeros(1024 // group, 64, 2, dtype=torch.bfloat16)
-        biases = [torch.zeros(64, dtype=torch.bfloat16)] * 3 * biased
-        linear.linear(torch.zeros(1, 1000, dtype=torch.bfloat16), [weight] * 3, biases, [scale] * 3)
 
 
 def compile_attention():

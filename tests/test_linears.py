@@ -6,11 +6,9 @@ import pytest
 import torch
 from models import decode_logits, family_pair, prefilled, random_tokens, tiny_model
 from recorder import Recorder
-from test_ops import packed
 
 import tidal_compile as tc
 from tidal_compile import backend
-from tidal_compile.kernels import reference
 
 pytestmark = pytest.mark.uncompiled
 
@@ -93,30 +91,6 @@ def test_other_quantised_weights_are_left_alone(joined):
     step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "full", "linears": True})
     decode_logits(step, prefilled(model, random_tokens(1, PROMPT), 64), random_tokens(1, 1))
     assert joined == [[1]]  # the head
-
-
-@torch.no_grad()
-def test_weights_of_torchao_in_int4(joined):
-    """`tile_packed_to_4d`, which torchao packs on a GPU only: here we do. Groups of other sizes don't share a launch."""
-    module = pytest.importorskip("torchao.quantization.quantize_.workflows.int4.int4_tile_packed_to_4d_tensor")
-    model = tiny_model(num_hidden_layers=1, tie_word_embeddings=False).bfloat16()
-    dense = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    for number, (layer, same) in enumerate(zip(model.modules(), dense.modules(), strict=True)):
-        if not isinstance(layer, torch.nn.Linear) or layer.out_features % 8:
-            continue
-        group = 32 if number % 2 else 64
-        numbers = torch.randint(0, 16, (layer.out_features, 1024), generator=generator)
-        scales = torch.rand(1024 // group, layer.out_features, 2, generator=generator).mul(0.02).bfloat16()
-        args = packed(numbers), scales, [1, group], layer.weight.shape
-        layer.weight = torch.nn.Parameter(module.Int4TilePackedTo4dTensor(*args), requires_grad=False)
-        same.weight.copy_(reference.dense_weight(*args[:2])[:, : layer.in_features])
-    step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "full", "linears": True})
-    cache = [prefilled(dense, random_tokens(1, PROMPT), 64) for _ in range(2)]
-    got = decode_logits(step, cache[0], random_tokens(1, TOKENS, seed=2))
-    expected = decode_logits(dense, cache[1], random_tokens(1, TOKENS, seed=2))
-    assert (got - expected).norm() < 0.03 * expected.norm()
-    assert sum(joined[0]) == 8
 
 
 def test_a_model_without_calls_to_rewrite():
