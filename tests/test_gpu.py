@@ -214,6 +214,27 @@ def test_a_ranks_step_is_recorded_in_one_cuda_graph(cudagraph_or_error, one_of_t
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_in_float8_is_read_and_written_in_one_cuda_graph(dtype, cudagraph_or_error):
+    """Steps over the bytes, beside the definitions over the same bytes; in between what is rounded otherwise differs."""
+    model = tiny_model(num_hidden_layers=4, head_dim=64, device="cuda", dtype=dtype)
+    layers = {"0": "full", "1": "select", "2-3": "reuse"}
+    policy = tc.Policy.from_dict(
+        {"num_layers": 4, "layers": layers, "defaults": {"budget": 24, "sinks": 2, "recent": 4}}
+    )
+    prompt, tokens = on_gpu(random_tokens(2, 90)), on_gpu(random_tokens(2, 12, seed=2))
+    found = []
+    for backend, options in (("tidal", {"policy": policy}), (reference_backend(policy), None)):
+        torch._dynamo.reset()
+        cache = tc.Fp8Cache(model.config, 128)
+        with torch.no_grad():
+            model(input_ids=prompt, past_key_values=cache)
+            step = torch.compile(model, backend=backend, fullgraph=True, options=options)
+            found.append(decode_logits(step, cache, tokens))
+        assert cache.layers[0].keys.dtype == torch.uint8
+    assert (found[0] - found[1]).norm() < 0.05 * found[1].norm()
+
+
 def test_a_cache_in_host_memory_takes_none_of_the_gpus():
     """While a prompt is read, a layer of it; `generate` takes the cache, and gives the memory back."""
     model, policy = tiny_model(device="cuda", num_hidden_layers=18), tc.Policy.preset("magicpig_cpu", 18)
