@@ -156,6 +156,36 @@ def capacity_summary():
     return f"{markdown(columns, rows)}\n{source}\n"
 
 
+def fp8_summary():
+    """What a cache in float8 costs: a row a model, policy and cache."""
+    rows, sources = [], []
+    for name, result in results("fp8").items():
+        sources.append(f"`{name}.json` ({result['device']}, {result['dtype']}, commit {result['commit']})")
+        for one in result["records"]:
+            found = f"{one['found']} of {result['prompts']}", f"{one['same_text']} of {result['prompts']}"
+            quality = f"{one['kl']:.4f}", f"{one['agreement']:.1%}", f"{one['perplexity']:.2f}", *found
+            rows.append((result["model"], f"`{one['policy']}`", one["cache"], *quality))
+    columns = ("model", "policy", "cache", "KL", "same token", "perplexity", "pass keys found", "same text")
+    return f"{markdown(columns, rows)}\nSources: {', '.join(sources)}.\n"
+
+
+def float8_steps():
+    """Steps over both kinds of caches: a row a policy and cache."""
+    rows, sources = [], []
+    for name, result in results("quantised").items():
+        about = f"{result['layers'] or 'all'} layers, batch {result['batch']}, {result['context']:,} tokens"
+        sources.append(f"`{name}.json` ({result['device']}, {about}, commit {result['commit']})")
+        rows += [
+            (
+                f"`{one['policy']}`", one["weights"], one["cache"], f"{one['ms']:.2f}",
+                f"{one['attention_us'] / 1e3:.2f}", f"{one['cache_bytes'] / 1e9:.2f}",
+            )
+            for one in result["records"]
+        ]  # fmt: skip
+    columns = ("policy", "weights", "cache", "ms a step", "of it attention", "cache, GB")
+    return f"{markdown(columns, rows)}\nSources: {', '.join(sources)}.\n"
+
+
 def paper_summary():
     """TidalDecode's Figures 1 and 2 as a table: a row a budget and context, for TidalDecode and Quest."""
     (result,) = results("figures").values()
@@ -356,6 +386,7 @@ SECTIONS = {
     "decode summary": decode_summary, "kernel summary": kernel_summary, "method summary": method_summary,
     "sampling summary": sampling_summary, "capacity summary": capacity_summary, "paper summary": paper_summary,
     "decode tables": decode_tables, "kernel tables": kernel_tables,
+    "fp8 summary": fp8_summary, "float8 steps": float8_steps,
     "needle summary": needle_summary, "flat summary": flat_summary,
     "equal bytes summary": equal_bytes_summary, "steps summary": steps_summary, "index": index,
 }  # fmt: skip

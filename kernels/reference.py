@@ -79,7 +79,7 @@ def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
     keys, values = _rows(call.key, rows), _rows(call.value, rows)
     if call.scales is not None:
         scales = _rows(call.scales, rows).float()
-        keys, values = _dequantised(keys, scales[..., 0]), _dequantised(values, scales[..., 1])
+        keys, values = dequantised(keys, scales[..., 0]), dequantised(values, scales[..., 1])
     keys, values = keys.float(), values.float()
     grouped = call.query.float().transpose(1, 2).reshape(batch, num_tokens, pairs, num_heads // pairs, head_dim)
     scores = _cap(grouped @ keys.mT * call.scale, call.softcap)
@@ -112,20 +112,20 @@ def most_tokens(dtype: torch.dtype) -> int:
     return 16 if dtype.itemsize == 2 else 1
 
 
-def keys_of(call: Call[Tensor], some: slice) -> Tensor:
+def keys_of(call: Call[Tensor], some: slice | Tensor) -> Tensor:
     """The keys of some slots `[B, Hkv, n, D]` in float32. On any device."""
     keys = call.key[:, :, some]
-    return (keys if call.scales is None else _dequantised(keys, call.scales[:, :, some, 0])).float()
+    return (keys if call.scales is None else dequantised(keys, call.scales[:, :, some, 0])).float()
 
 
 def values_of(call: Call[Tensor], some: slice) -> Tensor:
     """The values of some slots `[B, Hkv, n, D]` in float32. On any device."""
     values = call.value[:, :, some]
-    return (values if call.scales is None else _dequantised(values, call.scales[:, :, some, 1])).float()
+    return (values if call.scales is None else dequantised(values, call.scales[:, :, some, 1])).float()
 
 
-def _dequantised(rows: Tensor, scales: Tensor) -> Tensor:
-    """Bytes of float8 `[..., n, D]`, and what each row is multiplied by."""
+def dequantised(rows: Tensor, scales: Tensor) -> Tensor:
+    """Bytes of float8 `[..., n, D]` and their scales `[..., n]`, as numbers in float32."""
     return rows.view(torch.float8_e4m3fn).float() * scales.float()[..., None]
 
 

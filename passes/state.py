@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..kernels.call import Call, Selection
 from ..kernels.methods import Method
+from ..kernels.reference import dequantised
 from .compat import mark_static_input
 from .counters import reachable
 
@@ -33,10 +34,13 @@ from .counters import reachable
 class KeptInput:
     """What a method keeps beside the keys that are input number `key` of the graph: the inputs `nodes`.
 
-    `call`: of the graph's inputs, the call that the step will make, for a method that `prepares`.
+    `scales`: the number of the input that keys in float8 are multiplied by, to be of this `dtype`. `call`: of the
+    graph's inputs, the call that the step will make, for a method that `prepares`.
     """
 
     key: int
+    scales: int | None
+    dtype: torch.dtype
     method: Method
     selection: Selection
     nodes: tuple[fx.Node, ...]
@@ -60,9 +64,11 @@ def add_inputs(gm: fx.GraphModule, call: Call[fx.Node], selection: Selection, me
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     key = call.key
     example = key.meta["example_value"]
+    scales = None if call.scales is None else call.scales.meta["example_value"]
+    dtype = call.query.meta["example_value"].dtype
     ahead = _call_ahead(gm, call, inputs) if method.prepares else None
     with example.fake_mode:
-        values = method.summarize(example)
+        values = method.summarize(_as_numbers(example, scales, dtype))
     nodes = []
     for name, value in zip(method.keeps, values, strict=True):
         with gm.graph.inserting_after([*inputs, *nodes][-1]):
@@ -70,7 +76,13 @@ def add_inputs(gm: fx.GraphModule, call: Call[fx.Node], selection: Selection, me
         node.meta["example_value"] = value
         mark_static_input(node)
         nodes.append(node)
-    return KeptInput(inputs.index(key), method, selection, tuple(nodes), ahead)
+    of_scales = None if call.scales is None else inputs.index(call.scales)
+    return KeptInput(inputs.index(key), of_scales, dtype, method, selection, tuple(nodes), ahead)
+
+
+def _as_numbers(key: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Keys as a method takes them."""
+    return key if scales is None else dequantised(key, scales[..., 0]).to(dtype)
 
 
 def _call_ahead(gm: fx.GraphModule, call: Call[fx.Node], inputs: list[fx.Node]) -> Callable[..., Call[Tensor]]:
@@ -136,13 +148,15 @@ def _up_to_date(one: KeptInput, inputs: tuple) -> _Kept:
             "tidal: the cache was made under torch.inference_mode(), where PyTorch doesn't count writes to it, so "
             "nobody can tell when what is kept beside it is out of date; prefill and decode under torch.no_grad()"
         )
+    scales = None if one.scales is None else inputs[one.scales]
     methods = _kept.setdefault(key, {})
     if method not in methods:
-        methods[method] = _Kept(method.summarize(key), -1 if method.prepares else key._version, set())
+        made = method.summarize(_as_numbers(key, scales, one.dtype))
+        methods[method] = _Kept(made, -1 if method.prepares else key._version, set())
     kept = methods[method]
     if one.call is None:
         if kept.version != key._version:
-            method.renew(key, *kept.tensors)
+            method.renew(_as_numbers(key, scales, one.dtype), *kept.tensors)
     elif kept.version != key._version or one not in kept.graphs:
         call = one.call(*inputs)
         if kept.version != key._version:

@@ -122,6 +122,10 @@ def compile_fp8():
         _, index = select.select_attention(call, Selection(64, 0.0, 4, 8))
         select.choose_by_scores(call, Selection(64, 0.0, 4, 8))
         sparse.sparse_attention(call, index)
+        if tokens == 1:
+            bounds = torch.zeros(1, 4, 2**11, 2, head_dim, dtype=dtype)
+            picked = pages.choose_pages(call, Selection(64, 0.0, 4, 8), bounds, 16)
+            pages.choose_again(call, Selection(64, 0.0, 4, 8), picked)
 
 
 def compile_more_pages_than_a_program_holds():

@@ -17,10 +17,11 @@ from tidal_compile.cache import Fp8Cache, as_float8, new_cache
 from tidal_compile.cli.common import CacheKind
 from tidal_compile.kernels import reference
 from tidal_compile.kernels.call import Call, Selection
+from tidal_compile.kernels.methods.pages import Pages
 from tidal_compile.models import with_cache
 from tidal_compile.policy import Policy
 from tidal_compile.replay import replay_text
-from tidal_compile.run import decode_given, filled
+from tidal_compile.run import decode_given, filled, rewind
 from tidal_compile.variant import Variant
 
 pytestmark = pytest.mark.uncompiled
@@ -273,13 +274,57 @@ def test_inductor_compiles_one_graph():
     assert (got - expected).norm() < 0.05 * expected.norm()
 
 
-@pytest.mark.parametrize("by", ["pages", "lsh"])
-def test_methods_that_keep_something_beside_the_keys_are_refused(by):
+@pytest.mark.parametrize("name", ["definition", "triton"])
+@pytest.mark.parametrize(
+    ("case", "page", "keep", "share"),
+    [
+        ("plain", 16, 0.0, "kv_head"),
+        ("padding", 8, 2.0, "kv_head"),
+        ("all-three", 4, 2.0, "layer"),
+        ("one-slot", 4, 0, "layer"),
+    ],
+)
+def test_pages_by_bounds_of_what_the_bytes_mean(name, case, page, keep, share):
+    """The token sets of a cache of numbers, of which the oracle's tests say what they are."""
+    call, (keys, values), *_ = fp8_case(**CASES[case])
+    selection, method = Selection(24, 0.0, 3, 5, share), Pages(page, keep)
+    numbers = [one.nan_to_num().to(call.query.dtype).to(DEVICE) for one in (keys, values)]
+    plain = Call(call.query, *numbers, *call_fields(call)[3:], call.softcap)
+    expected = method.step(plain, selection, *method.summarize(plain.key))
+    kept = method.summarize(reference.dequantised(call.key, call.scales[..., 0]).nan_to_num().to(call.query.dtype))
+    run = method.step if name == "definition" else method.step_on_gpu
+    assert torch.equal(run(call, selection, *kept), expected)
+    assert torch.equal(method.step(call, selection), expected)
+
+
+@torch.no_grad()
+def test_pages_follow_what_is_written():
+    """Steps under a policy by pages, beside the same steps by scores of everything: the budget is above the context."""
     model = tiny_model(num_hidden_layers=4)
-    layers = {"0-3": {"role": "select", "by": by, "output": "sparse"}}
+    layers = {"0-3": {"role": "select", "by": "pages", "output": "sparse", "page": 8}}
+    policy = {"num_layers": 4, "layers": layers, "defaults": {"budget": 128, "sinks": 2, "recent": 4}}
+    prompt, tokens = random_tokens(2, 90), random_tokens(2, 6, seed=3)
+    expected = decode_logits(model, fp8_prefilled(model, prompt, 128), tokens)
+    step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
+    cache = fp8_prefilled(model, prompt, 128)
+    torch.testing.assert_close(decode_logits(step, cache, tokens), expected, atol=1e-4, rtol=1e-4)
+    sparse = {**policy, "defaults": {**policy["defaults"], "budget": 24}}
+    found = []
+    for _ in range(2):  # the second time from a cache that somebody set back
+        step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": sparse})
+        rewind(cache, 90)
+        found.append(decode_logits(step, cache, tokens))
+    fresh = decode_logits(step, fp8_prefilled(model, prompt, 128), tokens)
+    torch.testing.assert_close(found[1], fresh, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[0], fresh, atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_is_refused():
+    model = tiny_model(num_hidden_layers=4)
+    layers = {"0-3": {"role": "select", "by": "lsh", "output": "sparse"}}
     policy = {"num_layers": 4, "layers": layers, "defaults": {"budget": 24, "sinks": 2, "recent": 4}}
     step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
-    with pytest.raises(tc.UnsupportedModelError, match=f"by: {by} reads no cache in float8; use by: scores"):
+    with pytest.raises(tc.UnsupportedModelError, match="by: lsh reads no cache in float8; use by: scores"):
         decode_logits(step, fp8_prefilled(model, random_tokens(1, 30), 40), random_tokens(1, 1))
 
 

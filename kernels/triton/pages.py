@@ -24,16 +24,18 @@ from .split import (
     LOG2E,
     Splits,
     after_previous,
+    as_float16,
     cap,
     dot,
     empty_scores,
     load_group,
     load_keys,
+    load_scales,
     mask_args,
     mask_tile,
+    multiply,
     num_splits,
     overlap,
-    padded_dim,
     padded_rows,
     rows_of,
     score_tile,
@@ -98,14 +100,17 @@ def _score_by_bounds(
 
 @triton.jit
 def _score_by_keys(
-    q, keys, mask_ptr, scale, stride_kn, stride_mn, page, length, slots,
+    q, keys, scales, mask_ptr, scale, stride_kn, stride_xn, stride_mn, page, length, slots,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr,
-    CAP: tl.constexpr,
+    CAP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Of one page: its score by the tokens that count `[ROWS]`, how many count, and the bounds of all its slots."""
     token = page * PAGE + tl.arange(0, PAGE)
     valid, _ = mask_tile(mask_ptr, token * stride_mn, token < length, MASK, HIDES)
     k = load_keys(keys, token.to(tl.int64) * stride_kn, token < slots, D, BLOCK_D).to(tl.float32)  # [BLOCK_D, PAGE]
+    if FP8:  # rounded as the numbers are of which the other bounds were made
+        key_scale, _values = load_scales(scales, token.to(tl.int64) * stride_xn, token < slots)
+        k = (k * key_scale[None, :]).to(q.dtype).to(tl.float32)
     lowest = tl.min(tl.where(valid[None, :], k, float("inf")), 1)
     highest = tl.max(tl.where(valid[None, :], k, float("-inf")), 1)
     query = q.to(tl.float32)
@@ -118,11 +123,12 @@ def _score_by_keys(
 
 @triton.jit
 def _score_pages(
-    q_ptr, k_ptr, bounds_ptr, mask_ptr, length_ptr, stat_ptr, score_ptr, count_ptr, valid_ptr, scale, slots, pages,
-    splits, stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_mb, stride_mn, stride_s,
+    q_ptr, k_ptr, scale_ptr, bounds_ptr, mask_ptr, length_ptr, stat_ptr, score_ptr, count_ptr, valid_ptr, scale, slots,
+    pages, splits, stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_xb, stride_xh, stride_xn,
+    stride_mb, stride_mn, stride_s,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_P: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr,
-    PDL: tl.constexpr,
+    FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the query group of one kv head, and one split of its pages, by their bounds.
 
@@ -144,6 +150,9 @@ def _score_pages(
         q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D
     )
     keys = k_ptr + batch * stride_kb + kv_head * stride_kh
+    scales = scale_ptr
+    if FP8:
+        scales += batch * stride_xb + kv_head * stride_xh
     bounds = bounds_ptr + (batch * NUM_KV_HEADS + kv_head) * pages * 2 * D
     scores = score_ptr + head * stride_s
     counts = count_ptr + batch * tl.cdiv(slots, PAGE)
@@ -157,8 +166,9 @@ def _score_pages(
         num_valid = length * 0
         if newest >= 0:
             m, num_valid, lowest, highest = _score_by_keys(
-                q, keys, masks, scale, stride_kn, stride_mn, newest, length, slots, D, BLOCK_D, PAGE, MASK, HIDES, CAP
-            )
+                q, keys, scales, masks, scale, stride_kn, stride_xn, stride_mn, newest, length, slots, D, BLOCK_D, PAGE,
+                MASK, HIDES, CAP, FP8,
+            )  # fmt: skip
             l += num_valid.to(tl.float32)
             tl.store(scores + row * stride_s + newest, m, mask=row < GROUP)
             if kv_head == 0:
@@ -188,8 +198,8 @@ def _score_pages(
             here = tl.min(tl.where(in_part, number, BLOCK_P), 0)
             while here < BLOCK_P:
                 score, seen_here, _, _ = _score_by_keys(
-                    q, keys, masks, scale, stride_kn, stride_mn, start + here, length, slots,
-                    D, BLOCK_D, PAGE, MASK, HIDES, CAP,
+                    q, keys, scales, masks, scale, stride_kn, stride_xn, stride_mn, start + here, length, slots,
+                    D, BLOCK_D, PAGE, MASK, HIDES, CAP, FP8,
                 )  # fmt: skip
                 tl.store(scores + row * stride_s + start + here, score, mask=row < GROUP)
                 m, l = _add_page(m, l, score, seen_here)
@@ -223,12 +233,12 @@ def _spread(
 
 @triton.jit
 def _score_chosen(
-    q_ptr, k_ptr, index_ptr, mask_ptr, stat_ptr, score_ptr, scale, width, splits,
-    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_ib, stride_ig, stride_mb, stride_mn,
-    stride_s,
+    q_ptr, k_ptr, scale_ptr, index_ptr, mask_ptr, stat_ptr, score_ptr, scale, width, splits,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_xb, stride_xh, stride_xn, stride_ib,
+    stride_ig, stride_mb, stride_mn, stride_s,
     PAIRS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PAIRS_PER_KV_HEAD: tl.constexpr,
     ONE_SET: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
-    HIDES: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
+    HIDES: tl.constexpr, CAP: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N of the chosen tokens of a pair of a token set and a kv head."""
     after_previous(PDL)
@@ -240,13 +250,18 @@ def _score_chosen(
     row = tl.arange(0, ROWS)
     head = (batch * PAIRS + pair) * GROUP
     q = load_group(q_ptr + batch * stride_qb + pair * GROUP * stride_qh, stride_qh, stride_qd, GROUP, ROWS, D, BLOCK_D)
+    q, unit = as_float16(q, FP8)
     column = split * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.load(index_ptr + batch * stride_ib + token_set * stride_ig + column, mask=column < width, other=-1)
     k = load_keys(
         k_ptr + batch * stride_kb + kv_head * stride_kh, token.to(tl.int64) * stride_kn, token >= 0, D, BLOCK_D
     )
     valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token >= 0, MASK, HIDES)
-    score = score_tile(dot(q, k), valid[None, :], bias[None, :], scale, CAP)
+    key_scale = unit
+    if FP8:
+        places = scale_ptr + batch * stride_xb + kv_head * stride_xh
+        key_scale, _values = load_scales(places, token.to(tl.int64) * stride_xn, token >= 0)
+    score = score_tile(multiply(q, unit, k, key_scale, FP8), valid[None, :], bias[None, :], scale, CAP)
     scores = score_ptr + (head + row)[:, None] * stride_s + column[None, :]
     tl.store(scores, score, mask=(row < GROUP)[:, None] & (column < width)[None, :])
     m, l = sum_tile(score, tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32))
@@ -255,14 +270,15 @@ def _score_chosen(
 
 def choose_pages(call: Call[Tensor], selection: Selection, bounds: Tensor, page: int) -> Picked:
     """The tokens of the best pages. Also brings `bounds [B, Hkv, P, 2, D]` up to date."""
-    q, k, _, length, mask, scale, sink_logit, softcap, _ = arguments(call)
-    rows_of(call)
-    batch, num_heads, _, head_dim = q.shape
+    q, _, _, length, mask, scale, sink_logit, softcap, _ = arguments(call)
+    rows = rows_of(call)
+    k = rows.key
+    batch, num_heads = q.shape[:2]
     num_kv_heads, slots = k.shape[1:3]
     num_sets = selection.num_sets(num_heads, num_kv_heads)
     units = triton.cdiv(slots, page)
     large = batch * num_kv_heads * units >= 2**14
-    block_p = tile_tokens(k, stage_bytes=2**15 if large else 2**14)
+    block_p = tile_tokens(q, stage_bytes=2**15 if large else 2**14)
     warps, stages, per_processor = (4, 3, 2) if large else (2, 3, 4)
     tiles = triton.cdiv(units, block_p)
     splits = num_splits(q.device, batch * num_kv_heads, tiles, per_processor) + 1  # one is the newest page
@@ -271,10 +287,10 @@ def choose_pages(call: Call[Tensor], selection: Selection, bounds: Tensor, page:
     scores = empty_scores(q, units)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _score_pages[(splits, num_kv_heads, batch)](
-        q, k, bounds, mask_data, length, stats, scores, counts, valid, scale, slots, bounds.shape[2], splits,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *stride_m, scores.stride(1),
+        q, k, rows.scales, bounds, mask_data, length, stats, scores, counts, valid, scale, slots, bounds.shape[2],
+        splits, q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *rows.strides, *stride_m, scores.stride(1),
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, ROWS=padded_rows(num_heads // num_kv_heads),
-        D=head_dim, BLOCK_D=padded_dim(head_dim), PAGE=page, BLOCK_P=block_p, **mask_kind, CAP=softcap,
+        **rows.sizes, PAGE=page, BLOCK_P=block_p, **mask_kind, CAP=softcap,
         num_warps=warps, num_stages=stages, **overlap(q.device),
     )  # fmt: skip
     if _has_own_scores(mask) or takes_turns(selection, num_sets, num_heads):
@@ -291,8 +307,10 @@ def choose_pages(call: Call[Tensor], selection: Selection, bounds: Tensor, page:
 
 def choose_again(call: Call[Tensor], selection: Selection, of: Picked) -> Tensor:
     """The best tokens by exact scores of those that were picked: an index `[B, G, K]`."""
-    q, k, _, _, mask, scale, sink_logit, softcap, _ = arguments(call)
-    batch, num_heads, _, head_dim = q.shape
+    q, _, _, _, mask, scale, sink_logit, softcap, _ = arguments(call)
+    rows = rows_of(call)
+    k = rows.key
+    batch, num_heads = q.shape[:2]
     num_kv_heads, slots = k.shape[1:3]
     sets, wide = of.index.shape[1:]
     pairs = max(sets, num_kv_heads)
@@ -301,10 +319,11 @@ def choose_again(call: Call[Tensor], selection: Selection, of: Picked) -> Tensor
     stats, scores = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32), empty_scores(q, wide)
     (mask_data, *stride_m), mask_kind = mask_args(mask, batch, slots)
     _score_chosen[(splits, pairs, batch)](
-        q, k, of.index, mask_data, stats, scores, scale, wide, splits,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *of.index.stride()[:2], *stride_m, scores.stride(1),
+        q, k, rows.scales, of.index, mask_data, stats, scores, scale, wide, splits,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *rows.strides, *of.index.stride()[:2], *stride_m,
+        scores.stride(1),
         PAIRS=pairs, GROUP=group, ROWS=padded_rows(group), PAIRS_PER_KV_HEAD=pairs // num_kv_heads, ONE_SET=sets == 1,
-        D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=block_n, **mask_kind, CAP=softcap, num_warps=4,
+        **rows.sizes, BLOCK_N=block_n, **mask_kind, CAP=softcap, num_warps=4,
         **overlap(q.device),
     )  # fmt: skip
     if takes_turns(selection, sets, num_heads):
