@@ -72,9 +72,14 @@ def _is_int8(node: fx.Node) -> bool:
 
 def _is_input(parameter: fx.Node) -> bool:
     """Whether a node is a graph input, or what this rank has of one that is divided (a DTensor): no copy of it."""
-    if parameter.op == "call_method" and parameter.target == "to_local":
+    if _is_part(parameter):
         parameter = parameter.args[0]
     return parameter.op in ("placeholder", "get_attr")
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether a node takes a rank's part out of what is divided. Before torch 2.13, Dynamo wrote a function for it."""
+    return target_name(node) in ("to_local", "prim_to_local")
 
 
 def _bias(node: fx.Node) -> fx.Node | None:
@@ -92,7 +97,7 @@ def _join(gm: fx.GraphModule, nodes: list[fx.Node]) -> None:
     weights = [node.args[1] for node in nodes]
     biases = [_bias(node) for node in nodes if _bias(node) is not None]
     for parameter in (*weights, *biases):
-        if parameter.op == "call_method":  # a rank's part is taken just before its layer
+        if _is_part(parameter):  # it is taken just before its layer
             nodes[0].prepend(parameter)
     scales: list[fx.Node] = []
     with gm.graph.inserting_before(nodes[0]):

@@ -18,6 +18,7 @@ from tiers import sampled
 from tidal_compile.__main__ import main
 from tidal_compile.kernels import reference
 from tidal_compile.kernels.call import Call, Selection
+from tidal_compile.passes.linears import join_linears
 from tidal_compile.ranks import divide, use_local_weights
 
 HERE = Path(__file__).parent
@@ -122,6 +123,30 @@ def test_linear_layers_of_a_rank_are_joined(one_of_two_ranks):
             torch._dynamo.reset()
         torch.testing.assert_close(*found)
         use_local_weights(model)
+
+
+@torch.no_grad()
+def test_parts_taken_as_dynamo_of_torch_2_11_does(one_of_two_ranks):
+    """By a function of its own instead of the method."""
+
+    def prim_to_local(weight):
+        return weight.to_local()
+
+    counts = []
+
+    def backend(gm, _):
+        for node in gm.graph.find_nodes(op="call_method", target="to_local"):
+            node.op, node.target = "call_function", prim_to_local
+        gm.recompile()
+        counts.append(join_linears(gm))
+        return gm.forward
+
+    model = divide(tiny_model(num_hidden_layers=2, device=DEVICE, num_attention_heads=8, num_key_value_heads=4), 2)
+    prompt, tokens = on_device((random_tokens(1, 60), random_tokens(1, 3)))
+    step = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    got = decode_logits(step, prefilled(model, prompt, 80), tokens)
+    torch.testing.assert_close(got, decode_logits(model, prefilled(model, prompt, 80), tokens))
+    assert counts == [15]
 
 
 def test_the_command_line_refuses(tmp_path, capsys):
