@@ -77,6 +77,19 @@ def same_tokens(whole, shared):
     for more in ({}, {"exact": True}):
         options = {"max_new_tokens": 12, "do_sample": False, **more}
         assert torch.equal(tc.generate(whole, ids, policy, **options), tc.generate(shared, ids, policy, **options))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    padded = {"attention_mask": mask, "pad_token_id": 0, "return_dict_in_generate": True}
+    for more in (padded, {"assistant_model": whole, "one": True}, {"kind": tc.Fp8Cache}, {"kind": tc.HostCache}):
+        said, given = [], {name: value for name, value in more.items() if name not in ("one", "kind")}
+        for model in (whole, shared):
+            torch._dynamo.reset()
+            layers = {"layers": [2, 3]} if more.get("kind") is tc.HostCache else {}
+            cache = {"past_key_values": more["kind"](model.config, SLOTS, **layers)} if "kind" in more else {}
+            some = ids[1:] if "one" in more else ids
+            out = tc.generate(model, some, policy, max_new_tokens=12, do_sample=False, **given, **cache)
+            said.append(getattr(out, "sequences", out))
+        assert torch.equal(*said), more
     for seconds in (0.05, 0.06, 0.07, 0.08):  # by the clock of the first
         tc.generate(shared, ids, policy, max_new_tokens=200, max_time=seconds, do_sample=False)
     torch.manual_seed(distributed.get_rank())
@@ -91,11 +104,11 @@ def same_tokens(whole, shared):
 def refusals(shared):
     """Ranks that compile different steps are told so, all of them."""
     rank = distributed.get_rank()
-    for problem in ("policies", "caches"):
+    for problem, kinds in (("policies", StaticCache), ("caches", StaticCache), ("caches", tc.Fp8Cache)):
         torch._dynamo.reset()
-        slots = 64 if problem == "policies" or rank == 0 else 96
+        slots = 64 if problem == "policies" or kinds is tc.Fp8Cache or rank == 0 else 96
         budget = 80 if problem == "caches" or rank == 0 else 90
-        cache = StaticCache(config=shared.config, max_cache_len=slots)
+        cache = (kinds if rank == 0 else StaticCache)(shared.config, max_cache_len=slots)
         ids = torch.arange(3, 40)[None]
         step = torch.compile(shared, backend="tidal", fullgraph=True, options={"policy": "tidal", "budget": budget})
         with torch.no_grad():

@@ -266,10 +266,10 @@ def check_ranks(group: str, plan: Plan | None, problem: TidalError | None) -> No
     """
     decisions = () if plan is None else plan.decisions
     roles = "; ".join(str(decision.role) for decision in decisions)
+    sites = [decision.call for decision in decisions if isinstance(decision.call, AttentionSite)]
+    keys = [site.call.key.meta["example_value"] for site in sites]
     slots = {
-        decision.layer: f"{tuple(decision.call.call.key.meta['example_value'].shape)}, {decision.call.num_tokens}"
-        for decision in decisions
-        if isinstance(decision.call, AttentionSite)
+        site.layer: f"{tuple(key.shape)} {key.dtype}, {site.num_tokens}" for site, key in zip(sites, keys, strict=True)
     }
     said = compat.told_by_all(group, (None if problem is None else problem.message, roles, slots))
     for rank, (message, its_roles, its_slots) in enumerate(said):
