@@ -118,6 +118,11 @@ def keys_of(call: Call[Tensor], some: slice | Tensor) -> Tensor:
     return (keys if call.scales is None else dequantised(keys, call.scales[:, :, some, 0])).float()
 
 
+def model_keys(call: Call[Tensor], some: slice | Tensor) -> Tensor:
+    """The keys of some slots `[B, Hkv, n, D]` as the model would have them, in its dtype. On any device."""
+    return keys_of(call, some).to(call.query.dtype)
+
+
 def values_of(call: Call[Tensor], some: slice) -> Tensor:
     """The values of some slots `[B, Hkv, n, D]` in float32. On any device."""
     values = call.value[:, :, some]

@@ -68,8 +68,8 @@ def _cannot_follow(call: AttentionSite, role: LayerRole, selected: dict[int, Att
     """Why a call can't have its role, or nothing."""
     if role.role == "select" and call.ranks is not None and asks_all_ranks(role) and role.by != "scores":
         return f"share: layer, by: {role.by}, but its heads are divided among ranks; use share: kv_head, or by: scores"
-    if role.role == "select" and role.method.attends and call.call.scales is not None:
-        return f"by: {role.by} reads no cache in float8; use by: scores, pages or window"
+    if role.keeps and role.method.prepares and call.call.scales is not None:
+        return "place: cpu reads no cache in float8; use a HostCache, or place: gpu"
     if role.role != "reuse":
         return ""
     if role.source not in selected:

@@ -126,6 +126,8 @@ def compile_fp8():
             bounds = torch.zeros(1, 4, 2**11, 2, head_dim, dtype=dtype)
             picked = pages.choose_pages(call, Selection(64, 0.0, 4, 8), bounds, 16)
             pages.choose_again(call, Selection(64, 0.0, 4, 8), picked)
+            method, numbers = Lsh(), torch.zeros(1, 4, 2**15, head_dim, dtype=dtype)
+            lsh.attend(call, Selection(64, 0.0, 4, 8), method, *method.summarize(numbers))
 
 
 def compile_more_pages_than_a_program_holds():

@@ -1,6 +1,7 @@
 """A KV cache in float8: what it stores, every op that reads it against the oracle, and whole models over it."""
 
 import math
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -17,6 +18,7 @@ from tidal_compile.cache import Fp8Cache, as_float8, new_cache
 from tidal_compile.cli.common import CacheKind
 from tidal_compile.kernels import reference
 from tidal_compile.kernels.call import Call, Selection
+from tidal_compile.kernels.methods.lsh import Lsh
 from tidal_compile.kernels.methods.pages import Pages
 from tidal_compile.models import with_cache
 from tidal_compile.policy import Policy
@@ -319,12 +321,29 @@ def test_pages_follow_what_is_written():
     torch.testing.assert_close(found[0], fresh, atol=1e-4, rtol=1e-4)
 
 
-def test_sampling_is_refused():
+@pytest.mark.parametrize("name", ["definition", "triton"])
+@pytest.mark.parametrize("case", ["plain", "padding", "all-three", "dim80", "one-slot"])
+def test_samples_of_what_the_bytes_mean(name, case):
+    """Beside a cache of numbers, of which the tests of `by: lsh` say what is sampled; two steps, as the first hashes."""
+    call, (keys, values), *_ = fp8_case(**CASES[case])
+    selection, method = Selection(24, 0.0, 3, 5), Lsh(3, 20)
+    numbers = [one.nan_to_num().to(call.query.dtype).to(DEVICE) for one in (keys, values)]
+    plain = Call(call.query, *numbers, *call_fields(call)[3:], call.softcap)
+    kept = [method.summarize(plain.key) for _ in range(2)]
+    run = method.step if name == "definition" else method.step_on_gpu
+    length = int(call.length)
+    for live in (length - 1, length):
+        shorter = [replace(one, length=torch.tensor(max(1, live), device=DEVICE)) for one in (plain, call)]
+        expected = method.step(shorter[0], selection, *kept[0])
+        torch.testing.assert_close(run(shorter[1], selection, *kept[1]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_host_that_attends_is_refused():
     model = tiny_model(num_hidden_layers=4)
-    layers = {"0-3": {"role": "select", "by": "lsh", "output": "sparse"}}
-    policy = {"num_layers": 4, "layers": layers, "defaults": {"budget": 24, "sinks": 2, "recent": 4}}
+    role = {"role": "select", "by": "lsh", "output": "sparse", "place": "cpu", "decoded": "exact"}
+    policy = {"num_layers": 4, "layers": {"0-3": role}, "defaults": {"budget": 24, "sinks": 2, "recent": 4}}
     step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": policy})
-    with pytest.raises(tc.UnsupportedModelError, match="by: lsh reads no cache in float8; use by: scores"):
+    with pytest.raises(tc.UnsupportedModelError, match="place: cpu reads no cache in float8; use a HostCache"):
         decode_logits(step, fp8_prefilled(model, random_tokens(1, 30), 40), random_tokens(1, 1))
 
 

@@ -156,13 +156,14 @@ class Lsh(Method):
             if self.decoded == "exact":
                 dynamic[:, int(since[0]) - 1 :] = False
             dynamic = dynamic[:, None, :, None]
-            total = call.key[:, :, :live].float().masked_fill(~dynamic, 0.0).sum(2)
+            total = reference.keys_of(call, slice(live)).masked_fill(~dynamic, 0.0).sum(2)
             center.copy_(total / dynamic.sum(2).clamp(min=1))
             since[1] = 0
         begin = max(0, min(int(since[1]), live - 1)) // WORD * WORD
         since[0].clamp_(max=live)
         since[1] = live
-        keys, flat = call.key[:, :, begin:live].float(), planes.flatten(0, 1).float()  # [l k, D]
+        keys = reference.model_keys(call, slice(begin, live)).float()
+        flat = planes.flatten(0, 1).float()  # [l k, D]
         sides = flat @ keys.mT > (center @ flat.mT)[..., None]  # [B, Hkv, l k, n]
         sides = torch.nn.functional.pad(sides, (0, -sides.shape[3] % WORD)).unflatten(3, (-1, WORD))
         words = (sides.long() << torch.arange(WORD, device=sides.device)).sum(4).int()
@@ -176,7 +177,7 @@ class Lsh(Method):
 
         if not kept:
             method = replace(self, place="gpu")  # which samples the same tokens
-            kept = method.summarize(call.key)
+            kept = method.summarize(reference.model_keys(call, slice(None)))
             method.update(call, selection, *kept)
         planes, center, codes, since, _ = kept
         scores = reference.score_live_tokens(call)  # [B, Hkv, g, T, n]
@@ -283,9 +284,11 @@ def _hits_of_both(some: list[Tensor], others: list[Tensor], most: int) -> list[T
 
 def _cosines(call: Call[Tensor], center: Tensor, n: int) -> Tensor:
     """The cosines of queries and the first n keys, less the mean: `[B, Hkv, g, T, n]`; 0 with a vector of zeros."""
+    from .. import reference
+
     batch, num_heads, num_tokens, head_dim = call.query.shape
     num_kv_heads = call.key.shape[1]
-    keys = call.key[:, :, :n].float() - center[:, :, None]
+    keys = reference.keys_of(call, slice(n)) - center[:, :, None]
     rows = call.query.float().reshape(batch, num_kv_heads, -1, head_dim)
     norms = rows.norm(dim=-1)[..., None] * keys.norm(dim=-1)[:, :, None]
     cosines = ((rows @ keys.mT) / norms).where(norms > 0.0, 0.0)

@@ -71,12 +71,14 @@ class Pages(Method):
         """The bounds of the page in which the newest token stands."""
         import torch
 
+        from .. import reference
+
         (bounds,) = kept
         newest = (call.length - 1) // self.page  # 0-d on the device
         page = newest.clamp(0, max(0, bounds.shape[2] - 1)).view(1)
         if bounds.shape[2]:
             slots = page * self.page + torch.arange(self.page, device=page.device)
-            keys = _keys(call, slots)
+            keys = reference.model_keys(call, slots)
             bounds.index_copy_(2, page, torch.stack([keys.amin(2), keys.amax(2)], 2)[:, :, None])
 
     def choose(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
@@ -136,7 +138,7 @@ class Pages(Method):
 
         batch, _, num_tokens, head_dim = call.query.shape
         num_kv_heads, slots = call.key.shape[1:3]
-        (bounds,) = kept or self.summarize(_keys(call, slice(slots)))
+        (bounds,) = kept or self.summarize(reference.model_keys(call, slice(slots)))
         n = min(int(call.length), slots)
         query = call.query.float().view(batch, num_kv_heads, -1, num_tokens, head_dim)
         low, high = bounds.float()[:, :, None].unbind(4)  # [B, Hkv, 1, P, D]
@@ -149,17 +151,12 @@ class Pages(Method):
         in_part = seen.any(-1) & ~seen.all(-1)
         for page in in_part.any(0).any(0).nonzero()[:, 0].tolist():
             begin = page * self.page
-            keys = _keys(call, slice(begin, begin + self.page)).float()[:, :, None]  # [B, Hkv, 1, page, D]
+            keys = reference.model_keys(call, slice(begin, begin + self.page)).float()[
+                :, :, None
+            ]  # [B, Hkv, 1, page, D]
             hides = ~seen[:, None, :, page, : keys.shape[3], None]  # [B, 1, T, page, 1]
             low = keys.masked_fill(hides, torch.inf).amin(3)[:, :, None]  # [B, Hkv, 1, T, D]
             high = keys.masked_fill(hides, -torch.inf).amax(3)[:, :, None]
             bound = (query * torch.where(query > 0, high, low)).sum(-1)  # [B, Hkv, g, T]
             products[..., page] = torch.where(in_part[:, None, None, :, page], bound, products[..., page])
         return products.repeat_interleave(self.page, -1)[..., :n]
-
-
-def _keys(call: Call[Tensor], some: slice | Tensor) -> Tensor:
-    """The keys of some slots `[B, Hkv, n, D]`, as the model has them."""
-    from .. import reference
-
-    return reference.keys_of(call, some).to(call.query.dtype)

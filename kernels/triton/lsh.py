@@ -26,17 +26,20 @@ from .split import (
     LOG2E,
     Splits,
     after_previous,
+    as_float16,
     cap,
     dot,
     load_group,
     load_keys,
+    load_numbers,
+    load_scales,
     load_values,
     mask_args,
     mask_tile,
     merge,
+    multiply,
     num_splits,
     overlap,
-    padded_dim,
     padded_rows,
     rows_of,
     store_split,
@@ -75,10 +78,10 @@ def _edges(masks, stride_mn, length, sinks, recent, BLOCK: tl.constexpr, MASK: t
 
 @triton.jit
 def _prepare(
-    k_ptr, mask_ptr, length_ptr, since_ptr, center_ptr, edge_ptr, slots, stride_kb, stride_kh, stride_kn, stride_mb,
-    stride_mn, sinks, recent,
+    k_ptr, scale_ptr, mask_ptr, length_ptr, since_ptr, center_ptr, edge_ptr, slots,
+    stride_kb, stride_kh, stride_kn, stride_xb, stride_xh, stride_xn, stride_mb, stride_mn, sinks, recent,
     NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
-    HIDES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    HIDES: tl.constexpr, EXACT: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one kv head."""
     after_previous(PDL)
@@ -98,10 +101,14 @@ def _prepare(
         total = tl.zeros([BLOCK_D], tl.float32)
         count = length * 0
         keys = k_ptr + batch * stride_kb + kv_head.to(tl.int64) * stride_kh
+        scales = scale_ptr
+        if FP8:
+            scales += batch * stride_xb + kv_head.to(tl.int64) * stride_xh
         for start in range(first, last, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
             valid, _ = mask_tile(masks, token * stride_mn, token < last, MASK, HIDES)
-            k = load_keys(keys, token.to(tl.int64) * stride_kn, valid, D, BLOCK_D)
+            row = token.to(tl.int64)
+            k = load_numbers(keys, scales, row, stride_kn, stride_xn, valid, D, BLOCK_D, tl.float32, FP8)
             total += tl.sum(k.to(tl.float32), 1)
             count += tl.sum(valid.to(tl.int32), 0)
         dim = tl.arange(0, BLOCK_D)
@@ -111,11 +118,11 @@ def _prepare(
 
 @triton.jit
 def _hash(
-    q_ptr, k_ptr, plane_ptr, center_ptr, length_ptr, since_ptr, code_ptr, query_code_ptr, slots, words,
-    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn,
+    q_ptr, k_ptr, scale_ptr, plane_ptr, center_ptr, length_ptr, since_ptr, code_ptr, query_code_ptr, slots, words,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_xb, stride_xh, stride_xn,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     K: tl.constexpr, L: tl.constexpr, TABLES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
+    FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the hyperplanes of TABLES tables, and one kv head with its query heads."""
     after_previous(PDL)
@@ -142,6 +149,9 @@ def _hash(
     tl.store(code_at, code, mask=(of < L) & (row[None, :] < GROUP))
 
     keys = k_ptr + batch * stride_kb + kv_head.to(tl.int64) * stride_kh
+    scales = scale_ptr
+    if FP8:
+        scales += batch * stride_xb + kv_head.to(tl.int64) * stride_xh
     codes = code_ptr + (group * L * K + plane.to(tl.int64)) * words
     first = tl.load(since_ptr) == 0
     hashed = tl.where(first, 0, tl.load(since_ptr + 1))
@@ -149,15 +159,19 @@ def _hash(
         lane = tl.arange(0, BITS)
         for start in range(hashed // BLOCK_N * BLOCK_N, length, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
-            k = load_keys(keys, token.to(tl.int64) * stride_kn, token < length, D, BLOCK_D)
+            place = token.to(tl.int64)
+            k = load_numbers(keys, scales, place, stride_kn, stride_xn, token < length, D, BLOCK_D, normal.dtype, FP8)
             positive = (dot(normal, k) > offset[:, None]) & (token < length)[None, :]
             by_word = positive.to(tl.int32).reshape(TABLES * BLOCK_K, BLOCK_N // BITS, BITS) << lane[None, None, :]
             word = start // BITS + tl.arange(0, BLOCK_N // BITS)
             tl.store(codes[:, None] + word[None, :], tl.sum(by_word, 2), mask=there[:, None] & (word < words)[None, :])
     elif length > 0:
         newest = length - 1
-        k = tl.load(keys + newest.to(tl.int64) * stride_kn + dim, mask=dim < D, other=0.0)
-        positive = (tl.sum(normal.to(tl.float32) * k.to(tl.float32)[None, :], 1) > offset).to(tl.int32)
+        k = tl.load(keys + newest.to(tl.int64) * stride_kn + dim, mask=dim < D, other=0.0).to(tl.float32)
+        if FP8:
+            key_scale, _values = load_scales(scales, newest.to(tl.int64) * stride_xn, True)
+            k = (k * key_scale).to(normal.dtype).to(tl.float32)
+        positive = (tl.sum(normal.to(tl.float32) * k[None, :], 1) > offset).to(tl.int32)
         place = codes + newest // BITS
         word = tl.load(place, mask=there, other=0) & ~(1 << newest % BITS)
         tl.store(place, word | (positive << newest % BITS), mask=there)
@@ -273,13 +287,14 @@ def _sample(
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, center_ptr, since_ptr, weight_ptr, mask_ptr, length_ptr, list_ptr, who_ptr, count_ptr,
-    acc_ptr, stat_ptr, scale, slots, chunks, splits, all_splits,
-    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb,
-    stride_mn,
+    q_ptr, k_ptr, v_ptr, scale_ptr, center_ptr, since_ptr, weight_ptr, mask_ptr, length_ptr, list_ptr, who_ptr,
+    count_ptr, acc_ptr, stat_ptr, scale, slots, chunks, splits, all_splits,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_xb,
+    stride_xh, stride_xn, stride_mb, stride_mn,
     PAIRS: tl.constexpr, PAIRS_PER_KV_HEAD: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, PLACES: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASK: tl.constexpr, HIDES: tl.constexpr, CAP: tl.constexpr, FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: GROUP query heads of one kv head, and a split of the chunks of PLACES tokens that were listed."""
     after_previous(PDL)
@@ -301,12 +316,18 @@ def _attend(
     query = q.to(tl.float32)
     query_norm = tl.sqrt(tl.sum(query * query, 1))  # [ROWS]
     query_center = tl.sum(query * center[None, :], 1)
+    q, unit = as_float16(q, FP8)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    PACK: tl.constexpr = 2 if FP8 else 1  # values in a number
+    acc = tl.zeros([ROWS, BLOCK_D // PACK], tl.float32)
+    odd_acc = acc
     row = tl.arange(0, ROWS)
     keys = k_ptr + batch * stride_kb + kv_head * stride_kh
     values = v_ptr + batch * stride_vb + kv_head * stride_vh
+    scales = scale_ptr
+    if FP8:
+        scales += batch * stride_xb + kv_head * stride_xh
     masks = mask_ptr
     if MASK != "none":
         masks += batch * stride_mb
@@ -323,18 +344,26 @@ def _attend(
             found_by = tl.load(who_ptr + place * PLACES + listing, mask=inside, other=0)
             cache_row = found_token.to(tl.int64)
             k = load_keys(keys, cache_row * stride_kn, inside, D, BLOCK_D)
-            v = load_values(values, cache_row * stride_vn, inside, D, BLOCK_D)
+            v = load_values(values, cache_row * stride_vn, inside, D // PACK, BLOCK_D // PACK)
+            key_scale, value_scale = unit, unit
+            if FP8:
+                key_scale, value_scale = load_scales(scales, cache_row * stride_xn, inside)
             _visible, bias = mask_tile(masks, found_token * stride_mn, inside, MASK, HIDES)
-            product = dot(q, k)
+            product = multiply(q, unit, k, key_scale, FP8)
             score = (cap(product * scale, CAP) + bias[None, :]) * LOG2E
-            from_center = k.to(tl.float32) - center[:, None]
+            number = k.to(tl.float32)
+            if FP8:
+                number *= key_scale[None, :]
+            from_center = number - center[:, None]
             norms = query_norm[:, None] * tl.sqrt(tl.sum(from_center * from_center, 0))[None, :]
             cosine = tl.where(norms > 0.0, (product - query_center[:, None]) / norms, 0.0)
             weighted = score + _log_weight(cosine, weight_ptr, STEPS)
             mine = inside[None, :] & (((found_by[None, :] >> row[:, None]) & 1) != 0)
             score = tl.where((inside & (found_by == STATIC))[None, :], score, tl.where(mine, weighted, float("-inf")))
-            m, l, acc, _ = weigh_tile(score, v, m, inside, m, l, acc, acc, "none", q.dtype, False)
-    store_split(m, l, acc, acc, acc_ptr, stat_ptr, head, split, all_splits, GROUP, ROWS, D, BLOCK_D, True, False)
+            m, l, acc, odd_acc = weigh_tile(
+                score, v, value_scale, inside, m, l, acc, odd_acc, "none", q.dtype, FP8
+            )  # fmt: skip
+    store_split(m, l, acc, odd_acc, acc_ptr, stat_ptr, head, split, all_splits, GROUP, ROWS, D, BLOCK_D, True, FP8)
 
 
 def attend(
@@ -342,8 +371,9 @@ def attend(
     since: Tensor, log_weights: Tensor,
 ) -> Tensor:  # fmt: skip
     """Attention to a sample `[B, Hq, 1, D]`. Also brings what is kept up to date: see `Lsh.summarize`."""
-    q, k = call.query, call.key
-    batch, num_heads, _, head_dim = q.shape
+    q, rows = call.query, rows_of(call)
+    k = rows.key
+    batch, num_heads = q.shape[:2]
     num_kv_heads, slots = k.shape[1:3]
     group, words, device = num_heads // num_kv_heads, codes.shape[4], q.device
 
@@ -352,11 +382,11 @@ def attend(
     block_k = triton.next_power_of_2(method.k)
     tables = 64 // block_k
     _hash[(triton.cdiv(method.l, tables), num_kv_heads, batch)](
-        q, k, planes, center, call.length, since, codes, query_codes, slots, words,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3],
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, ROWS=padded_rows(group), D=head_dim, BLOCK_D=padded_dim(head_dim),
+        q, k, rows.scales, planes, center, call.length, since, codes, query_codes, slots, words,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *rows.strides,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, ROWS=padded_rows(group), **rows.sizes,
         K=method.k, L=method.l, TABLES=tables, BLOCK_K=block_k,
-        BLOCK_N=max(WORD, tile_tokens(k, stage_bytes=2**16)), num_warps=4, num_stages=2, **overlap(device),
+        BLOCK_N=max(WORD, tile_tokens(q, stage_bytes=2**16)), num_warps=4, num_stages=2, **overlap(device),
     )  # fmt: skip
     out = q.new_empty(q.shape)
     merge(_attend_to(call, method, center, since, log_weights, edge, codes, query_codes), call.sink_logit, out)
@@ -368,14 +398,14 @@ def edges(call: Call[Tensor], selection: Selection, method: Lsh, center: Tensor,
 
     At the first step (`since`) also the mean of the keys between them, into `center`.
     """
-    k = call.key
-    rows_of(call)
-    batch, num_kv_heads, slots, head_dim = k.shape
+    rows = rows_of(call)
+    k = rows.key
+    batch, num_kv_heads, slots, _ = k.shape
     (mask, *stride_m), mask_kind = mask_args(call.mask, batch, slots)
     edge = torch.empty(batch, 2, dtype=torch.int32, device=k.device)
     _prepare[(num_kv_heads, batch)](
-        k, mask, call.length, since, center, edge, slots, *k.stride()[:3], *stride_m, selection.sinks,
-        selection.recent, NUM_KV_HEADS=num_kv_heads, D=head_dim, BLOCK_D=padded_dim(head_dim), BLOCK_N=64, **mask_kind,
+        k, rows.scales, mask, call.length, since, center, edge, slots, *k.stride()[:3], *rows.strides, *stride_m,
+        selection.sinks, selection.recent, NUM_KV_HEADS=num_kv_heads, **rows.sizes, BLOCK_N=64, **mask_kind,
         EXACT=method.decoded == "exact", num_warps=4, **overlap(k.device),
     )  # fmt: skip
     return edge
@@ -403,7 +433,9 @@ def _attend_to(
     codes: Tensor | None = None, query_codes: Tensor | None = None, more: int = 0,
 ) -> Splits:  # fmt: skip
     """Attention to static tokens and, with codes, to the sample; `more` splits are empty."""
-    q, k, v, length, mask, scale, _, softcap, _ = arguments(call)
+    q, _, _, length, mask, scale, _, softcap, _ = arguments(call)
+    rows = rows_of(call)
+    k, v = rows.key, rows.value
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[1:3]
     group, device = num_heads // num_kv_heads, q.device
@@ -426,10 +458,10 @@ def _attend_to(
     acc = q.new_empty(batch, num_heads, splits + more, head_dim, dtype=torch.float32)
     stats = q.new_empty(batch, num_heads, splits + more, 2, dtype=torch.float32)
     _attend[(splits, pairs, batch)](
-        q, k, v, center, since, log_weights, mask, length, listed, who, counts, acc, stats, scale, slots, chunks,
-        splits, splits + more,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *stride_m,
-        **sizes, ROWS=padded_rows(heads), D=head_dim, BLOCK_D=padded_dim(head_dim), STEPS=log_weights.shape[0] - 1,
+        q, k, v, rows.scales, center, since, log_weights, mask, length, listed, who, counts, acc, stats, scale, slots,
+        chunks, splits, splits + more,
+        q.stride(0), q.stride(1), q.stride(3), *k.stride()[:3], *v.stride()[:3], *rows.strides, *stride_m,
+        **sizes, ROWS=padded_rows(heads), **rows.sizes, STEPS=log_weights.shape[0] - 1,
         PLACES=num_words * WORD, BLOCK_N=min(32, tile_tokens(k, stage_bytes=2**15)), **mask_kind, CAP=softcap,
         num_warps=4, num_stages=1, **overlap(device),
     )  # fmt: skip

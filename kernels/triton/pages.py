@@ -30,6 +30,7 @@ from .split import (
     empty_scores,
     load_group,
     load_keys,
+    load_numbers,
     load_scales,
     mask_args,
     mask_tile,
@@ -107,10 +108,9 @@ def _score_by_keys(
     """Of one page: its score by the tokens that count `[ROWS]`, how many count, and the bounds of all its slots."""
     token = page * PAGE + tl.arange(0, PAGE)
     valid, _ = mask_tile(mask_ptr, token * stride_mn, token < length, MASK, HIDES)
-    k = load_keys(keys, token.to(tl.int64) * stride_kn, token < slots, D, BLOCK_D).to(tl.float32)  # [BLOCK_D, PAGE]
-    if FP8:  # rounded as the numbers are of which the other bounds were made
-        key_scale, _values = load_scales(scales, token.to(tl.int64) * stride_xn, token < slots)
-        k = (k * key_scale[None, :]).to(q.dtype).to(tl.float32)
+    place = token.to(tl.int64)
+    k = load_numbers(keys, scales, place, stride_kn, stride_xn, token < slots, D, BLOCK_D, q.dtype, FP8)
+    k = k.to(tl.float32)  # [BLOCK_D, PAGE]
     lowest = tl.min(tl.where(valid[None, :], k, float("inf")), 1)
     highest = tl.max(tl.where(valid[None, :], k, float("-inf")), 1)
     query = q.to(tl.float32)

@@ -191,6 +191,19 @@ def load_scales(scale_ptr, offset, inside):
 
 
 @triton.jit
+def load_numbers(
+    k_ptr, scale_ptr, row, stride_kn, stride_xn, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, LIKE: tl.constexpr,
+    FP8: tl.constexpr,
+):  # fmt: skip
+    """Keys `[BLOCK_D, N]` of the cache's rows `[N]` as the model would have them, in LIKE; zero where not inside."""
+    k = load_keys(k_ptr, row * stride_kn, inside, D, BLOCK_D)
+    if FP8:
+        key_scale, _values = load_scales(scale_ptr, row * stride_xn, inside)
+        k = (k.to(tl.float32) * key_scale[None, :]).to(LIKE)
+    return k
+
+
+@triton.jit
 def multiply(q, unit, k, key_scale, FP8: tl.constexpr):
     """Products `[ROWS, N]` of a query (see `as_float16`) and keys `[BLOCK_D, N]`, which have scales `[N]` in FP8."""
     product = dot(q, k.to(q.dtype))
