@@ -167,3 +167,8 @@ def compile_on_every_device(config: Any) -> Any:
     """Let `generate` compile on a CPU as well under this `CompileConfig`."""
     config._compile_all_devices = True
     return config
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether kernels can read float8 on a device: a CPU, or a GPU that has an instruction for it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)

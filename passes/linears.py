@@ -62,11 +62,14 @@ def _is_supported(node: fx.Node) -> bool:
 
 
 def _is_int8(node: fx.Node) -> bool:
-    """Whether a weight is torchao's in int8, with a scale a row, for an x as it is. Its zeros are for other uses."""
+    """Whether a weight is torchao's in int8, with a scale a row, for an x as it is.
+
+    Its zero points are not read: torchao's own product of such a weight doesn't read them either.
+    """
     weight = node.meta.get("example_value")
     return (
         type(weight).__name__ == "Int8Tensor" and weight.dim() == 2 and weight.scale.numel() == weight.shape[0]
-        and weight.act_quant_kwargs is None and weight.act_pre_scale is None
+        and getattr(weight, "act_quant_kwargs", None) is None and getattr(weight, "act_pre_scale", None) is None
     )  # fmt: skip
 
 

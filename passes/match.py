@@ -181,6 +181,8 @@ def _match(node: fx.Node, layer: int | None) -> AttentionSite:
         raise NoMatch(f"q, keys and values are {dtypes}; one of {', '.join(map(str, DTYPES))} for all is supported")
     if scales is not None and head_dim % 2:
         raise NoMatch(f"a cache in float8 with heads of {head_dim} numbers; even numbers are supported")
+    if scales is not None and not compat.has_float8(key.meta["example_value"].device):
+        raise NoMatch("a cache in float8 takes a GPU of compute capability 8.9 (Ada, Hopper) or more")
     mask = _checked_mask(call.mask, shape(key), tokens)
     call = replace(call, key=key, value=value, length=_live_length(node, key, tokens), mask=mask, scales=scales)
     return AttentionSite(key_layer if layer is None else layer, output, call)
@@ -203,7 +205,7 @@ def _cache_input(node: fx.Node, name: str, num_heads: int, layer: int | None) ->
 
 
 def _strip_scales(node: fx.Node, name: str) -> tuple[fx.Node, fx.Node | None]:
-    """The bytes behind `cache.dequantised`, and the scales; or the node itself, and None."""
+    """The bytes behind `cache.as_numbers`, and the scales; or the node itself, and None."""
     product = node.args[0] if is_method(node, "to") else node
     if not isinstance(product, fx.Node) or product.target is not operator.mul:
         return node, None

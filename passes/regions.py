@@ -32,6 +32,10 @@ OUT_OF_PLACE = {
     operator.itruediv: operator.truediv,
 }  # fmt: skip
 
+METHODS = {"masked_fill_", "clamp_", "relu_", "scatter_", "masked_scatter_"}  # that have a form without the last letter
+
+READS = {"sum", "lt", "le", "gt", "ge", "eq", "ne"}  # what reads a tensor and gives no view of it
+
 NEW = {"topk", "sort", "softmax", "linear", "matmul", "mul", "add", "sub", "truediv", "sigmoid"}  # outputs, no views
 
 
@@ -99,20 +103,26 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 def _spare_writes(gm: fx.GraphModule) -> None:
     """Let `x /= y`, `x.masked_fill_(y, 0)` and the like make a new tensor where x has no other name."""
     for node in gm.graph.nodes:
-        new = OUT_OF_PLACE.get(node.target) or (node.op == "call_method" and node.target.rstrip("_"))
-        if not _writes(node) or not new or not isinstance(node.args[0], fx.Node):
+        new = OUT_OF_PLACE.get(node.target) or (node.target[:-1] if node.target in METHODS else None)
+        if new is None or not isinstance(node.args[0], fx.Node) or _promotes(node):
             continue
         before = node.args[0]
         earlier = [user for user in before.users if user < node]
-        if _is_new(before) and all(target_name(user) == "sum" for user in earlier):
+        if _is_new(before) and all(target_name(user) in READS for user in earlier):
             node.target = new
             before.replace_all_uses_with(node, lambda user, write=node: user > write)
+
+
+def _promotes(node: fx.Node) -> bool:
+    """Whether a new tensor in place of a write could have another dtype than what was written to."""
+    dtype, *others = [value.dtype for value in map(_value, node.all_input_nodes) if isinstance(value, Tensor)]
+    return any(other not in (dtype, torch.bool, torch.int64) for other in others)
 
 
 def _is_new(node: fx.Node) -> bool:
     """Whether a node's output is no view: of an op that is known to make one, or rows taken by an index."""
     if node.target is not operator.getitem:
-        return target_name(node) in NEW
+        return target_name(node) in NEW or f"{target_name(node)}_" in METHODS
     source, index = node.args
     if isinstance(index, fx.Node):
         return isinstance(_value(index), Tensor)

@@ -71,6 +71,23 @@ def test_floors_are_counted_from_the_shape():
     assert decode.read_shape(tied, torch.bfloat16).streamed_bytes == 2 * sum(one.numel() for one in tied.parameters())
 
 
+@pytest.mark.parametrize("policy", ["full", "tidal"])
+def test_steps_over_a_float8_cache_are_checked_and_timed(policy):
+    """At two lengths, the shorter one in slots that the longer one's steps don't see; scales that are wrong are noticed."""
+    model = load_model("random:llama", DEVICE.type, torch.float32, 4)
+    shape = decode.read_shape(load_model("random:llama", "meta", torch.float32, 4), torch.float32, "fp8")
+    assert shape.kv_bytes_per_token == 4 * 2 * 2 * (16 + 2)
+    (case,) = decode.cases_of(shape, [], [Options.parse({"policy": policy, "budget": 64, "sinks": 1, "recent": 2})])
+    cache, saved = decode.make_cache(model, 1, 60, 90, "fp8")
+    token = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
+    records = list(decode.run_case(model, shape, case, cache, [60, 40], token, 4, 1e9, saved))
+    assert [record["context"] for record in records] == [61, 41]
+    right = decode._results(torch.zeros(1, 1, 4), cache, 10)
+    cache.layers[1].scales[:, :, 10, 0] *= 8
+    wrong = decode._results(torch.zeros(1, 1, 4), cache, 10)
+    assert not torch.equal(right[1], wrong[1]) and torch.equal(right[0], wrong[0])
+
+
 def small_bench(policy=None):
     """The model, its shape, a variant, the cache and a token, as `run_case` takes them."""
     model = load_model("random:llama", DEVICE.type, torch.float32, 4)
@@ -102,12 +119,12 @@ def test_what_a_rounding_may_do_to_a_policy_is_not_judged():
     right = [torch.ones(1, 4)] * 5
     near = [torch.ones(1, 4)] * 2 + [torch.ones(1, 4) * 1.4] * 3
     far = [torch.ones(1, 4)] * 2 + [torch.ones(1, 4) * 1.9] * 3
-    checked = decode.check(case, 4, torch.float32, 50, far, right, near)
+    checked = decode.check(case, 4, decode.ROUNDING[torch.float32], 50, far, right, near)
     assert checked["layers_checked"] == 2 and checked["relative_error"] == pytest.approx(0.9)
     with pytest.raises(Exception, match="keys of layer 1"):
-        decode.check(case, 4, torch.float32, 50, [far[0], far[4], *far[2:]], right, near)
+        decode.check(case, 4, decode.ROUNDING[torch.float32], 50, [far[0], far[4], *far[2:]], right, near)
     with pytest.raises(Exception, match="logits .* aren't finite"):
-        decode.check(case, 4, torch.float32, 50, [*far[:4], far[4] * torch.nan], right, near)
+        decode.check(case, 4, decode.ROUNDING[torch.float32], 50, [*far[:4], far[4] * torch.nan], right, near)
 
 
 def test_how_far_a_rounding_leads():
@@ -212,7 +229,7 @@ def test_readmes_have_the_tables_of_the_committed_results():
 
 
 def test_a_deeper_model_rounds_more_often():
-    shallow, deep = (decode.tolerance(Variant("eager"), layers, torch.bfloat16) for layers in (16, 64))
+    shallow, deep = (decode.tolerance(Variant("eager"), layers, 1.5e-2) for layers in (16, 64))
     assert shallow == pytest.approx(0.06) and deep == pytest.approx(0.12)
 
 

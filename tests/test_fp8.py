@@ -258,6 +258,20 @@ def test_rows_are_reordered_with_their_scales():
         assert torch.equal(layer.scales, scales[[1, 0]])
 
 
+@torch.no_grad()
+def test_a_cache_that_was_reset_is_as_new():
+    """Whatever stood in it: zero times a scale that is no number would be none."""
+    model = tiny_model(num_hidden_layers=2)
+    cache = fp8_prefilled(model, random_tokens(1, 30), 40)
+    for layer in cache.layers:
+        layer.scales.fill_(math.inf)
+    cache.reset()
+    tokens = random_tokens(1, 3)
+    torch.testing.assert_close(
+        decode_logits(model, cache, tokens), decode_logits(model, Fp8Cache(model.config, 40), tokens)
+    )
+
+
 @pytest.mark.compiled
 @torch.no_grad()
 def test_inductor_compiles_one_graph():

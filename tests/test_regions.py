@@ -93,3 +93,39 @@ def test_generate_and_refusals():
             tc.TidalError, match="No module named 'torch_tensorrt'; pip install 'tidal-compile.tensorrt.'"
         ):
             tc.compile_config("full", dense_compiler="tensorrt")
+
+
+class Writes(nn.Module):
+    """An MLP's product, written to in some way before it is used."""
+
+    def __init__(self, inner, write):
+        super().__init__()
+        self.inner, self.write = inner, write
+
+    def forward(self, x):
+        return self.write(self.inner(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("write", "is_taken"),
+    [
+        (lambda x: x.masked_fill_(x < 0, 0.0), True),
+        (lambda x: x.relu_().clamp_(max=2.0), True),
+        (lambda x: x.mul_(torch.ones(1, dtype=torch.float32)), False),  # would be float32 out of place
+        (lambda x: x.fill_(1.0), False),  # has no such form
+    ],
+)
+def test_writes_into_activations(write, is_taken):
+    """They become new tensors where that changes nothing, and are refused elsewhere."""
+    model = tiny_model(num_hidden_layers=2, dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Writes(layer.mlp.up_proj, write)
+    prompt, tokens = random_tokens(1, 30), random_tokens(1, 2, seed=1)
+    expected = decode_logits(model, prefilled(model, prompt, 64), tokens)
+    step = step_of(model, "full", StandIn())
+    if not is_taken:
+        with pytest.raises(tc.UnsupportedModelError, match="writes into an activation in place"):
+            decode_logits(step, prefilled(model, prompt, 64), tokens)
+        return
+    torch.testing.assert_close(decode_logits(step, prefilled(model, prompt, 64), tokens), expected, atol=0.1, rtol=0.05)

@@ -14,7 +14,7 @@ from .errors import TidalError
 from .kernels.host import memory
 from .policy import Policy, resolve
 
-MOST = 448.0  # the largest number of float8 (e4m3)
+LARGEST = 448.0  # of float8 (e4m3)
 
 
 class LiveLayer(StaticLayer):
@@ -63,8 +63,8 @@ class Fp8Layer(LiveLayer):
     """A layer in float8 (e4m3), one scale a token and head: half of the memory, and half of what a step reads.
 
     `keys` and `values [B, Hkv, S, D]` are its bytes, uint8, and `scales [B, Hkv, S, 2]` in bfloat16 what each key and
-    value is multiplied by: the largest number of each is 448, the largest that float8 has. Attention gets them in the
-    model's dtype, except in a compiled step, which reads the bytes (`passes/match.py`).
+    each value is multiplied by: its largest number, divided by the largest that float8 has. Attention gets numbers in
+    the model's dtype, except in a compiled step, which reads the bytes (`passes/match.py`).
     """
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -82,9 +82,14 @@ class Fp8Layer(LiveLayer):
         keys, values = super().update(keys, values, *args, **kwargs)
         scales = self.scales if self.read is None else self.scales[:, :, : keys.shape[2]]
         return (
-            dequantised(keys, scales[..., 0:1], key_states.dtype),
-            dequantised(values, scales[..., 1:2], value_states.dtype),
+            as_numbers(keys, scales[..., 0:1], key_states.dtype),
+            as_numbers(values, scales[..., 1:2], value_states.dtype),
         )
+
+    def reset(self) -> None:
+        super().reset()
+        if self.is_initialized:
+            self.scales.zero_()  # byte 0 times what is no number is none
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -94,11 +99,11 @@ class Fp8Layer(LiveLayer):
 
 def as_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `[..., D]` as the bytes of float8 (e4m3), and their scales `[...]` in bfloat16."""
-    scales = (rows.abs().amax(-1).float() / MOST).to(torch.bfloat16).clamp(min=torch.finfo(torch.bfloat16).tiny)
+    scales = (rows.abs().amax(-1).float() / LARGEST).to(torch.bfloat16).clamp(min=torch.finfo(torch.bfloat16).tiny)
     return (rows / scales[..., None].float()).to(torch.float8_e4m3fn).view(torch.uint8), scales
 
 
-def dequantised(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def as_numbers(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes of float8 `[..., D]` and scales `[..., 1]` as numbers. `passes/match.py` knows this form by its calls."""
     return (rows.view(torch.float8_e4m3fn).to(dtype) * scales).to(dtype)
 

@@ -556,7 +556,9 @@ def _suits(model: PreTrainedModel, cache: Any, batch: int) -> bool:
 def _check_cache(model: PreTrainedModel, cache: Any, batch: int, length: int) -> None:
     """Raise `TidalError` for a cache of the user's that can't take so many rows and tokens."""
     if not isinstance(cache, StaticCache):
-        raise TidalError(f"generate: the cache is a {type(cache).__name__}; give a StaticCache or HostCache, or none")
+        raise TidalError(
+            f"generate: the cache is a {type(cache).__name__}; give a StaticCache, Fp8Cache or HostCache, or none"
+        )
     window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
     for layer in cache.layers:
         slots = getattr(layer, "max_cache_len", None)

@@ -61,7 +61,7 @@ def _attend(
         k = load_keys(keys, lane * stride_kn, inside, D, BLOCK_D)
         if VALUES:
             v = load_values(values, lane * stride_vn, inside, D // PACK, BLOCK_D // PACK)
-        key_scale, value_scale = unit, unit
+        key_scale, value_scale = unit, unit  # in FP8 alone they are read
         if FP8:
             key_scale, value_scale = load_scales(scales, token.to(tl.int64) * stride_xn, inside)
         product = multiply(q, unit, k, key_scale, FP8)

@@ -345,7 +345,7 @@ def _attend(
             cache_row = found_token.to(tl.int64)
             k = load_keys(keys, cache_row * stride_kn, inside, D, BLOCK_D)
             v = load_values(values, cache_row * stride_vn, inside, D // PACK, BLOCK_D // PACK)
-            key_scale, value_scale = unit, unit
+            key_scale, value_scale = unit, unit  # in FP8 alone they are read
             if FP8:
                 key_scale, value_scale = load_scales(scales, cache_row * stride_xn, inside)
             _visible, bias = mask_tile(masks, found_token * stride_mn, inside, MASK, HIDES)

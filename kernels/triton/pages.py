@@ -257,7 +257,7 @@ def _score_chosen(
         k_ptr + batch * stride_kb + kv_head * stride_kh, token.to(tl.int64) * stride_kn, token >= 0, D, BLOCK_D
     )
     valid, bias = mask_tile(mask_ptr, batch * stride_mb + token * stride_mn, token >= 0, MASK, HIDES)
-    key_scale = unit
+    key_scale = unit  # in FP8 alone it is read
     if FP8:
         places = scale_ptr + batch * stride_xb + kv_head * stride_xh
         key_scale, _values = load_scales(places, token.to(tl.int64) * stride_xn, token >= 0)

@@ -78,7 +78,7 @@ def _gather(
         cache_row = token.to(tl.int64)
         k = load_keys(keys, cache_row * stride_kn, alive, D, BLOCK_D)
         v = load_values(values, cache_row * stride_vn, alive, D // PACK, BLOCK_D // PACK)
-        key_scale, value_scale = unit, unit
+        key_scale, value_scale = unit, unit  # in FP8 alone they are read
         if FP8:
             key_scale, value_scale = load_scales(scales, cache_row * stride_xn, alive)
         valid, bias = mask_tile(mask_ptr, masks + token * stride_mn, alive, MASK, HIDES)

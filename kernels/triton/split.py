@@ -240,10 +240,11 @@ def weigh_tile(
     if FP8:
         value_scale = tl.where(valid, value_scale, 0.0)
         largest = tl.max(value_scale, 0)
-        weight = (weight * (value_scale * tl.where(largest > 0.0, 1.0 / largest, 0.0))[None, :]).to(LIKE)
+        # Up to 2^10 instead of 1, since float16 has fewer small numbers than large ones
+        weight = (weight * (value_scale * tl.where(largest > 0.0, 1024.0 / largest, 0.0))[None, :]).to(LIKE)
         even, odd = unpack(v, LIKE)
-        acc = acc * decay[:, None] + dot(weight, even) * largest
-        odd_acc = odd_acc * decay[:, None] + dot(weight, odd) * largest
+        acc = acc * decay[:, None] + dot(weight, even) * (largest * 0.0009765625)
+        odd_acc = odd_acc * decay[:, None] + dot(weight, odd) * (largest * 0.0009765625)
     else:
         if MASK != "none":
             v = tl.where(valid[:, None], v, 0.0)

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from .. import tensorrt
 from ..backend import Options, followed, past_dynamo, plan_graph
+from ..cache import as_numbers
 from ..errors import TidalError
 from ..explain import decode_calls
 from ..kernels.ops import DEFINITIONS
@@ -38,6 +39,7 @@ from .timing import relative_error, summary, time_steps
 WARM_UP = 6  # steps that are not timed: compilation, CUDA-graph warm-up and recording
 WRONG = 0.5  # a relative error of logits that no rounding explains
 ROUNDING = {torch.float32: 5e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}  # relative error of logits from one layer
+FLIPPED = 0.04  # over a cache in float8, where a rounding before it moves a number to the next one that float8 has
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,10 @@ class Shape:
     weight_bytes: int
     streamed_bytes: int  # of the weights, those that every step reads
     kv_bytes_per_token: int
-    largest_layer_bytes_per_token: int
+    largest_layer_numbers_per_token: int  # of its keys and values
     group: int  # query heads a kv head
     width: int  # bytes of one number
+    rounding: float  # a relative error that a layer may add
 
 
 def read_shape(model: nn.Module, dtype: torch.dtype, kind: str = "auto") -> Shape:
@@ -63,21 +66,20 @@ def read_shape(model: nn.Module, dtype: torch.dtype, kind: str = "auto") -> Shap
     sites = [call for call in calls if isinstance(call, AttentionSite)]
     if not sites:
         raise TidalError("bench: the model has no attention call over a static cache that could be rewritten")
-    kv_bytes = [_bytes_per_token(tensor, dtype, kind) for site in sites for tensor in (site.call.key, site.call.value)]
+    tensors = [tensor.meta["example_value"].shape for site in sites for tensor in (site.call.key, site.call.value)]
+    kv_bytes = [
+        heads * (head_dim + 2 if kind == "fp8" else head_dim * dtype.itemsize) for _, heads, _, head_dim in tensors
+    ]
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     not_streamed = 0 if head is not None and head.weight is table else table.numel() * dtype.itemsize
     return Shape(
         calls=tuple(calls), num_layers=num_layers, weight_bytes=weights, streamed_bytes=weights - not_streamed,
-        kv_bytes_per_token=sum(kv_bytes), largest_layer_bytes_per_token=2 * max(kv_bytes),
+        kv_bytes_per_token=sum(kv_bytes),
+        largest_layer_numbers_per_token=2 * max(heads * head_dim for _, heads, _, head_dim in tensors),
         group=sites[0].num_heads // sites[0].num_kv_heads, width=dtype.itemsize,
+        rounding=FLIPPED if kind == "fp8" else ROUNDING[dtype],
     )  # fmt: skip
-
-
-def _bytes_per_token(node: fx.Node, dtype: torch.dtype, kind: str) -> int:
-    """What a cache tensor `[B, H, S, D]` holds for each token; in float8, with a scale of 16 bits."""
-    _, heads, _, head_dim = node.meta["example_value"].shape
-    return heads * (head_dim + 2 if kind == "fp8" else head_dim * dtype.itemsize)
 
 
 def cases_of(
@@ -105,9 +107,9 @@ def cases_of(
 def need_memory(shape: Shape, cases: Sequence[Variant], batch: int, slots: int, free: int) -> None:
     """Raise `TidalError` with the bytes, before anything is allocated, where a case can't fit into `free` bytes."""
     cache = batch * slots * shape.kv_bytes_per_token
-    layer = batch * slots * shape.largest_layer_bytes_per_token
-    repeated = 2 * layer * shape.group  # repeat_kv copies keys and values for every query head
-    in_float32 = 3 * layer * 4 // shape.width  # the reference ops copy a layer's cache to float32
+    layer = batch * slots * shape.largest_layer_numbers_per_token
+    repeated = 2 * layer * shape.group * shape.width  # repeat_kv copies keys and values for every query head
+    in_float32 = 3 * layer * 4  # the reference ops copy a layer's cache to float32
     kept = round(max(map(_kept_bytes, cases), default=0) * batch * slots)
     working = (
         kept + max(repeated if any(case.policy is None for case in cases) else 0, in_float32) + 2**30 * (free > 2**35)
@@ -177,7 +179,7 @@ def run_case(
             rewind(cache, length, saved)
             found = _results(decode_step(), cache, length)
             compile_seconds = compile_seconds or time.perf_counter() - start
-            checked = check(case, shape.num_layers, model.dtype, length, found, right, near)
+            checked = check(case, shape.num_layers, shape.rounding, length, found, right, near)
             for _ in range(WARM_UP - 1):
                 decode_step()
             yield {
@@ -192,7 +194,7 @@ def run_case(
 
 
 def check(
-    case: Variant, num_layers: int, dtype: torch.dtype, length: int,
+    case: Variant, num_layers: int, rounding: float, length: int,
     found: Sequence[Tensor], right: Sequence[Tensor], near: Sequence[Tensor],
 ) -> dict[str, Any]:  # fmt: skip
     """Compare a step's results with the `right` ones, layer after layer: what a record says of it.
@@ -209,7 +211,7 @@ def check(
             continue
         is_last = number == len(found) - 1
         error, spread = (relative_error(result, results[1]) for result in (results[0], results[2]))
-        limit = max(tolerance(case, num_layers if is_last else number + 1, dtype), 2 * spread)
+        limit = max(tolerance(case, num_layers if is_last else number + 1, rounding), 2 * spread)
         if limit <= WRONG and not error <= limit:
             raise TidalError(
                 f"bench: {'the logits' if is_last else f'the keys of layer {number}'} of {case.name} after {length} "
@@ -221,13 +223,13 @@ def check(
     return {"relative_error": error, "relative_error_limit": limit, "layers_checked": judged}
 
 
-def tolerance(case: Variant, num_layers: int, dtype: torch.dtype) -> float:
+def tolerance(case: Variant, num_layers: int, rounding: float) -> float:
     """The relative error between two right runs, at most: rounding in layers adds up as a random walk does.
 
     A sparse policy gets three times as much. Wrong sets, or wrong attention, are off by more: the logits of different
     policies by 0.6 to 1.3.
     """
-    return ROUNDING[dtype] * num_layers**0.5 * (3 if case.is_sparse else 1)
+    return rounding * num_layers**0.5 * (3 if case.is_sparse else 1)
 
 
 def _timed(
@@ -283,16 +285,17 @@ def expected_results(
 
 def _results(logits: Tensor, cache: Any, slot: int) -> list[Tensor]:
     """What a step leaves: the keys `[B, H, 1, D]` that each layer wrote to this slot, and the last logits `[B, V]`."""
-    keys = [
-        one.view(torch.float8_e4m3fn).float() if one.dtype == torch.uint8 else one.clone()
-        for one in _at_slot(cache, slot, "keys")
-    ]
+    keys = []
+    for layer in cache.layers:
+        for one in _at_slot([layer], slot, "keys"):
+            (scales,) = _at_slot([layer], slot, "scales") or (None,)
+            keys.append(one.clone() if scales is None else as_numbers(one, scales[..., 0:1], torch.float32))
     return [*keys, logits[:, -1].clone()]
 
 
-def _at_slot(cache: Any, slot: int, *names: str) -> list[Tensor]:
-    """What cache layers hold in one slot `[B, H, 1, D]`: their `keys`, or `values`. No slot of those with fewer."""
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in names]
+def _at_slot(layers: Sequence[Any], slot: int, *names: str) -> list[Tensor]:
+    """What cache layers hold in a slot: `keys [B, H, 1, D]`, `values` or `scales`. No slot of those with fewer."""
+    tensors = [getattr(layer, name, None) for layer in layers for name in names]
     return [tensor[:, :, slot : slot + 1] for tensor in tensors if tensor is not None and tensor.dim() == 4]
 
 
@@ -306,7 +309,7 @@ def _nudged(model: nn.Module, token: Tensor, nudge: float) -> Tensor:
 @contextlib.contextmanager
 def _restored(cache: Any, slot: int) -> Iterator[None]:
     """Restore one slot of a static cache at the end, whatever a step writes to it."""
-    views = _at_slot(cache, slot, "keys", "values")
+    views = _at_slot(cache.layers, slot, "keys", "values", "scales")
     copies = [view.clone() for view in views]
     yield
     for view, copy in zip(views, copies, strict=True):
