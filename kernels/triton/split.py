@@ -173,6 +173,8 @@ def unpack(pair, LIKE: tl.constexpr):
     if INTERPRETED:
         even = (((pair & 0x80) << 8) | ((pair & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
         odd = ((pair & -0x8000) | ((pair & 0x7F00) >> 1)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        even = tl.where((pair & 0x7F) == 0x7F, float("nan"), even)
+        odd = tl.where((pair & 0x7F00) == 0x7F00, float("nan"), odd)
     else:
         even, odd = tl.inline_asm_elementwise(
             """{ .reg .b16 one, other; .reg .b32 a, b; mov.b32 {one, other}, $2;
@@ -237,6 +239,8 @@ def weigh_tile(
     weight = tl.exp2(score - shift[:, None])
     decay = tl.exp2(m - shift)
     l = l * decay + tl.sum(weight, 1)
+    if MASK != "none":
+        v = tl.where(valid[:, None], v, 0)
     if FP8:
         value_scale = tl.where(valid, value_scale, 0.0)
         largest = tl.max(value_scale, 0)
@@ -246,8 +250,6 @@ def weigh_tile(
         acc = acc * decay[:, None] + dot(weight, even) * (largest * 0.0009765625)
         odd_acc = odd_acc * decay[:, None] + dot(weight, odd) * (largest * 0.0009765625)
     else:
-        if MASK != "none":
-            v = tl.where(valid[:, None], v, 0.0)
         acc = acc * decay[:, None] + dot(weight.to(v.dtype), v)
     return new_m, l, acc, odd_acc
 
