@@ -73,6 +73,9 @@ def fp8_case(**settings):
     Also the keys and values that it holds, in float64.
     """
     (q, k, v, length, mask, scale), extra = make_case(**settings)
+    if mask is not None and mask.dtype == torch.bool:  # hidden tokens behind others, as of a draft that did not hold
+        mask[..., 40:45] = False
+        k[:, :, 40:45] = math.nan
     (keys, key_scales), (values, value_scales) = as_float8(k), as_float8(v)
     garbage = ~(k.isfinite().all(-1) & v.isfinite().all(-1) & (k.abs() < 1e4).all(-1))
     for rows, scales in ((keys, key_scales), (values, value_scales)):
@@ -109,7 +112,10 @@ CASES = {
     ("name", "case"),
     sampled(
         [(name, case) for name in ("reference", "triton") for case in CASES],
-        [*(("reference", case) for case in CASES), *(("triton", one) for one in ("plain", "groups-of-3", "all-three"))],
+        [
+            *(("reference", case) for case in CASES),
+            *(("triton", one) for one in ("plain", "groups-of-3", "padding", "all-three")),
+        ],
     ),
 )
 def test_ops_match_the_oracle(name, case):
