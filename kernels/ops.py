@@ -170,7 +170,7 @@ by_method = {
 @torch.library.custom_op("tidal::linear", mutates_args=(), device_types="cuda")
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor]) -> Tensor:
     """The joined outputs of linear layers that share an input of a few tokens; all of them have biases, or none, and
-    all are quantised in one way, or none.
+    all are in int8 with scales, or none.
     """
     from .triton import linear
 
@@ -206,10 +206,15 @@ def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales
                 f"tidal: a weight must be contiguous {stored} [N, {x.shape[-1]}]; found {weight.dtype} "
                 f"{tuple(weight.shape)} with strides {weight.stride()}"
             )
-    for name, given in (("bias", biases), ("scale", scales)):
-        for weight, one in zip(weights, given, strict=False):
-            if one.numel() != weight.shape[0] or one.shape[0] != weight.shape[0] or not one.is_contiguous():
-                raise ValueError(f"tidal: a {name} must be contiguous [{weight.shape[0]}]; found {tuple(one.shape)}")
+    for weight, bias in zip(weights, biases, strict=False):
+        if bias.shape != weight.shape[:1] or not bias.is_contiguous():
+            raise ValueError(f"tidal: a bias must be contiguous [{weight.shape[0]}]; found {tuple(bias.shape)}")
+    for weight, scale in zip(weights, scales, strict=False):
+        if scale.shape not in ((weight.shape[0],), (weight.shape[0], 1)) or not scale.is_contiguous():
+            raise ValueError(
+                f"tidal: a scale must be contiguous [{weight.shape[0]}] or [{weight.shape[0]}, 1]; found "
+                f"{tuple(scale.shape)}"
+            )
 
 
 def _check(given: Call | Selection | Method) -> None:

@@ -136,7 +136,7 @@ def dequantised(rows: Tensor, scales: Tensor) -> Tensor:
 
 def _rows(cache: Tensor, rows: Tensor) -> Tensor:
     """Rows `[...]` of a cache `[B, Hkv, S, D]`, as one of `[B * Hkv * S, D]`: `[..., D]`."""
-    return cache.reshape(-1, cache.shape[3])[rows]
+    return torch.nn.functional.embedding(rows, cache.reshape(-1, cache.shape[3]))  # several times as fast as an index
 
 
 def hidden(mask: Tensor) -> Tensor:

@@ -82,17 +82,12 @@ def fp8_case(**settings):
         rows[garbage] = 0x7F
         scales[garbage] = math.nan
     scales = torch.stack([key_scales, value_scales], -1)
-    call = Call(*on_device((q, keys, values, length, mask, scale)), **on_device({"sink_logit": extra["sink"]}))
-    call = Call(*call_fields(call), extra["softcap"], scales.to(DEVICE))
+    call = Call(*on_device((q, keys, values, length, mask, scale, extra["sink"], extra["softcap"], scales)))
     held = [
         meant(rows, of).masked_fill(garbage[..., None], math.nan)
         for rows, of in ((keys, key_scales), (values, value_scales))
     ]
     return call, held, (q, int(length), mask, scale), extra
-
-
-def call_fields(call):
-    return call.query, call.key, call.value, call.length, call.mask, call.scale, call.sink_logit
 
 
 CASES = {
@@ -162,18 +157,11 @@ def test_several_query_tokens(name):
     )
     call, *_ = fp8_case(length=90)
     query = torch.randn(2, 4, 3, HEAD_DIM, generator=torch.Generator().manual_seed(5)).to(DEVICE)
-    several = Call(query, *call_fields(call)[1:], call.softcap, call.scales)
+    several = replace(call, query=query)
     index = torch.arange(0, 88, 4, dtype=torch.int32, device=DEVICE).expand(2, 2, -1).contiguous()
     both = full(several), attend(several, index[:, None].expand(-1, 3, -1, -1).contiguous())
     for token in range(3):
-        one = Call(
-            query[:, :, token : token + 1],
-            *call_fields(call)[1:3],
-            call.length - 2 + token,
-            *call_fields(call)[4:],
-            call.softcap,
-            call.scales,
-        )
+        one = replace(call, query=query[:, :, token : token + 1], length=call.length - 2 + token)
         for got, alone in zip(both, (full(one), attend(one, index)), strict=True):
             torch.testing.assert_close(got[:, :, token : token + 1], alone, atol=2e-6, rtol=2e-6)
 
@@ -311,7 +299,7 @@ def test_pages_by_bounds_of_what_the_bytes_mean(name, case, page, keep, share):
     call, (keys, values), *_ = fp8_case(**CASES[case])
     selection, method = Selection(24, 0.0, 3, 5, share), Pages(page, keep)
     numbers = [one.nan_to_num().to(call.query.dtype).to(DEVICE) for one in (keys, values)]
-    plain = Call(call.query, *numbers, *call_fields(call)[3:], call.softcap)
+    plain = replace(call, key=numbers[0], value=numbers[1], scales=None)
     expected = method.step(plain, selection, *method.summarize(plain.key))
     kept = method.summarize(reference.dequantised(call.key, call.scales[..., 0]).nan_to_num().to(call.query.dtype))
     run = method.step if name == "definition" else method.step_on_gpu
@@ -348,7 +336,7 @@ def test_samples_of_what_the_bytes_mean(name, case):
     call, (keys, values), *_ = fp8_case(**CASES[case])
     selection, method = Selection(24, 0.0, 3, 5), Lsh(3, 20)
     numbers = [one.nan_to_num().to(call.query.dtype).to(DEVICE) for one in (keys, values)]
-    plain = Call(call.query, *numbers, *call_fields(call)[3:], call.softcap)
+    plain = replace(call, key=numbers[0], value=numbers[1], scales=None)
     kept = [method.summarize(plain.key) for _ in range(2)]
     run = method.step if name == "definition" else method.step_on_gpu
     length = int(call.length)

@@ -374,6 +374,7 @@ def test_bad_arguments_are_named():
         (ops.linear, (x, [weight] * 4, [], []), "1 to 3 weights"),
         (ops.linear, (x, [weight, weight.T], [], []), "a weight must be contiguous"),
         (ops.linear, (x, [weight], [x[0]], []), "a bias must be contiguous"),
+        (ops.linear, (x, [weight], [weight[:, :1].clone()], []), "a bias must be contiguous"),
         (ops.linear, (x, [weight], [], [x[0, :4]]), "a weight must be contiguous torch.int8"),
         (ops.linear, (x, [weight.char()], [], [x[0]]), "a scale must be contiguous"),
     ]

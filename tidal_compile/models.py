@@ -146,12 +146,7 @@ def empty_cache(model: PreTrainedModel, slots: int, batch: int = 1, kind: str = 
             setattr(layer, name, tree_map_only(FakeTensor, _zeros_like_fake, value))
         if hasattr(layer, "cumulative_length_int"):
             layer.cumulative_length_int = 0
-        for name in (
-            "keys",
-            "values",
-            "scales",
-            "cumulative_length",
-        ):  # as in a real prefill, for CUDA graphs
+        for name in ("keys", "values", "scales", "cumulative_length"):  # as in a real prefill, for CUDA graphs
             if isinstance(getattr(layer, name, None), torch.Tensor):
                 torch._dynamo.mark_static_address(getattr(layer, name))
     return cache

@@ -151,9 +151,8 @@ class Pages(Method):
         in_part = seen.any(-1) & ~seen.all(-1)
         for page in in_part.any(0).any(0).nonzero()[:, 0].tolist():
             begin = page * self.page
-            keys = reference.model_keys(call, slice(begin, begin + self.page)).float()[
-                :, :, None
-            ]  # [B, Hkv, 1, page, D]
+            own = slice(begin, begin + self.page)
+            keys = reference.model_keys(call, own).float()[:, :, None]  # [B, Hkv, 1, page, D]
             hides = ~seen[:, None, :, page, : keys.shape[3], None]  # [B, 1, T, page, 1]
             low = keys.masked_fill(hides, torch.inf).amin(3)[:, :, None]  # [B, Hkv, 1, T, D]
             high = keys.masked_fill(hides, -torch.inf).amax(3)[:, :, None]
