@@ -1,7 +1,8 @@
-"""Decode steps over a cache in float8, or of weights that torchao holds in int8 or int4: ms, and where they go.
+"""Decode steps over a cache in float8, or of weights in int8 or int4: ms, and where they go.
 
-`python benchmarks/quantised.py --weights none --weights int4 --cache auto --cache fp8 --policy full --policy tidal`
-times every combination over a cache of random tokens. Beside the step: the time of its attention kernels, and of its
+`python benchmarks/quantised.py --weights auto --weights int4 --cache auto --cache fp8 --policy full --policy tidal`
+times every combination over a cache of random tokens. Weights are packed (`tidal_compile.weights`); torchao-int8 and
+torchao-int4 are as torchao holds them, the latter with PyTorch's kernel. Beside the step: the time of its attention kernels, and of its
 linear layers, with the rate at which these read their weights, as a share of a device copy. Logits of `full` are
 compared with the uncompiled model first. A step's kernels are read from one profile; needs a GPU.
 """
@@ -23,27 +24,31 @@ from tidal_compile.bench.timing import copy_rate, relative_error
 from tidal_compile.models import load_model, with_cache
 from tidal_compile.provenance import provenance
 from tidal_compile.run import random_cache, take_back
+from tidal_compile.weights import PackedLinear, quantise
 
 ATTENTION = ("_scan", "_gather", "_merge", "_merge_and_prepare", "_emit", "_sift", "_rank", "_take_turns")
-LINEAR = ("_row", "_rows", "tinygemm", "gemv", "gemm")
+LINEAR = ("_row", "_rows", "_row_int4", "_rows_int4", "tinygemm", "gemv", "gemm")
 WRONG = 0.1  # a relative error of logits that no rounding explains
 
 
-def quantise(model: Any, weights: str) -> None:
-    """Through torchao, in place: all linear layers."""
-    if weights == "none":
-        return
+def quantised(model: Any, weights: str) -> Any:
+    """All linear layers, in place: packed, or as torchao holds them."""
+    if not weights.startswith("torchao"):
+        return quantise(model, weights)
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    packed = {"group_size": 128, "int4_packing_format": "tile_packed_to_4d"}
-    quantize_(model, Int8WeightOnlyConfig() if weights == "int8" else Int4WeightOnlyConfig(**packed))
+    tiles = {"group_size": 128, "int4_packing_format": "tile_packed_to_4d"}
+    quantize_(model, Int8WeightOnlyConfig() if weights == "torchao-int8" else Int4WeightOnlyConfig(**tiles))
+    return model
 
 
 def weight_bytes(model: Any) -> int:
     """Bytes of the linear layers, as they are stored: a step reads all of them."""
     total = 0
     for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
+        if isinstance(layer, PackedLinear):
+            total += layer.held.nbytes + layer.scales.nbytes
+        elif isinstance(layer, torch.nn.Linear):
             names = getattr(layer.weight, "tensor_data_names", None)
             parts = [layer.weight] if names is None else [getattr(layer.weight, name) for name in names]
             total += sum(part.numel() * part.element_size() for part in parts)
@@ -108,7 +113,11 @@ def measured(model: Any, cache: Any, policy: str, batch: int, steps: int) -> dic
 
 def main(
     model: str = "random:llama-3.1-8b",
-    weights: Annotated[list[str], typer.Option(help="none, int8 or int4; repeat.")] = ("none", "int8", "int4"),
+    weights: Annotated[list[str], typer.Option(help="auto, int8, int4, torchao-int8 or torchao-int4; repeat.")] = (
+        "auto",
+        "int8",
+        "int4",
+    ),
     cache: Annotated[list[str], typer.Option(help="auto or fp8; repeat.")] = ("auto", "fp8"),
     policy: Annotated[list[str], typer.Option(help="Repeat.")] = ("full", "tidal"),
     context: int = 100_000,
@@ -123,8 +132,7 @@ def main(
     result = {"kind": "quantised", **about, **provenance("cuda"), "records": []}
     for stored in weights:
         net = load_model(model, "cuda", torch.bfloat16, layers)
-        quantise(net, stored)
-        size = weight_bytes(net)
+        size = weight_bytes(quantised(net, stored))
         for kind in cache:
             held = random_cache(net, context - 1, context + 8, batch, kind)
             of_layer = [getattr(held.layers[0], name, None) for name in ("keys", "values", "scales")]

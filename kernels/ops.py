@@ -9,6 +9,7 @@
     choose_by_<name>  (call, selection, method keys, what it keeps)  -> index      one for each of `methods`,
     attend_by_<name>  (call, selection, method keys, what it keeps)  -> out        or for one that attends by itself
     linear            (x, weights, biases, scales)    -> out
+    dense_weight      (held, scales, columns)         -> weight           what int8 or int4 numbers stand for
 
 `call` are the fields of a `Call`, `selection` those of a `Selection`, in their order: see `call` for shapes and dtypes.
 A decode step has T = 1, or up to `MOST_TOKENS`; only one for methods that aren't for `several`. Outputs never alias
@@ -170,7 +171,7 @@ by_method = {
 @torch.library.custom_op("tidal::linear", mutates_args=(), device_types="cuda")
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor]) -> Tensor:
     """The joined outputs of linear layers that share an input of a few tokens; all of them have biases, or none, and
-    all are in int8 with scales, or none.
+    all are held in int8, or in int4 with groups of one size, or none.
     """
     from .triton import linear
 
@@ -199,22 +200,64 @@ def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales
             f"tidal: linear takes 1 to 3 weights, and as many biases and scales or none; found {len(weights)} weights, "
             f"{len(biases)} biases and {len(scales)} scales"
         )
-    stored = torch.int8 if scales else x.dtype
+    stored = x.dtype if not scales else torch.int32 if weights[0].dtype == torch.int32 else torch.int8
+    columns = x.shape[-1]
+    if stored == torch.int32:
+        columns = weights[0].shape[-1]
+        _check_int4(x, weights, scales)
     for weight in weights:
-        if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not weight.is_contiguous() or weight.dtype != stored:
+        if weight.dim() != 2 or weight.shape[1] != columns or not weight.is_contiguous() or weight.dtype != stored:
             raise ValueError(
-                f"tidal: a weight must be contiguous {stored} [N, {x.shape[-1]}]; found {weight.dtype} "
+                f"tidal: a weight must be contiguous {stored} [N, {columns}]; found {weight.dtype} "
                 f"{tuple(weight.shape)} with strides {weight.stride()}"
             )
     for weight, bias in zip(weights, biases, strict=False):
         if bias.shape != weight.shape[:1] or not bias.is_contiguous():
             raise ValueError(f"tidal: a bias must be contiguous [{weight.shape[0]}]; found {tuple(bias.shape)}")
-    for weight, scale in zip(weights, scales, strict=False):
+    for weight, scale in zip(weights, scales if stored == torch.int8 else [], strict=False):
         if scale.shape not in ((weight.shape[0],), (weight.shape[0], 1)) or not scale.is_contiguous():
             raise ValueError(
                 f"tidal: a scale must be contiguous [{weight.shape[0]}] or [{weight.shape[0]}, 1]; found "
                 f"{tuple(scale.shape)}"
             )
+
+
+def _check_int4(x: Tensor, weights: list[Tensor], scales: list[Tensor]) -> None:
+    columns = weights[0].shape[-1] * 8
+    for weight, scale in zip(weights, scales, strict=True):
+        groups = scale.shape[1] if scale.dim() == 3 else 0
+        group = columns // groups if groups and columns % groups == 0 else 0
+        fits = scale.shape == (weight.shape[0], scales[0].shape[1], 2) and scale.is_contiguous()
+        if not fits or scale.dtype != x.dtype or group not in (32, 64) and (group == 0 or group % 128):
+            raise ValueError(
+                f"tidal: scales of int4 weights must be contiguous {x.dtype} [{weight.shape[0]}, groups, 2], for 32, 64 or "
+                f"columns that 128 divides of {columns}, all alike; found {scale.dtype} {tuple(scale.shape)}"
+            )
+    if not columns - max(128, group) < x.shape[-1] <= columns or x.dtype.itemsize != 2:
+        raise ValueError(
+            f"tidal: x must have a 16-bit format and the {columns} columns of int4 weights, or less where their last "
+            f"block isn't full; found {x.dtype} {tuple(x.shape)}"
+        )
+
+
+@torch.library.custom_op("tidal::dense_weight", mutates_args=(), device_types="cuda")
+def dense_weight(held: Tensor, scales: Tensor, columns: int) -> Tensor:
+    """The weight `[N, columns]` that int8 or int4 numbers stand for (see `linear`), in the scales' dtype."""
+    from .triton import int4
+
+    if held.dtype == torch.int32:
+        return int4.dense_weight(held, scales, columns)
+    return reference.dense_weight(held, scales, columns).to(scales.dtype)
+
+
+@dense_weight.register_kernel("cpu")
+def _(held, scales, columns):
+    return reference.dense_weight(held, scales, columns).to(scales.dtype)
+
+
+@dense_weight.register_fake
+def _(held, scales, columns):
+    return scales.new_empty(held.shape[0], columns)
 
 
 def _check(given: Call | Selection | Method) -> None:

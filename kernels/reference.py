@@ -96,15 +96,49 @@ def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
 def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor]) -> Tensor:
     """Up to 3 linear layers of a few tokens: `x [..., K]`, weights `[Ni, K]` -> joined `[..., N1 + N2 + N3]`.
 
-    Weights in int8 have `scales`, one tensor `[N]` or `[N, 1]` each: what every row is multiplied by.
+    Weights in int8 have `scales`, one tensor `[N]` or `[N, 1]` each: what every row is multiplied by. Those in int4
+    are int32 `[N, K' / 8]` (see `packed`), and their scales `[N, groups, 2]` (see `unpacked`).
     """
     if scales:
-        weights = [
-            (weight.float() * scale.float().view(-1, 1)).to(x.dtype)
-            for weight, scale in zip(weights, scales, strict=True)
-        ]
+        weights = [dense_weight(held, scale, x.shape[-1]).to(x.dtype) for held, scale in zip(weights, scales, strict=True)]
     outputs = [torch.nn.functional.linear(x, *layer) for layer in zip(weights, biases or [None] * 3, strict=False)]
     return torch.cat(outputs, -1)
+
+
+def dense_weight(held: Tensor, scales: Tensor, columns: int) -> Tensor:
+    """The weight `[N, K]` in float32 that int8 or int4 numbers stand for, of `linear`. On any device."""
+    if held.dtype == torch.int8:
+        return held.float() * scales.float().view(-1, 1)
+    return unpacked(held, scales)[:, :columns]
+
+
+def block_of(group: int) -> int:
+    """Columns of a block of int4 words, for groups of so many columns that have a scale: 32, 64, or divided by 128."""
+    return min(group, 128)
+
+
+def packed(numbers: Tensor, group: int) -> Tensor:
+    """Numbers from 0 to 15 `[N, K]`, K divided by the group, as int32 `[N, K / 8]`. On any device.
+
+    Word i of a block (`block_of`: 8 w columns) has the number of its column p w + i in the bits from 4 p on: so words
+    side by side have columns side by side, and four of them are of one group.
+    """
+    blocks = numbers.to(torch.int32).view(len(numbers), -1, 8, block_of(group) // 8)
+    words = blocks[:, :, 0].clone()
+    for place in range(1, 8):
+        words |= blocks[:, :, place] << (4 * place)
+    return words.view(len(numbers), -1)
+
+
+def unpacked(words: Tensor, scales: Tensor) -> Tensor:
+    """The weight `[N, K]` in float32 of numbers that are `packed`: (number - 8) * scale + offset, with both in
+    `scales [N, groups, 2]`, for K / groups columns each. On any device.
+    """
+    group = words.shape[1] * 8 // scales.shape[1]
+    shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
+    numbers = (words.view(len(words), -1, 1, block_of(group) // 8) >> shifts[:, None]) & 15
+    scale, offset = scales.float()[..., None].unbind(2)
+    return ((numbers.view(*scale.shape[:2], -1) - 8) * scale + offset).view(len(words), -1)
 
 
 def most_tokens(dtype: torch.dtype) -> int:

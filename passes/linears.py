@@ -2,20 +2,22 @@
 
 Graph in: Dynamo's decode graph, in which every layer calls
 
-    linear(x, weight, bias)            x [B, 1, K], the weight [N, K] a graph input, or a rank's part of one
+    linear(x, weight, bias)                                 x [B, 1, K], the weight [N, K] a graph input
+    tidal::linear(x, [held], [bias], [scales])              of a `PackedLinear`
 
 Graph out: the same graph object, edited in place, where up to three of them that read the same x become
 
     joined = tidal::linear(x, [weights], [biases], [scales]);  joined[..., :N1], joined[..., N1:N1 + N2], ...
 
 A product with few tokens is bound by reading the weight, which the libraries' kernels do well only for large weights.
-Weights that torchao holds in int8 (weight-only: `Int8WeightOnlyConfig`) are read as they are stored. Left alone are
-layers with more than 16 sequences (one in float32), and those whose weight is quantised in another way, computed in the
-graph, or of another dtype than x.
+A weight may also be a rank's part of one that is divided, or torchao's in int8 (`Int8WeightOnlyConfig`), which is read
+as it is stored. Left alone are layers with more than 16 sequences (one in float32), and those whose weight is quantised
+in another way, computed in the graph, or of another dtype than x.
 """
 
 import itertools
 import operator
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -28,22 +30,52 @@ from .rewrite import insert_call
 MOST = 3  # weights in one launch
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer: its node, and what `tidal::linear` takes. `kind` is the same for layers that can be joined."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    scale: fx.Node | None
+    kind: tuple
+
+
 def join_linears(gm: fx.GraphModule) -> int:
-    """Rewrite every linear layer of that form; returns how many there were."""
-    groups: dict[tuple, list[fx.Node]] = {}  # by input, and by whether there is a bias and int8
+    """Rewrite every linear layer of those forms; returns how many there were."""
+    groups: dict[tuple, list[Layer]] = {}
     for node in gm.graph.nodes:
-        if _is_supported(node):
-            groups.setdefault((node.args[0], _bias(node) is not None, _is_int8(node.args[1])), []).append(node)
-    for nodes in groups.values():
-        for first in range(0, len(nodes), MOST):
-            _join(gm, nodes[first : first + MOST])
+        if (layer := _packed_layer(node) or _layer(node)) is not None:
+            groups.setdefault((layer.x, layer.bias is not None, layer.kind), []).append(layer)
+    for layers in groups.values():
+        for first in range(0, len(layers), MOST):
+            _join(gm, layers[first : first + MOST])
     gm.graph.lint()
     gm.recompile()
-    return sum(len(nodes) for nodes in groups.values())
+    return sum(len(layers) for layers in groups.values())
+
+
+def _packed_layer(node: fx.Node) -> Layer | None:
+    """The layer that a `PackedLinear` put into the graph."""
+    if node.op != "call_function" or node.target is not torch.ops.tidal.linear.default:
+        return None
+    x, (weight,), bias, (scale,) = node.args
+    values = weight.meta["example_value"], scale.meta["example_value"]
+    kind = values[0].dtype, values[0].dtype == torch.int32 and tuple(values[1].shape[1:])
+    return Layer(node, x, weight, bias[0] if bias else None, scale, kind)
+
+
+def _layer(node: fx.Node) -> Layer | None:
+    """The layer that a node computes, if `tidal::linear` can."""
+    if not _is_supported(node):
+        return None
+    bias, is_int8 = _bias(node), _is_int8(node.args[1])
+    return Layer(node, node.args[0], node.args[1], bias, None, ("int8" if is_int8 else "plain",))
 
 
 def _is_supported(node: fx.Node) -> bool:
-    """Whether a node is a linear layer that `tidal::linear` can compute, with other layers of the same input."""
+    """Whether a node is a linear layer that `tidal::linear` can compute."""
     if node.op != "call_function" or target_name(node) != "linear":
         return False
     x, weight, bias = node.args[0], node.args[1], _bias(node)
@@ -95,26 +127,31 @@ def _is_plain(value) -> bool:
     return type(tensor) in (torch.Tensor, FakeTensor) and tensor.is_floating_point()
 
 
-def _join(gm: fx.GraphModule, nodes: list[fx.Node]) -> None:
+def _join(gm: fx.GraphModule, layers: list[Layer]) -> None:
     """Replace linear layers of one input by one call, and slices of its output where there are several."""
-    weights = [node.args[1] for node in nodes]
-    biases = [_bias(node) for node in nodes if _bias(node) is not None]
+    first = layers[0].node
+    if len(layers) == 1 and layers[0].scale is not None:
+        return  # it is such a call already
+    weights = [layer.weight for layer in layers]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    scales = [layer.scale for layer in layers if layer.scale is not None]
     for parameter in (*weights, *biases):
         if _is_part(parameter):  # it is taken just before its layer
-            nodes[0].prepend(parameter)
-    scales: list[fx.Node] = []
-    with gm.graph.inserting_before(nodes[0]):
-        if _is_int8(weights[0]):
-            scales = [insert_call(gm, nodes[0], getattr, (weight, "scale")) for weight in weights]
-            weights = [insert_call(gm, nodes[0], getattr, (weight, "qdata")) for weight in weights]
-        joined = insert_call(gm, nodes[0], torch.ops.tidal.linear.default, (nodes[0].args[0], weights, biases, scales))
+            first.prepend(parameter)
+    with gm.graph.inserting_before(first):
+        if layers[0].kind == ("int8",):
+            scales = [insert_call(gm, first, getattr, (weight, "scale")) for weight in weights]
+            weights = [insert_call(gm, first, getattr, (weight, "qdata")) for weight in weights]
+        joined = insert_call(gm, first, torch.ops.tidal.linear.default, (layers[0].x, weights, biases, scales))
         outputs = [joined]
-        if len(nodes) > 1:
-            ends = list(itertools.accumulate((node.meta["example_value"].shape[-1] for node in nodes), initial=0))
+        if len(layers) > 1:
+            sizes = (layer.node.meta["example_value"].shape[-1] for layer in layers)
+            ends = list(itertools.accumulate(sizes, initial=0))
             spans = [(..., slice(begin, end)) for begin, end in itertools.pairwise(ends)]
             outputs = [
-                insert_call(gm, node, operator.getitem, (joined, span)) for node, span in zip(nodes, spans, strict=True)
+                insert_call(gm, layer.node, operator.getitem, (joined, span))
+                for layer, span in zip(layers, spans, strict=True)
             ]
-    for node, output in zip(nodes, outputs, strict=True):
-        node.replace_all_uses_with(output)
-        gm.graph.erase_node(node)
+    for layer, output in zip(layers, outputs, strict=True):
+        layer.node.replace_all_uses_with(output)
+        gm.graph.erase_node(layer.node)

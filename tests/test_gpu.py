@@ -216,7 +216,11 @@ def test_a_ranks_step_is_recorded_in_one_cuda_graph(cudagraph_or_error, one_of_t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cache_in_float8_is_read_and_written_in_one_cuda_graph(dtype, cudagraph_or_error):
-    """Steps over the bytes, beside the definitions over the same bytes; in between what is rounded otherwise differs."""
+    """Steps over the bytes, beside the definitions over the same bytes.
+
+    A number that lies between two of float8 is rounded to either, and of two tokens that score alike either is chosen,
+    after which a step or two differ by more: so the median is compared.
+    """
     shape = {"num_hidden_layers": 4, "head_dim": 64}
     model = half_model(**shape) if dtype == torch.bfloat16 else tiny_model(device="cuda", **shape)
     layers = {"0": "full", "1-3": "full"} if dtype == torch.bfloat16 else {"0": "full", "1": "select", "2-3": "reuse"}
@@ -233,7 +237,8 @@ def test_a_cache_in_float8_is_read_and_written_in_one_cuda_graph(dtype, cudagrap
             step = torch.compile(model, backend=backend, fullgraph=True, options=options)
             found.append(decode_logits(step, cache, tokens))
         assert cache.layers[0].keys.dtype == torch.uint8
-    assert (found[0] - found[1]).norm() < 0.05 * found[1].norm()
+    errors = (found[0] - found[1]).norm(dim=-1) / found[1].norm(dim=-1)
+    assert errors.median() < (0.05 if dtype == torch.bfloat16 else 0.01), errors
 
 
 def test_a_cache_in_host_memory_takes_none_of_the_gpus():
@@ -245,6 +250,8 @@ def test_a_cache_in_host_memory_takes_none_of_the_gpus():
     torch._dynamo.reset()
     for kind in (StaticCache, tc.HostCache):
         gc.collect()  # what other tests left would be given back in between
+        with torch.no_grad():
+            model(input_ids=ids[:, :500], use_cache=False)  # cuBLAS takes its memory now, wherever graphs took it away
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         cache = kind(model.config, slots, **({"policy": policy} if kind is tc.HostCache else {}))

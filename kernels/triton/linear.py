@@ -6,11 +6,13 @@ of rows on the tensor cores. On Hopper the first weights are loaded while the pr
 because no kernel writes weights. Weights in int8 are dequantised on the way.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference import most_tokens
+from . import int4
 from .split import dot, may_launch_next, overlap, wait_for_previous
 
 
@@ -103,7 +105,11 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[
     x = x.contiguous()
     tensors = *weights, *weights[:1] * spare, *(scales or [None] * 3), *scales[:1] * spare
     tensors = *tensors, *(biases or [None] * 3), *biases[:1] * spare
-    given = {"HAS_SCALE": bool(scales), "HAS_BIAS": bool(biases), **overlap(x.device)}
+    given = {"HAS_BIAS": bool(biases), **overlap(x.device)}
+    if weights[0].dtype == torch.int32:
+        int4.launch(x, tensors, out, tokens, rows, columns, given)
+        return out
+    given["HAS_SCALE"] = bool(scales)
     if tokens == 1:
         block, warps = (max(128, triton.next_power_of_2(columns)), 4) if columns <= 4096 else (2048, 8)
         _row[(sum(rows),)](
