@@ -2,9 +2,9 @@
 
 `python benchmarks/quantised.py --weights auto --weights int4 --cache auto --cache fp8 --policy full --policy tidal`
 times every combination over a cache of random tokens. Weights are packed (`tidal_compile.weights`); torchao-int8 and
-torchao-int4 are as torchao holds them, the latter with PyTorch's kernel. Beside the step: the time of its attention kernels, and of its
-linear layers, with the rate at which these read their weights, as a share of a device copy. Logits of `full` are
-compared with the uncompiled model first. A step's kernels are read from one profile; needs a GPU.
+torchao-int4 are as torchao holds them, the latter with PyTorch's kernel. Beside the step: the time of its attention
+kernels, and of its linear layers, with the rate at which these read their weights, as a share of a device copy. Logits
+of `full` are compared with the uncompiled model first. A step's kernels are read from one profile; needs a GPU.
 """
 
 import collections

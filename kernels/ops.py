@@ -228,10 +228,10 @@ def _check_int4(x: Tensor, weights: list[Tensor], scales: list[Tensor]) -> None:
         groups = scale.shape[1] if scale.dim() == 3 else 0
         group = columns // groups if groups and columns % groups == 0 else 0
         fits = scale.shape == (weight.shape[0], scales[0].shape[1], 2) and scale.is_contiguous()
-        if not fits or scale.dtype != x.dtype or group not in (32, 64) and (group == 0 or group % 128):
+        if not fits or scale.dtype != x.dtype or not (group in (32, 64) or (group and group % 128 == 0)):
             raise ValueError(
-                f"tidal: scales of int4 weights must be contiguous {x.dtype} [{weight.shape[0]}, groups, 2], for 32, 64 or "
-                f"columns that 128 divides of {columns}, all alike; found {scale.dtype} {tuple(scale.shape)}"
+                f"tidal: scales of int4 weights must be contiguous {x.dtype} [{weight.shape[0]}, groups, 2], for 32, "
+                f"64 or columns that 128 divides of {columns}, all alike; found {scale.dtype} {tuple(scale.shape)}"
             )
     if not columns - max(128, group) < x.shape[-1] <= columns or x.dtype.itemsize != 2:
         raise ValueError(

@@ -100,7 +100,9 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[
     are int32 `[N, K' / 8]` (see `packed`), and their scales `[N, groups, 2]` (see `unpacked`).
     """
     if scales:
-        weights = [dense_weight(held, scale, x.shape[-1]).to(x.dtype) for held, scale in zip(weights, scales, strict=True)]
+        weights = [
+            dense_weight(held, scale, x.shape[-1]).to(x.dtype) for held, scale in zip(weights, scales, strict=True)
+        ]
     outputs = [torch.nn.functional.linear(x, *layer) for layer in zip(weights, biases or [None] * 3, strict=False)]
     return torch.cat(outputs, -1)
 

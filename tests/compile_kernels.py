@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from tidal_compile.kernels.call import Call, Selection
 from tidal_compile.kernels.methods.lsh import Lsh
-from tidal_compile.kernels.triton import dense, linear, lsh, pages, pick, select, sparse, split, topk
+from tidal_compile.kernels.triton import dense, int4, linear, lsh, pages, pick, select, sparse, split, topk
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
@@ -62,6 +62,15 @@ def compile_quantised_linears():
     for tokens, dtype in ((1, torch.bfloat16), (5, torch.float16), (1, torch.float32)):
         weight, scale = torch.zeros(64, 512, dtype=torch.int8), torch.zeros(64, 1)
         linear.linear(torch.zeros(tokens, 512, dtype=dtype), [weight] * 2, [], [scale] * 2)
+    for tokens, dtype, groups, weights in (
+        (1, torch.bfloat16, 8, 3),
+        (1, torch.float16, 16, 1),
+        (7, torch.bfloat16, 1, 2),
+    ):
+        held, scale = torch.zeros(64, 64, dtype=torch.int32), torch.zeros(64, groups, 2, dtype=dtype)
+        bias = [torch.zeros(64, dtype=dtype)] * weights if groups == 8 else []
+        linear.linear(torch.zeros(tokens, 512, dtype=dtype), [held] * weights, bias, [scale] * weights)
+        int4.dense_weight(held, scale, 500)
 
 
 def compile_attention():

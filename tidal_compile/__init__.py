@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .generate import generate
     from .policy import Policy
     from .settings import CalibrationSettings, EvaluationSettings
+    from .weights import pack_weights
 
 __version__ = "0.2.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate",
     "explain",
     "generate",
+    "pack_weights",
 ]
 
 _HOMES = {
@@ -58,6 +60,7 @@ _HOMES = {
     "evaluate": "evaluate",
     "explain": "explain",
     "generate": "generate",
+    "pack_weights": "weights",
 }
 
 

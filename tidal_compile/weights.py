@@ -66,7 +66,7 @@ def pack_weights(model: nn.Module) -> int:
     tile_packed_to_4d) and `IntxWeightOnlyConfig` in int4; and compressed-tensors' pack-quantized in 4 bits, before the
     first call, which would decompress it. Groups are a row, or of 32, 64 or columns that 128 divides.
 
-    The old layers' memory is freed one by one. Raises `TidalError` where there is no such layer.
+    The old layers' memory is freed one by one. Raises `TidalError` where there is no such layer, or one has hooks.
     """
     found, others = 0, Counter()
     for name, module in list(model.named_modules()):
@@ -75,6 +75,10 @@ def pack_weights(model: nn.Module) -> int:
             if isinstance(module, nn.Linear):
                 others[type(getattr(module.weight, "data", module.weight)).__name__] += 1
             continue
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise TidalError(
+                f"pack_weights: layer {name!r} has hooks, as where a model is divided among ranks or devices"
+            )
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, PackedLinear(held, module.in_features, module.bias))
         found += 1

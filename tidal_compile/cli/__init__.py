@@ -23,9 +23,12 @@ from .common import (
     DTypeOption,
     JsonOption,
     ModelOption,
+    Weights,
+    WeightsOption,
     add_stage,
     budget_override,
     check_positions,
+    check_weights,
     err,
     file_name,
     load,
@@ -72,6 +75,7 @@ def run(
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
     cache: CacheOption = CacheKind.auto,
+    weights: WeightsOption = Weights.auto,
     tp: Annotated[
         bool, typer.Option("--tp", help="Divide the model among the processes that torchrun started.")
     ] = False,
@@ -97,6 +101,9 @@ def run(
 
     hf_logging.disable_progress_bar()  # its stages are shown here
     device, number = where(device, dtype)
+    check_weights(weights, number)
+    if tp and weights != Weights.auto:
+        raise TidalError("run: --tp and --weights don't go together; ranks divide weights in the number format")
     report.need_matplotlib()
     rank, ranks = 0, 1
     if tp:
@@ -113,7 +120,7 @@ def run(
         def stage(title: str, steps: int) -> Callable[[], None]:
             return add_stage(progress, title, steps)
 
-        net, tokenizer = load(progress, model, device, number, ranks)
+        net, tokenizer = load(progress, model, device, number, ranks, weights)
         variants = [Variant(kind.value) for kind in baseline if kind != Baseline.none]
         variants += _policy_variants(net, asked)
         made: list[Prompt] = []
@@ -140,7 +147,7 @@ def run(
         measured, model=model, prompts=[prompt.answer for prompt in made if prompt.answer],
         context=made[0].length, dtype=str(number).removeprefix("torch."),
     )  # fmt: skip
-    record |= provenance(device) | {"ranks": ranks, "cache": cache.value}
+    record |= provenance(device) | {"ranks": ranks, "cache": cache.value, "weights": weights.value}
     if rank:
         return
     name = file_name("run", Path(model).name, record["device"])

@@ -13,7 +13,10 @@ from .common import (
     DType,
     DTypeOption,
     ModelOption,
+    Weights,
+    WeightsOption,
     check_positions,
+    check_weights,
     err,
     load,
     out,
@@ -40,6 +43,7 @@ def chat(
     ] = False,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     cache: CacheOption = CacheKind.auto,
+    weights: WeightsOption = Weights.auto,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.auto,
 ) -> None:
@@ -59,9 +63,10 @@ def chat(
         raise TidalError("chat: --host and --cache fp8 don't go together; layers in host memory keep the number format")
     hf_logging.disable_progress_bar()
     device, number = where(device, dtype)
+    check_weights(weights, number)
     check_positions(load_config(model), model, context, "a conversation of", 0)
     with show_progress() as progress:
-        net, tokenizer = load(progress, model, device, number)
+        net, tokenizer = load(progress, model, device, number, weights=weights)
     layers = net.config.get_text_config(decoder=True).num_hidden_layers
     chosen = policy if not Path(policy).is_file() else resolve(policy, layers)
     slots = context + WIDTH if exact else context

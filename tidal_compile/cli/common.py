@@ -46,6 +46,18 @@ class CacheKind(StrEnum):
     fp8 = "fp8"
 
 
+class Weights(StrEnum):
+    """How the weights of linear layers are stored: see `weights.quantise`."""
+
+    auto = "auto"
+    int8 = "int8"
+    int4 = "int4"
+
+
+WeightsOption = Annotated[
+    Weights,
+    typer.Option(help="How linear layers are stored: int8 or int4, through torchao; auto is as they are loaded."),
+]
 CacheOption = Annotated[
     CacheKind, typer.Option(help="How keys and values are stored: auto is the number format, fp8 half of it.")
 ]
@@ -63,6 +75,12 @@ def where(device: str, dtype: DType) -> tuple[str, Any]:
     check_device(device)
     automatic = "bfloat16" if device == "cuda" else "float32"
     return device, getattr(torch, automatic if dtype == "auto" else dtype.value)
+
+
+def check_weights(weights: Weights, dtype: Any) -> None:
+    """Raise `TidalError` for weights in int4 and a number format that they don't go with."""
+    if weights == Weights.int4 and dtype.itemsize != 2:
+        raise TidalError(f"--weights int4 wants a 16-bit number format; found {dtype}: pass --dtype bfloat16")
 
 
 def check_positions(config: Any, model: str, context: int, what: str, more: int, option: str = "--context") -> None:
@@ -85,12 +103,15 @@ def add_stage(progress: Progress, title: str, steps: int) -> Callable[[], None]:
     return lambda: progress.advance(task)
 
 
-def load(progress: Progress, model: str, device: str, dtype: Any, ranks: int = 1) -> tuple[Any, Any]:
+def load(
+    progress: Progress, model: str, device: str, dtype: Any, ranks: int = 1, weights: Weights = Weights.auto
+) -> tuple[Any, Any]:
     """Load the model and its tokenizer, with a progress bar; or one rank's part of the model."""
     from ..models import load_model, load_tokenizer
+    from ..weights import quantise
 
     advance = add_stage(progress, f"load {model}", 1)
-    loaded = load_model(model, device, dtype, ranks=ranks), load_tokenizer(model)
+    loaded = quantise(load_model(model, device, dtype, ranks=ranks), weights.value), load_tokenizer(model)
     advance()
     return loaded
 
