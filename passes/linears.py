@@ -32,10 +32,11 @@ MOST = 3  # weights in one launch
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer: its node, and what `tidal::linear` takes. `kind` is the same for layers that can be joined."""
+    """A linear layer: its node, whose x may be replaced yet, and what else `tidal::linear` takes. `kind` is the same for
+    layers that can be joined.
+    """
 
     node: fx.Node
-    x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     scale: fx.Node | None
@@ -47,7 +48,7 @@ def join_linears(gm: fx.GraphModule) -> int:
     groups: dict[tuple, list[Layer]] = {}
     for node in gm.graph.nodes:
         if (layer := _packed_layer(node) or _layer(node)) is not None:
-            groups.setdefault((layer.x, layer.bias is not None, layer.kind), []).append(layer)
+            groups.setdefault((node.args[0], layer.bias is not None, layer.kind), []).append(layer)
     for layers in groups.values():
         for first in range(0, len(layers), MOST):
             _join(gm, layers[first : first + MOST])
@@ -60,10 +61,10 @@ def _packed_layer(node: fx.Node) -> Layer | None:
     """The layer that a `PackedLinear` put into the graph."""
     if node.op != "call_function" or node.target is not torch.ops.tidal.linear.default:
         return None
-    x, (weight,), bias, (scale,) = node.args
+    _, (weight,), bias, (scale,) = node.args
     values = weight.meta["example_value"], scale.meta["example_value"]
     kind = values[0].dtype, values[0].dtype == torch.int32 and tuple(values[1].shape[1:])
-    return Layer(node, x, weight, bias[0] if bias else None, scale, kind)
+    return Layer(node, weight, bias[0] if bias else None, scale, kind)
 
 
 def _layer(node: fx.Node) -> Layer | None:
@@ -71,7 +72,7 @@ def _layer(node: fx.Node) -> Layer | None:
     if not _is_supported(node):
         return None
     bias, is_int8 = _bias(node), _is_int8(node.args[1])
-    return Layer(node, node.args[0], node.args[1], bias, None, ("int8" if is_int8 else "plain",))
+    return Layer(node, node.args[1], bias, None, ("int8" if is_int8 else "plain",))
 
 
 def _is_supported(node: fx.Node) -> bool:
@@ -142,7 +143,7 @@ def _join(gm: fx.GraphModule, layers: list[Layer]) -> None:
         if layers[0].kind == ("int8",):
             scales = [insert_call(gm, first, getattr, (weight, "scale")) for weight in weights]
             weights = [insert_call(gm, first, getattr, (weight, "qdata")) for weight in weights]
-        joined = insert_call(gm, first, torch.ops.tidal.linear.default, (layers[0].x, weights, biases, scales))
+        joined = insert_call(gm, first, torch.ops.tidal.linear.default, (first.args[0], weights, biases, scales))
         outputs = [joined]
         if len(layers) > 1:
             sizes = (layer.node.meta["example_value"].shape[-1] for layer in layers)
