@@ -32,8 +32,9 @@ MOST = 3  # weights in one launch
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer: its node, whose x may be replaced yet, and what else `tidal::linear` takes. `kind` is the same for
-    layers that can be joined.
+    """A linear layer: its node, whose x may be replaced yet, and what else `tidal::linear` takes.
+
+    `kind` is the same for layers that can be joined.
     """
 
     node: fx.Node
