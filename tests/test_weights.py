@@ -150,6 +150,8 @@ def test_a_policy_with_packed_weights(kind):
     loaded = packing.quantise(half_model(), kind)
     loaded.load_state_dict(model.state_dict())
     assert repr(loaded) == repr(model) and kind in repr(model)
+    layer, x = model.model.layers[0].mlp.down_proj, torch.randn(1, 192, device=DEVICE)
+    torch.testing.assert_close(layer(x), x @ layer.weight.float().T, atol=1e-2, rtol=1e-2)
 
 
 def test_every_form_of_torchao():
@@ -173,8 +175,9 @@ def test_every_form_of_torchao():
         )
     bits = quantization.IntxWeightOnlyConfig(torch.int3, quantization.PerGroup(32))
     odd = quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(40))
-    for config in (bits, odd):
-        layer = nn.Sequential(nn.Linear(320, 24, dtype=torch.bfloat16))
+    wide = quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32))
+    for config, dtype in ((bits, torch.bfloat16), (odd, torch.bfloat16), (wide, torch.float32)):
+        layer = nn.Sequential(nn.Linear(320, 24, dtype=dtype))
         quantization.quantize_(layer, config)
         with pytest.raises(tc.TidalError, match="1 of IntxUnpackedToInt8Tensor"):
             tc.pack_weights(layer)

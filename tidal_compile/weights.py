@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
     """A linear layer of a weight in int8 or int4, `[out_features, in_features]`. For inference.
 
     A few tokens are multiplied by the weight as it is held, in a compiled step as well, where layers of one input share
-    a launch; more tokens by what it stands for.
+    a launch; more tokens, and those of another dtype than a weight in int4 was made for, by what it stands for.
     """
 
     def __init__(self, held: Held, in_features: int, bias: Tensor | None = None) -> None:
@@ -47,7 +47,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., out_features]`."""
-        if 0 < x.numel() // self.in_features <= most_tokens(x.dtype):
+        fits = self.held.dtype == torch.int8 or x.dtype == self.scales.dtype
+        if fits and 0 < x.numel() // self.in_features <= most_tokens(x.dtype):
             biases = [] if self.bias is None else [self.bias]
             return torch.ops.tidal.linear.default(x, [self.held], biases, [self.scales])
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
@@ -64,7 +65,8 @@ def pack_weights(model: nn.Module) -> int:
 
     Taken are, weight-only: torchao's `Int8WeightOnlyConfig` with a scale a row, `Int4WeightOnlyConfig` (plain, and
     tile_packed_to_4d) and `IntxWeightOnlyConfig` in int4; and compressed-tensors' pack-quantized in 4 bits, before the
-    first call, which would decompress it. Groups are a row, or of 32, 64 or columns that 128 divides.
+    first call, which would decompress it. In int4, groups are a row, or of 32, 64 or columns that 128 divides, and the
+    model has a 16-bit format.
 
     The old layers' memory is freed one by one. Raises `TidalError` where there is no such layer, or one has hooks.
     """
@@ -145,18 +147,19 @@ def as_int4(
     """Numbers from 0 to 15 `[N, K]`, for (number - 8) * scale + offset, with both `[N, groups]`, as they are read.
 
     They may have more rows and columns than the shape, and get more columns where a block isn't full. None for groups
-    that no kernel takes.
+    and number formats that no kernel takes.
     """
+    dtype = dtype or scale.dtype
     rows, columns = shape
     groups = math.ceil(columns / group)
     if groups == 1:
         group = math.ceil(columns / 128) * 128
-    if group not in (32, 64) and group % 128:
+    if (group not in (32, 64) and group % 128) or dtype.itemsize != 2:
         return None
     numbers = numbers[:rows, : groups * group]
     numbers = nn.functional.pad(numbers, (0, groups * group - numbers.shape[1]))
     pairs = torch.stack([scale[:rows, :groups], offset[:rows, :groups]], -1)
-    return Held(packed(numbers, group), pairs.to(dtype or scale.dtype).contiguous())
+    return Held(packed(numbers, group), pairs.to(dtype).contiguous())
 
 
 def of_tiles(tiles: Tensor) -> Tensor:
