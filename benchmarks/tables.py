@@ -158,31 +158,53 @@ def capacity_summary():
 
 def fp8_summary():
     """What a cache in float8 costs: a row a model, policy and cache."""
+    return quality_table("fp8", ("cache",))
+
+
+def weights_summary():
+    """What quantised weights cost: a row a model, policy, kind of weights and cache."""
+    return quality_table("weights", ("weights", "cache"))
+
+
+def quality_table(start, kinds):
+    """The results of benchmarks/fp8.py that begin with a word."""
     rows, sources = [], []
-    for name, result in results("fp8").items():
+    for name, result in results(start).items():
         sources.append(f"`{name}.json` ({result['device']}, {result['dtype']}, commit {result['commit']})")
         for one in result["records"]:
-            found = f"{one['found']} of {result['prompts']}", f"{one['same_text']} of {result['prompts']}"
+            asked = result["prompts"]
+            found = (f"{one[key]} of {asked}" if asked else "-" for key in ("found", "same_text"))
             quality = f"{one['kl']:.4f}", f"{one['agreement']:.1%}", f"{one['perplexity']:.2f}", *found
-            rows.append((result["model"], f"`{one['policy']}`", one["cache"], *quality))
-    columns = ("model", "policy", "cache", "KL", "same token", "perplexity", "pass keys found", "same text")
+            stored = ({**result, **one}[kind] for kind in kinds)
+            rows.append((result["model"], f"`{one['policy']}`", *stored, *quality))
+    columns = ("model", "policy", *kinds, "KL", "same token", "perplexity", "pass keys found", "same text")
     return f"{markdown(columns, rows)}\nSources: {', '.join(sources)}.\n"
 
 
 def float8_steps():
-    """Steps over both kinds of caches: a row a policy and cache."""
+    """Steps over both kinds of caches, with weights as they are: a row a policy and cache."""
     rows, sources = [], []
-    for name, result in results("quantised").items():
-        about = f"{result['layers'] or 'all'} layers, batch {result['batch']}, {result['context']:,} tokens"
-        sources.append(f"`{name}.json` ({result['device']}, {about}, commit {result['commit']})")
-        rows += [
-            (
-                f"`{one['policy']}`", one["weights"], one["cache"], f"{one['ms']:.2f}",
-                f"{one['attention_us'] / 1e3:.2f}", f"{one['cache_bytes'] / 1e9:.2f}",
-            )
-            for one in result["records"]
-        ]  # fmt: skip
-    columns = ("policy", "weights", "cache", "ms a step", "of it attention", "cache, GB")
+    for name, result in results("quantised-fp8").items():
+        about = f"{result['layers'] or 32} layers, {result['batch']} x {result['context']:,}"
+        sources.append(f"`{name}.json` ({result['device']}, commit {result['commit']})")
+        for one in result["records"]:
+            times = f"{one['ms']:.2f}", f"{one['attention_us'] / 1e3:.2f}", f"{one['cache_bytes'] / 1e9:.2f}"
+            rows.append((about, f"`{one['policy']}`", one["cache"], *times))
+    columns = ("shape and tokens", "policy", "cache", "ms a step", "of it attention", "cache, GB")
+    return f"{markdown(columns, rows)}\nSources: {', '.join(sources)}.\n"
+
+
+def quantised_steps():
+    """Steps with quantised weights: a row a kind of weights and cache."""
+    rows, sources = [], []
+    for name, result in results("quantised-weights").items():
+        sources.append(f"`{name}.json` ({result['device']}, {result['context']:,} tokens, commit {result['commit']})")
+        for one in result["records"]:
+            linear = f"{one['linear_us'] / 1e3:.2f}", f"{one['weights_share_of_copy']:.2f}"
+            times = f"{one['ms']:.2f}", *linear, f"{one['attention_us'] / 1e3:.2f}", f"{one['weight_bytes'] / 1e9:.2f}"
+            rows.append((one["weights"], one["cache"], *times))
+    rows.sort(key=lambda row: ("auto", "torchao-int8", "int8", "torchao-int4", "int4").index(row[0]))
+    columns = ("weights", "cache", "ms a step", "of it linear", "of the copy rate", "of it attention", "weights, GB")
     return f"{markdown(columns, rows)}\nSources: {', '.join(sources)}.\n"
 
 
@@ -386,7 +408,8 @@ SECTIONS = {
     "decode summary": decode_summary, "kernel summary": kernel_summary, "method summary": method_summary,
     "sampling summary": sampling_summary, "capacity summary": capacity_summary, "paper summary": paper_summary,
     "decode tables": decode_tables, "kernel tables": kernel_tables,
-    "fp8 summary": fp8_summary, "float8 steps": float8_steps,
+    "fp8 summary": fp8_summary, "float8 steps": float8_steps, "quantised steps": quantised_steps,
+    "weights summary": weights_summary,
     "needle summary": needle_summary, "flat summary": flat_summary,
     "equal bytes summary": equal_bytes_summary, "steps summary": steps_summary, "index": index,
 }  # fmt: skip

@@ -48,7 +48,10 @@ def join_linears(gm: fx.GraphModule) -> int:
     """Rewrite every linear layer of those forms; returns how many there were."""
     groups: dict[tuple, list[Layer]] = {}
     for node in gm.graph.nodes:
-        if (layer := _packed_layer(node) or _layer(node)) is not None:
+        if node.op != "call_function":
+            continue
+        is_packed = node.target is torch.ops.tidal.linear.default
+        if (layer := _packed_layer(node) if is_packed else _layer(node)) is not None:
             groups.setdefault((node.args[0], layer.bias is not None, layer.kind), []).append(layer)
     for layers in groups.values():
         for first in range(0, len(layers), MOST):
@@ -59,10 +62,10 @@ def join_linears(gm: fx.GraphModule) -> int:
 
 
 def _packed_layer(node: fx.Node) -> Layer | None:
-    """The layer that a `PackedLinear` put into the graph."""
-    if node.op != "call_function" or node.target is not torch.ops.tidal.linear.default:
+    """The layer that a `PackedLinear` put into the graph, if others may join it."""
+    x, (weight,), bias, (scale,) = node.args
+    if _is_overwritten(x):
         return None
-    _, (weight,), bias, (scale,) = node.args
     values = weight.meta["example_value"], scale.meta["example_value"]
     kind = values[0].dtype, values[0].dtype == torch.int32 and tuple(values[1].shape[1:])
     return Layer(node, weight, bias[0] if bias else None, scale, kind)
@@ -78,7 +81,7 @@ def _layer(node: fx.Node) -> Layer | None:
 
 def _is_supported(node: fx.Node) -> bool:
     """Whether a node is a linear layer that `tidal::linear` can compute."""
-    if node.op != "call_function" or target_name(node) != "linear":
+    if target_name(node) != "linear":
         return False
     x, weight, bias = node.args[0], node.args[1], _bias(node)
     parameters = [weight] if bias is None else [weight, bias]
@@ -91,8 +94,13 @@ def _is_supported(node: fx.Node) -> bool:
         all(_is_input(parameter) for parameter in parameters)
         and all(_is_plain(value) and value.dtype == x_value.dtype and value.is_contiguous() for value in values)
         and x_value.numel() <= most_tokens(x_value.dtype) * x_value.shape[-1]
-        and not any(user.op == "call_method" and user.target.endswith("_") for user in x.users)  # overwrites x
+        and not _is_overwritten(x)
     )
+
+
+def _is_overwritten(x: fx.Node) -> bool:
+    """Whether a method writes into x, so that two layers may read other numbers in it."""
+    return any(user.op == "call_method" and user.target.endswith("_") for user in x.users)
 
 
 def _is_int8(node: fx.Node) -> bool:

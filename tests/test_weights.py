@@ -136,6 +136,24 @@ def _joined(gm):
     return gm
 
 
+def test_layers_around_a_write_into_their_input_stay_apart():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            held = packing.Held(*weight_of(8, 128, 128, torch.bfloat16)[:2])
+            self.first, self.second = packing.PackedLinear(held, 128), packing.PackedLinear(held, 128)
+
+        def forward(self, x):
+            x = x * 2
+            first = self.first(x)
+            x.add_(1)
+            return first + self.second(x)
+
+    model, x = Around(), torch.randn(1, 128, device=DEVICE).bfloat16()
+    found = torch.compile(model, backend=lambda gm, _: _joined(gm), fullgraph=True)(x)
+    assert torch.equal(found, model(x)) and not torch.equal(found, model.first(2 * x) + model.second(2 * x))
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_policy_with_packed_weights(kind):
