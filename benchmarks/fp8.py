@@ -48,7 +48,7 @@ def compared(found: torch.Tensor, right: torch.Tensor, labels: torch.Tensor) -> 
 def main(
     model: str = "smollm2",
     policy: Annotated[str, typer.Option(help="Beside full.")] = "smollm2",
-    weights: Annotated[str, typer.Option(help="int8 or int4: of all cases; compared with those as they are.")] = "auto",
+    weights: Annotated[str, typer.Option(help="int8, int4 or int4-32: of all cases.")] = "auto",
     length: Annotated[int, typer.Option(help="Tokens of a passage, and of a prompt.")] = 2048,
     last: Annotated[int, typer.Option(help="Of them, those that are decoded.")] = 256,
     passages: int = 4,

@@ -113,7 +113,9 @@ def measured(model: Any, cache: Any, policy: str, batch: int, steps: int) -> dic
 
 def main(
     model: str = "random:llama-3.1-8b",
-    weights: Annotated[list[str], typer.Option(help="auto, int8, int4, torchao-int8 or torchao-int4; repeat.")] = (
+    weights: Annotated[
+        list[str], typer.Option(help="auto, int8, int4, int4-32, torchao-int8, torchao-int4; repeat.")
+    ] = (
         "auto",
         "int8",
         "int4",

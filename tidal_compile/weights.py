@@ -175,8 +175,8 @@ def of_tiles(tiles: Tensor) -> Tensor:
 
 
 def quantise(model: nn.Module, kind: str) -> nn.Module:
-    """Quantise all linear layers to `int8` (a scale a row) or `int4` (a scale and an offset for 128 columns, or for 64
-    or 32 where these divide them), through torchao, and pack them. `auto` leaves them.
+    """Quantise all linear layers to `int8` (a scale a row), `int4` (a scale and an offset for 128 columns, or for 64 or
+    32 where these divide them) or `int4-32` (for 32 columns), through torchao, and pack them. `auto` leaves them.
 
     Raises `TidalError` without torchao, and for another kind.
     """
@@ -189,14 +189,14 @@ def quantise(model: nn.Module, kind: str) -> nn.Module:
         raise TidalError(f"--weights {kind} needs torchao: pip install torchao") from None
     if kind == "int8":
         quantize_(model, Int8WeightOnlyConfig())
-    elif kind == "int4":
-        for group in (128, 64, 32):
+    elif kind in ("int4", "int4-32"):
+        for group in (128, 64, 32) if kind == "int4" else (32,):
             config = IntxWeightOnlyConfig(torch.int4, PerGroup(group), MappingType.ASYMMETRIC)
             quantize_(
                 model, config, lambda module, _, group=group: _is_plain(module) and not module.in_features % group
             )
     else:
-        raise TidalError(f"weights must be auto, int8 or int4; found {kind!r}")
+        raise TidalError(f"weights must be auto, int8, int4 or int4-32; found {kind!r}")
     pack_weights(model)
     return model
 

@@ -52,11 +52,12 @@ class Weights(StrEnum):
     auto = "auto"
     int8 = "int8"
     int4 = "int4"
+    int4_32 = "int4-32"
 
 
 WeightsOption = Annotated[
     Weights,
-    typer.Option(help="How linear layers are stored: int8 or int4, through torchao; auto is as they are loaded."),
+    typer.Option(help="How linear layers are stored: int8, int4 or int4-32, through torchao; auto: as loaded."),
 ]
 CacheOption = Annotated[
     CacheKind, typer.Option(help="How keys and values are stored: auto is the number format, fp8 half of it.")
@@ -79,8 +80,10 @@ def where(device: str, dtype: DType) -> tuple[str, Any]:
 
 def check_weights(weights: Weights, dtype: Any) -> None:
     """Raise `TidalError` for weights in int4 and a number format that they don't go with."""
-    if weights == Weights.int4 and dtype.itemsize != 2:
-        raise TidalError(f"--weights int4 wants a 16-bit number format; found {dtype}: pass --dtype bfloat16")
+    if weights in (Weights.int4, Weights.int4_32) and dtype.itemsize != 2:
+        raise TidalError(
+            f"--weights {weights.value} wants a 16-bit number format; found {dtype}: pass --dtype bfloat16"
+        )
 
 
 def check_positions(config: Any, model: str, context: int, what: str, more: int, option: str = "--context") -> None:
