@@ -103,7 +103,6 @@ def half_model(**changes):
 
 def test_packed_layers_share_a_launch_and_equal_the_dense_model():
     """A compiled step, and a prompt of more tokens than a launch takes; weights beyond int4's."""
-    pytest.importorskip("torchao")
     model = packing.quantise(half_model(attention_bias=True), "int4")
     dense = copy.deepcopy(model).float()
     for name, layer in list(dense.named_modules()):
@@ -157,7 +156,6 @@ def test_layers_around_a_write_into_their_input_stay_apart():
 @pytest.mark.compiled
 @pytest.mark.parametrize("kind", ["int8", "int4-32"])
 def test_a_policy_with_packed_weights(kind):
-    pytest.importorskip("torchao")
     model = packing.quantise(half_model(), kind)
     prompt, tokens = random_tokens(1, 30).to(DEVICE), random_tokens(1, 4, seed=2).to(DEVICE)
     step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "full", "linears": True})
@@ -171,6 +169,21 @@ def test_a_policy_with_packed_weights(kind):
     assert kind == "int8" or model.lm_head.scales.shape[1] == 4  # groups of 128 columns
     layer, x = model.model.layers[0].mlp.down_proj, torch.randn(1, 192, device=DEVICE)
     torch.testing.assert_close(layer(x), x @ layer.weight.float().T, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "levels"), [("int8", 127), ("int4", 7.5), ("int4-32", 7.5)])
+def test_rounding(kind, levels):
+    """To the nearest level: half a level off at most, beside what 16 bits round scale and offset by. A row of zeros."""
+    layer = nn.Sequential(nn.Linear(192, 24, dtype=torch.float16))
+    layer[0].weight.data[3] = 0
+    weight = layer[0].weight.float()
+    packing.quantise(layer, kind)
+    groups = layer[0].scales.shape[1]
+    assert groups == {"int8": 1, "int4": 3, "int4-32": 6}[kind]
+    wide = weight.unflatten(1, (groups, -1))
+    span = wide.abs().amax(-1) * 2 if kind == "int8" else wide.amax(-1) - wide.amin(-1)
+    error = (layer[0].weight.float() - weight).unflatten(1, (groups, -1)).abs().amax(-1)
+    assert (error <= span / (4 * levels) * 1.05 + 2e-4).all() and error.max() > 0
 
 
 def test_every_form_of_torchao():
@@ -274,9 +287,12 @@ def test_compressed_tensors(symmetric):
 def test_what_can_not_be_packed():
     with pytest.raises(tc.TidalError, match="found linear layers: 1 of Parameter|found linear layers: 1 of Tensor"):
         tc.pack_weights(nn.Sequential(nn.Linear(8, 8)))
-    with pytest.raises(tc.TidalError, match="weights must be auto, int8, int4 or int4-32; found 'int2'"):
+    with pytest.raises(tc.TidalError, match="weights must be auto, int8, int4, int4-32; found 'int2'"):
         packing.quantise(nn.Sequential(nn.Linear(8, 8)), "int2")
-    pytest.importorskip("torchao")
+    with pytest.raises(
+        tc.TidalError, match="layer '0': weights in int4 want a 16-bit number format; found torch.float32"
+    ):
+        packing.quantise(nn.Sequential(nn.Linear(32, 8)), "int4")
     layer = nn.Sequential(nn.Linear(64, 8, dtype=torch.bfloat16))
     layer[0].register_forward_hook(lambda *_: None)
     with pytest.raises(tc.TidalError, match="layer '0' has hooks"):

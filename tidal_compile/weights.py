@@ -77,12 +77,7 @@ def pack_weights(model: nn.Module) -> int:
             if isinstance(module, nn.Linear):
                 others[type(getattr(module.weight, "data", module.weight)).__name__] += 1
             continue
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise TidalError(
-                f"pack_weights: layer {name!r} has hooks, as where a model is divided among ranks or devices"
-            )
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, PackedLinear(held, module.in_features, module.bias))
+        _replace(model, name, module, held)
         found += 1
     if not found:
         kinds = ", ".join(f"{count} of {kind}" for kind, count in others.items()) or "none"
@@ -174,33 +169,52 @@ def of_tiles(tiles: Tensor) -> Tensor:
     return numbers.reshape(len(tiles) * 8, -1)
 
 
+@torch.no_grad()
 def quantise(model: nn.Module, kind: str) -> nn.Module:
-    """Quantise all linear layers to `int8` (a scale a row), `int4` (a scale and an offset for 128 columns, or for 64 or
-    32 where these divide them) or `int4-32` (for 32 columns), through torchao, and pack them. `auto` leaves them.
+    """Round the weights of all linear layers to `int8` (a scale a row), `int4` (a scale and an offset for 128 columns,
+    or for 64 or 32 where these divide them) or `int4-32` (for 32 columns). `auto` leaves them.
 
-    Raises `TidalError` without torchao, and for another kind.
+    In int4, layers whose columns 32 doesn't divide stay. Raises `TidalError` for another kind.
     """
-    if kind == "auto":
-        return model
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
-        from torchao.quantization.quant_primitives import MappingType
-    except ImportError:
-        raise TidalError(f"--weights {kind} needs torchao: pip install torchao") from None
-    if kind == "int8":
-        quantize_(model, Int8WeightOnlyConfig())
-    elif kind in ("int4", "int4-32"):
-        for group in (128, 64, 32) if kind == "int4" else (32,):
-            config = IntxWeightOnlyConfig(torch.int4, PerGroup(group), MappingType.ASYMMETRIC)
-            quantize_(
-                model, config, lambda module, _, group=group: _is_plain(module) and not module.in_features % group
-            )
-    else:
-        raise TidalError(f"weights must be auto, int8, int4 or int4-32; found {kind!r}")
-    pack_weights(model)
+    groups = {"auto": (), "int8": (1,), "int4": (128, 64, 32), "int4-32": (32,)}
+    if kind not in groups:
+        raise TidalError(f"weights must be {', '.join(groups)}; found {kind!r}")
+    for name, module in list(model.named_modules()):
+        group = next((group for group in groups[kind] if _is_plain(module) and module.in_features % group == 0), None)
+        if group is not None:
+            held = as_rounded_int8(module.weight) if kind == "int8" else as_rounded_int4(module.weight, group)
+            _replace(model, name, module, held)
     return model
+
+
+def as_rounded_int8(weight: Tensor) -> Held:
+    """A weight `[N, K]` in int8: each row's largest number is 127 scales."""
+    scale = (
+        (weight.abs().amax(1, keepdim=True).float() / 127).to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
+    )
+    return Held((weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale)
+
+
+def as_rounded_int4(weight: Tensor, group: int) -> Held | None:
+    """A weight `[N, K]` in int4: the smallest number of each group of columns is 0, and the largest 15."""
+    columns = weight.float().unflatten(1, (-1, group))  # [N, groups, group]
+    low, high = columns.amin(-1), columns.amax(-1)
+    scale = ((high - low) / 15).to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
+    offset = (low + 8 * scale.float()).to(weight.dtype)
+    numbers = (columns - offset.float()[..., None]) / scale.float()[..., None] + 8
+    return as_int4(numbers.round().clamp(0, 15).flatten(1), scale, offset, group, weight.shape)
 
 
 def _is_plain(module: Any) -> bool:
     """Whether a module is a linear layer that isn't quantised yet."""
     return isinstance(module, nn.Linear) and type(module.weight.data) is Tensor
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module, held: Held | None) -> None:
+    """Put a `PackedLinear` in a layer's place."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise TidalError(f"layer {name!r} has hooks, as where a model is divided among ranks or devices")
+    if held is None:
+        raise TidalError(f"layer {name!r}: weights in int4 want a 16-bit number format; found {module.weight.dtype}")
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, PackedLinear(held, module.in_features, module.bias))

@@ -57,7 +57,7 @@ class Weights(StrEnum):
 
 WeightsOption = Annotated[
     Weights,
-    typer.Option(help="How linear layers are stored: int8, int4 or int4-32, through torchao; auto: as loaded."),
+    typer.Option(help="How linear layers are stored: int8, int4 or int4-32; auto: as they are loaded."),
 ]
 CacheOption = Annotated[
     CacheKind, typer.Option(help="How keys and values are stored: auto is the number format, fp8 half of it.")
