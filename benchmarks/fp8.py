@@ -4,8 +4,8 @@ policy.
 `python benchmarks/fp8.py --model smollm2 --policy smollm2` reads passages of a text densely, all their keys and values
 through the cache, and decodes their last tokens densely or under the policy: KL in nats to the dense model over a cache
 in the number format, how often the likeliest token is the same, and perplexity. And it asks for pass keys at several
-depths: how many answers are right, and how many are the same text. With `--weights int4`, the
-weights of all cases are quantised, and compared with the dense model as it is.
+depths: how many answers are right, and how many are the same text. With `--weights int4`, the weights of all cases are
+quantised, and compared with the dense model as it is.
 """
 
 import json
@@ -103,14 +103,8 @@ def main(
             }
         )  # fmt: skip
         print(records[-1])
-    about = {
-        "model": model,
-        "weights": weights,
-        "length": length,
-        "last": last,
-        "passages": passages,
-        "prompts": prompts,
-    }
+    about = {"model": model, "weights": weights, "length": length, "last": last}
+    about |= {"passages": passages, "prompts": prompts}
     result = {"kind": "fp8", **about, "dtype": str(dtype)[6:], **provenance(device), "records": records}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")

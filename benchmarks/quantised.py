@@ -115,11 +115,7 @@ def main(
     model: str = "random:llama-3.1-8b",
     weights: Annotated[
         list[str], typer.Option(help="auto, int8, int4, int4-32, torchao-int8, torchao-int4; repeat.")
-    ] = (
-        "auto",
-        "int8",
-        "int4",
-    ),
+    ] = ("auto", "int8", "int4"),
     cache: Annotated[list[str], typer.Option(help="auto or fp8; repeat.")] = ("auto", "fp8"),
     policy: Annotated[list[str], typer.Option(help="Repeat.")] = ("full", "tidal"),
     context: int = 100_000,

@@ -285,6 +285,12 @@ def test_compressed_tensors(symmetric):
 
 
 def test_what_can_not_be_packed():
+    other = nn.Linear(8, 8)
+    del other.weight
+    other.quantization_scheme = SimpleNamespace(weights=SimpleNamespace(num_bits=8, type="int"), input_activations=None)
+    other.weight_packed = torch.zeros(8, 2, dtype=torch.int32)
+    with pytest.raises(tc.TidalError, match="found linear layers: 1 of weight_packed"):
+        tc.pack_weights(nn.Sequential(other))
     with pytest.raises(tc.TidalError, match="found linear layers: 1 of Parameter|found linear layers: 1 of Tensor"):
         tc.pack_weights(nn.Sequential(nn.Linear(8, 8)))
     with pytest.raises(tc.TidalError, match="weights must be auto, int8, int4, int4-32; found 'int2'"):

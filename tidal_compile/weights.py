@@ -75,7 +75,8 @@ def pack_weights(model: nn.Module) -> int:
         held = of_compressed_tensors(module) if hasattr(module, "weight_packed") else of_torchao(module)
         if held is None:
             if isinstance(module, nn.Linear):
-                others[type(getattr(module.weight, "data", module.weight)).__name__] += 1
+                weight = getattr(module, "weight", None)  # compressed-tensors' layers have none
+                others["weight_packed" if weight is None else type(weight.data).__name__] += 1
             continue
         _replace(model, name, module, held)
         found += 1
@@ -112,22 +113,17 @@ def of_torchao(module: nn.Module) -> Held | None:
 
 def of_compressed_tensors(module: nn.Module) -> Held | None:
     """The weight of a layer that compressed-tensors holds as pack-quantized, in 4 bits."""
-    args, inputs = module.quantization_scheme.weights, module.quantization_scheme.input_activations
-    if (
-        args.num_bits != 4
-        or args.type != "int"
-        or inputs is not None
-        or getattr(module, "weight_g_idx", None) is not None
-    ):
+    scheme, order = module.quantization_scheme, getattr(module, "weight_g_idx", None)
+    args = scheme.weights
+    if (args.num_bits, args.type) != (4, "int") or scheme.input_activations is not None or order is not None:
         return None
     shape = torch.Size(module.weight_shape.tolist())
     scale = module.weight_scale.float()  # [N, groups]
     offset = torch.zeros_like(scale)
     if not args.symmetric:
         offset = (8 - _fours(module.weight_zero_point.T).T[: len(scale)]) * scale
-    return as_int4(
-        _fours(module.weight_packed), scale, offset, shape[1] // scale.shape[1], shape, module.weight_scale.dtype
-    )
+    group = shape[1] // scale.shape[1]
+    return as_int4(_fours(module.weight_packed), scale, offset, group, shape, module.weight_scale.dtype)
 
 
 def _fours(words: Tensor) -> Tensor:
