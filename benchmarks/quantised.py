@@ -27,7 +27,7 @@ from tidal_compile.run import random_cache, take_back
 from tidal_compile.weights import PackedLinear, quantise
 
 ATTENTION = ("_scan", "_gather", "_merge", "_merge_and_prepare", "_emit", "_sift", "_rank", "_take_turns")
-LINEAR = ("_row", "_rows", "_row_int4", "_rows_int4", "tinygemm", "gemv", "gemm")
+LINEAR = ("_row", "_rows", "_linear_int4", "tinygemm", "gemv", "gemm")
 WRONG = 0.1  # a relative error of logits that no rounding explains
 
 

@@ -188,7 +188,7 @@ def _(x, weights, biases, scales):
 @linear.register_fake
 def _(x, weights, biases, scales):
     _check_linear(x, weights, biases, scales)
-    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
+    return x.new_empty((*x.shape[:-1], sum(_rows_of(weights))))
 
 
 def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor]) -> None:
@@ -200,43 +200,55 @@ def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales
             f"tidal: linear takes 1 to 3 weights, and as many biases and scales or none; found {len(weights)} weights, "
             f"{len(biases)} biases and {len(scales)} scales"
         )
-    stored = x.dtype if not scales else torch.int32 if weights[0].dtype == torch.int32 else torch.int8
-    columns = x.shape[-1]
-    if stored == torch.int32:
-        columns = weights[0].shape[-1]
+    if scales and weights[0].dtype == torch.int16:
         _check_int4(x, weights, scales)
-    for weight in weights:
-        if weight.dim() != 2 or weight.shape[1] != columns or not weight.is_contiguous() or weight.dtype != stored:
-            raise ValueError(
-                f"tidal: a weight must be contiguous {stored} [N, {columns}]; found {weight.dtype} "
-                f"{tuple(weight.shape)} with strides {weight.stride()}"
-            )
-    for weight, bias in zip(weights, biases, strict=False):
-        if bias.shape != weight.shape[:1] or not bias.is_contiguous():
-            raise ValueError(f"tidal: a bias must be contiguous [{weight.shape[0]}]; found {tuple(bias.shape)}")
-    for weight, scale in zip(weights, scales if stored == torch.int8 else [], strict=False):
-        if scale.shape not in ((weight.shape[0],), (weight.shape[0], 1)) or not scale.is_contiguous():
-            raise ValueError(
-                f"tidal: a scale must be contiguous [{weight.shape[0]}] or [{weight.shape[0]}, 1]; found "
-                f"{tuple(scale.shape)}"
-            )
+    else:
+        stored = torch.int8 if scales else x.dtype
+        for weight in weights:
+            wrong = weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not weight.is_contiguous()
+            if wrong or weight.dtype != stored:
+                raise ValueError(
+                    f"tidal: a weight must be contiguous {stored} [N, {x.shape[-1]}]; found {weight.dtype} "
+                    f"{tuple(weight.shape)} with strides {weight.stride()}"
+                )
+        for weight, scale in zip(weights, scales, strict=False):
+            if scale.shape not in ((weight.shape[0],), (weight.shape[0], 1)) or not scale.is_contiguous():
+                raise ValueError(
+                    f"tidal: a scale must be contiguous [{weight.shape[0]}] or [{weight.shape[0]}, 1]; found "
+                    f"{tuple(scale.shape)}"
+                )
+    for rows, bias in zip(_rows_of(weights), biases, strict=False):
+        if bias.shape != (rows,) or not bias.is_contiguous():
+            raise ValueError(f"tidal: a bias must be contiguous [{rows}]; found {tuple(bias.shape)}")
+
+
+def _rows_of(weights: list[Tensor]) -> list[int]:
+    """Rows of each weight: those in int4 are held in tiles of 16."""
+    return [len(weight) * (16 if weight.dtype == torch.int16 else 1) for weight in weights]
 
 
 def _check_int4(x: Tensor, weights: list[Tensor], scales: list[Tensor]) -> None:
-    columns = weights[0].shape[-1] * 8
+    blocks = weights[0].shape[1]
     for weight, scale in zip(weights, scales, strict=True):
-        groups = scale.shape[1] if scale.dim() == 3 else 0
-        group = columns // groups if groups and columns % groups == 0 else 0
-        fits = scale.shape == (weight.shape[0], scales[0].shape[1], 2) and scale.is_contiguous()
-        if not fits or scale.dtype != x.dtype or not (group in (32, 64) or (group and group % 128 == 0)):
+        if weight.dtype != torch.int16 or weight.shape[1:] != (blocks, 512) or not weight.is_contiguous():
             raise ValueError(
-                f"tidal: scales of int4 weights must be contiguous {x.dtype} [{weight.shape[0]}, groups, 2], for 32, "
-                f"64 or columns that 128 divides of {columns}, all alike; found {scale.dtype} {tuple(scale.shape)}"
+                f"tidal: weights in int4 must be contiguous int16 [tiles, {blocks}, 512]; found {weight.dtype} "
+                f"{tuple(weight.shape)}"
             )
-    if not columns - max(128, group) < x.shape[-1] <= columns or x.dtype.itemsize != 2:
+        groups, in_block = (scale.shape[1], scale.shape[3]) if scale.dim() == 5 else (0, 0)
+        fits = in_block in (1, 2, 4) and groups and blocks % groups == 0 and (in_block == 1 or groups == blocks)
+        alike = scale.shape == (len(weight), *scales[0].shape[1:]) and scale.shape[2:] == (16, in_block, 2)
+        if not fits or not alike or scale.dtype != x.dtype or not scale.is_contiguous():
+            raise ValueError(
+                f"tidal: scales of int4 weights must be contiguous {x.dtype} [{len(weight)}, groups, 16, 1, 2] with "
+                f"groups that divide {blocks}, or [{len(weight)}, {blocks}, 16, 2 or 4, 2], all alike; found "
+                f"{scale.dtype} {tuple(scale.shape)}"
+            )
+    group = reference.group_of(weights[0], scales[0])
+    if not blocks * 128 - max(128, group) < x.shape[-1] <= blocks * 128 or x.dtype.itemsize != 2:
         raise ValueError(
-            f"tidal: x must have a 16-bit format and the {columns} columns of int4 weights, or less where their last "
-            f"block isn't full; found {x.dtype} {tuple(x.shape)}"
+            f"tidal: x must have a 16-bit format and the {blocks * 128} columns of int4 weights, or less where their "
+            f"last block isn't full; found {x.dtype} {tuple(x.shape)}"
         )
 
 
@@ -245,7 +257,7 @@ def dense_weight(held: Tensor, scales: Tensor, columns: int) -> Tensor:
     """The weight `[N, columns]` that int8 or int4 numbers stand for (see `linear`), in the scales' dtype."""
     from .triton import int4
 
-    if held.dtype == torch.int32:
+    if held.dtype == torch.int16:
         return int4.dense_weight(held, scales, columns)
     return reference.dense_weight(held, scales, columns).to(scales.dtype)
 
@@ -257,7 +269,7 @@ def _(held, scales, columns):
 
 @dense_weight.register_fake
 def _(held, scales, columns):
-    return scales.new_empty(held.shape[0], columns)
+    return scales.new_empty(_rows_of([held])[0], columns)
 
 
 def _check(given: Call | Selection | Method) -> None:

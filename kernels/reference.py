@@ -9,6 +9,8 @@ The reference reads the live length on the host, which costs nothing on a CPU, a
 beyond it. What is marked "on any device" doesn't, and is captured in CUDA graphs.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -97,7 +99,7 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[
     """Up to 3 linear layers of a few tokens: `x [..., K]`, weights `[Ni, K]` -> joined `[..., N1 + N2 + N3]`.
 
     Weights in int8 have `scales`, one tensor `[N]` or `[N, 1]` each: what every row is multiplied by. Those in int4
-    are int32 `[N, K' / 8]` (see `packed`), and their scales `[N, groups, 2]` (see `unpacked`).
+    are int16 `[N / 16, K' / 128, 512]`, and so are their scales (see `packed`).
     """
     if scales:
         weights = [
@@ -114,33 +116,51 @@ def dense_weight(held: Tensor, scales: Tensor, columns: int) -> Tensor:
     return unpacked(held, scales)[:, :columns]
 
 
-def block_of(group: int) -> int:
-    """Columns of a block of int4 words, for groups of so many columns that have a scale: 32, 64, or divided by 128."""
-    return min(group, 128)
+def group_of(held: Tensor, scales: Tensor) -> int:
+    """How many columns of a weight in int4 have one scale: 32, 64, or divided by 128. See `packed`."""
+    groups, in_block = scales.shape[1], scales.shape[3]
+    return 128 // in_block if in_block > 1 else held.shape[1] // groups * 128
 
 
-def packed(numbers: Tensor, group: int) -> Tensor:
-    """Numbers from 0 to 15 `[N, K]`, K divided by the group, as int32 `[N, K / 8]`. On any device.
+def packed(numbers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers from 0 to 15 `[N, K]`, and pairs of scale and offset `[N, groups, 2]`, for (number - 8) * scale + offset.
 
-    Word i of a block (`block_of`: 8 w columns) has the number of its column p w + i in the bits from 4 p on: so words
-    side by side have columns side by side, and four of them are of one group.
+    As kernels read them: int16 `[N / 16, K / 128, 512]`, and the pairs `[N / 16, groups, 16, 1, 2]`, or `[N / 16,
+    K / 128, 16, 2 or 4, 2]` where a block of 128 columns has 2 or 4 groups. N is filled up to whole tiles of 16 rows,
+    and K to whole blocks and groups. On any device.
+
+    Words stand as the tensor cores take 16 rows and columns, of which lane 4 g + t has columns 2 t, 2 t + 1 and those 8
+    later of rows g and g + 8: word 8 (4 (8 h + g) + t) + 4 u + 2 v + w of a tile and block is of row 8 h + g, and has
+    the number of column 32 j + 16 u + 8 v + 2 t + w in the bits from 4 j on.
     """
-    blocks = numbers.to(torch.int32).view(len(numbers), -1, 8, block_of(group) // 8)
-    words = blocks[:, :, 0].clone()
-    for place in range(1, 8):
-        words |= blocks[:, :, place] << (4 * place)
-    return words.view(len(numbers), -1)
+    groups = scales.shape[1]
+    group = numbers.shape[1] // groups
+    in_block, whole = max(1, 128 // group), math.lcm(128, group)
+    numbers = fill(fill(numbers, 0, 16), 1, whole)
+    scales = fill(fill(scales, 0, 16), 1, whole // group)
+    tiles = numbers.to(torch.int32).view(-1, 2, 8, numbers.shape[1] // 128, 4, 2, 2, 4, 2)
+    tiles = tiles.permute(0, 3, 1, 2, 7, 5, 6, 8, 4)  # [., ., h, g, t, u, v, w, j]
+    words = sum(tiles[..., place] << (4 * place) for place in range(4))
+    words = torch.where(words < 2**15, words, words - 2**16).to(torch.int16)
+    pairs = scales.view(len(scales) // 16, 16, -1, in_block, 2).transpose(1, 2)
+    return words.reshape(len(words), -1, 512), pairs.contiguous()
+
+
+def fill(tensor: Tensor, dim: int, multiple: int) -> Tensor:
+    """A tensor with zeros at its end, so that `multiple` divides its size."""
+    missing = -tensor.shape[dim] % multiple
+    shape = [*tensor.shape[:dim], missing, *tensor.shape[dim + 1 :]]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim) if missing else tensor
 
 
 def unpacked(words: Tensor, scales: Tensor) -> Tensor:
-    """The weight `[N, K]` in float32 of numbers that are `packed`: (number - 8) * scale + offset, with both in
-    `scales [N, groups, 2]`, for K / groups columns each. On any device.
-    """
-    group = words.shape[1] * 8 // scales.shape[1]
-    shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
-    numbers = (words.view(len(words), -1, 1, block_of(group) // 8) >> shifts[:, None]) & 15
-    scale, offset = scales.float()[..., None].unbind(2)
-    return ((numbers.view(*scale.shape[:2], -1) - 8) * scale + offset).view(len(words), -1)
+    """The weight `[N, K]` in float32 of numbers that are `packed`. On any device."""
+    shifts = torch.arange(0, 16, 4, device=words.device)
+    numbers = (words.int().view(*words.shape[:2], 2, 8, 4, 2, 2, 2, 1) >> shifts) & 15
+    numbers = numbers.permute(0, 2, 3, 1, 8, 5, 6, 4, 7).reshape(len(words) * 16, -1)
+    pairs = scales.float().transpose(1, 2).reshape(len(numbers), -1, 2)
+    scale, offset = pairs.repeat_interleave(group_of(words, scales), 1).unbind(-1)
+    return (numbers - 8) * scale + offset
 
 
 def most_tokens(dtype: torch.dtype) -> int:

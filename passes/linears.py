@@ -67,7 +67,7 @@ def _packed_layer(node: fx.Node) -> Layer | None:
     if _is_overwritten(x):
         return None
     values = weight.meta["example_value"], scale.meta["example_value"]
-    kind = values[0].dtype, values[0].dtype == torch.int32 and tuple(values[1].shape[1:])
+    kind = values[0].dtype, values[0].dtype == torch.int16 and tuple(values[1].shape[1:])
     return Layer(node, weight, bias[0] if bias else None, scale, kind)
 
 

@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from tidal_compile.kernels.call import Call, Selection
 from tidal_compile.kernels.methods.lsh import Lsh
+from tidal_compile.kernels.reference import packed
 from tidal_compile.kernels.triton import dense, int4, linear, lsh, pages, pick, select, sparse, split, topk
 
 TYPES = {
@@ -62,15 +63,20 @@ def compile_quantised_linears():
     for tokens, dtype in ((1, torch.bfloat16), (5, torch.float16), (1, torch.float32)):
         weight, scale = torch.zeros(64, 512, dtype=torch.int8), torch.zeros(64, 1)
         linear.linear(torch.zeros(tokens, 512, dtype=dtype), [weight] * 2, [], [scale] * 2)
-    for tokens, dtype, groups, weights in (
-        (1, torch.bfloat16, 8, 3),
-        (1, torch.float16, 16, 1),
-        (7, torch.bfloat16, 1, 2),
+    for tokens, dtype, groups, rows, columns in (
+        (1, torch.bfloat16, 16, 64, 512),
+        (1, torch.float16, 1, 64, 512),
+        (1, torch.bfloat16, 34, 16 * 128, 34 * 128),
+        (7, torch.bfloat16, 4, 16 * 384, 512),
+        (16, torch.float16, 4, 16 * 1024, 512),
+        (3, torch.bfloat16, 8, 64, 512),
     ):
-        held, scale = torch.zeros(64, 64, dtype=torch.int32), torch.zeros(64, groups, 2, dtype=dtype)
-        bias = [torch.zeros(64, dtype=dtype)] * weights if groups == 8 else []
-        linear.linear(torch.zeros(tokens, 512, dtype=dtype), [held] * weights, bias, [scale] * weights)
-        int4.dense_weight(held, scale, 500)
+        pairs = torch.zeros(rows, groups, 2, dtype=dtype)
+        held, scale = packed(torch.zeros(rows, columns, dtype=torch.int32), pairs)
+        weights, bias = (3, [torch.zeros(rows, dtype=dtype)] * 3) if groups == 16 else (1, [])
+        x = torch.zeros(tokens, columns, dtype=dtype)
+        linear.linear(x, [held] * weights, bias, [scale] * weights)
+        int4.dense_weight(held, scale, columns - 12)
 
 
 def compile_attention():

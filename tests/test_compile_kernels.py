@@ -12,6 +12,6 @@ def test_every_kernel_compiles_for_hopper():
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (
-        "_attend _dense_int4 _emit _gather _hash _merge _merge_and_prepare _pick _prepare _rank _row _row_int4 _rows "
-        "_rows_int4 _sample _scan _score_chosen _score_pages _sift _spread _take_turns" in done.stdout
+        "_attend _dense_int4 _emit _gather _hash _linear_int4 _merge _merge_and_prepare _pick _prepare _rank _row _rows "
+        "_sample _scan _score_chosen _score_pages _sift _spread _take_turns" in done.stdout
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import TidalError
 from .kernels import ops as _ops  # noqa: F401  registers the operators
-from .kernels.reference import most_tokens, packed
+from .kernels.reference import fill, most_tokens, packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ class PackedLinear(nn.Module):
     a launch; more tokens, and those of another dtype than a weight in int4 was made for, by what it stands for.
     """
 
-    def __init__(self, held: Held, in_features: int, bias: Tensor | None = None) -> None:
+    def __init__(self, held: Held, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, held.weight.shape[0]
+        self.in_features, self.out_features = in_features, out_features
         self.register_buffer("held", held.weight)
         self.register_buffer("scales", held.scales)
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -43,12 +43,15 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight that is stood for `[out_features, in_features]`, made anew at each call."""
-        return torch.ops.tidal.dense_weight.default(self.held, self.scales, self.in_features)
+        return torch.ops.tidal.dense_weight.default(self.held, self.scales, self.in_features)[: self.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., out_features]`."""
         fits = self.held.dtype == torch.int8 or x.dtype == self.scales.dtype
         if fits and 0 < x.numel() // self.in_features <= most_tokens(x.dtype):
+            if self.held.dtype == torch.int16 and self.out_features % 16:  # the rest of a tile
+                out = torch.ops.tidal.linear.default(x, [self.held], [], [self.scales])[..., : self.out_features]
+                return out if self.bias is None else out + self.bias
             biases = [] if self.bias is None else [self.bias]
             return torch.ops.tidal.linear.default(x, [self.held], biases, [self.scales])
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
@@ -147,10 +150,9 @@ def as_int4(
         group = math.ceil(columns / 128) * 128
     if (group not in (32, 64) and group % 128) or dtype.itemsize != 2:
         return None
-    numbers = numbers[:rows, : groups * group]
-    numbers = nn.functional.pad(numbers, (0, groups * group - numbers.shape[1]))
+    numbers = fill(numbers[:rows, : groups * group], 1, group)
     pairs = torch.stack([scale[:rows, :groups], offset[:rows, :groups]], -1)
-    return Held(packed(numbers, group), pairs.to(dtype).contiguous())
+    return Held(*packed(numbers, pairs.to(dtype)))
 
 
 def of_tiles(tiles: Tensor) -> Tensor:
@@ -213,4 +215,4 @@ def _replace(model: nn.Module, name: str, module: nn.Module, held: Held | None) 
     if held is None:
         raise TidalError(f"layer {name!r}: weights in int4 want a 16-bit number format; found {module.weight.dtype}")
     parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, PackedLinear(held, module.in_features, module.bias))
+    setattr(model.get_submodule(parent), own, PackedLinear(held, module.in_features, module.out_features, module.bias))

@@ -100,13 +100,14 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[
     columns = x.shape[-1]
     tokens = x.numel() // columns
     spare = 3 - len(weights)  # the kernels take three weights, of which the last may have no rows
-    rows = [weight.shape[0] for weight in weights] + [0] * spare
+    is_int4 = weights[0].dtype == torch.int16  # in tiles of 16 rows
+    rows = [len(weight) * (16 if is_int4 else 1) for weight in weights] + [0] * spare
     out = x.new_empty(*x.shape[:-1], sum(rows))
     x = x.contiguous()
     tensors = *weights, *weights[:1] * spare, *(scales or [None] * 3), *scales[:1] * spare
     tensors = *tensors, *(biases or [None] * 3), *biases[:1] * spare
     given = {"HAS_BIAS": bool(biases), **overlap(x.device)}
-    if weights[0].dtype == torch.int32:
+    if is_int4:
         int4.launch(x, tensors, out, tokens, rows, columns, given)
         return out
     given["HAS_SCALE"] = bool(scales)
