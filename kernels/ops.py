@@ -8,7 +8,7 @@
     choose_ranked     (call, selection, worth)        -> index            and the choice, by what all ranks say
     choose_by_<name>  (call, selection, method keys, what it keeps)  -> index      one for each of `methods`,
     attend_by_<name>  (call, selection, method keys, what it keeps)  -> out        or for one that attends by itself
-    linear            (x, weights, biases, scales)    -> out
+    linear            (x, weights, biases, scales, ahead) -> out
     dense_weight      (held, scales, columns)         -> weight           what int8 or int4 numbers stand for
 
 `call` are the fields of a `Call`, `selection` those of a `Selection`, in their order: see `call` for shapes and dtypes.
@@ -169,24 +169,27 @@ by_method = {
 
 
 @torch.library.custom_op("tidal::linear", mutates_args=(), device_types="cuda")
-def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor]) -> Tensor:
+def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor], ahead: list[Tensor]) -> Tensor:
     """The joined outputs of linear layers that share an input of a few tokens; all of them have biases, or none, and
     all are held in int8, or in int4 with groups of one size, or none.
+
+    `ahead` changes no output: nothing, or the int4 weight that the next call reads first, and its scales, of which
+    kernels of int4 bring the first megabytes to the L2 cache.
     """
     from .triton import linear
 
     _check_linear(x, weights, biases, scales)
-    return linear.linear(x, weights, biases, scales)
+    return linear.linear(x, weights, biases, scales, ahead)
 
 
 @linear.register_kernel("cpu")
-def _(x, weights, biases, scales):
+def _(x, weights, biases, scales, ahead):
     _check_linear(x, weights, biases, scales)
     return reference.linear(x, weights, biases, scales)
 
 
 @linear.register_fake
-def _(x, weights, biases, scales):
+def _(x, weights, biases, scales, ahead):
     _check_linear(x, weights, biases, scales)
     return x.new_empty((*x.shape[:-1], sum(_rows_of(weights))))
 

@@ -3,12 +3,13 @@
 Graph in: Dynamo's decode graph, in which every layer calls
 
     linear(x, weight, bias)                                 x [B, 1, K], the weight [N, K] a graph input
-    tidal::linear(x, [held], [bias], [scales])              of a `PackedLinear`
+    tidal::linear(x, [held], [bias], [scales], [])          of a `PackedLinear`
 
 Graph out: the same graph object, edited in place, where up to three of them that read the same x become
 
-    joined = tidal::linear(x, [weights], [biases], [scales]);  joined[..., :N1], joined[..., N1:N1 + N2], ...
+    joined = tidal::linear(x, [weights], [biases], [scales], ahead);  joined[..., :N1], joined[..., N1:N1 + N2], ...
 
+and `ahead` is what the next call reads first, where both are in int4, and nothing between them reads a whole cache.
 A product with few tokens is bound by reading the weight, which the libraries' kernels do well only for large weights.
 A weight may also be a rank's part of one that is divided, or torchao's in int8 (`Int8WeightOnlyConfig`), which is read
 as it is stored. Left alone are layers with more than 16 sequences (one in float32), and those whose weight is quantised
@@ -28,6 +29,7 @@ from .forms import target_name
 from .rewrite import insert_call
 
 MOST = 3  # weights in one launch
+SMALL = {"tidal::linear", "tidal::sparse_attention"}  # ops that read no whole cache
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def join_linears(gm: fx.GraphModule) -> int:
     for layers in groups.values():
         for first in range(0, len(layers), MOST):
             _join(gm, layers[first : first + MOST])
+    _look_ahead(gm)
     gm.graph.lint()
     gm.recompile()
     return sum(len(layers) for layers in groups.values())
@@ -63,7 +66,7 @@ def join_linears(gm: fx.GraphModule) -> int:
 
 def _packed_layer(node: fx.Node) -> Layer | None:
     """The layer that a `PackedLinear` put into the graph, if others may join it."""
-    x, (weight,), bias, (scale,) = node.args
+    x, (weight,), bias, (scale,), _ = node.args
     if _is_overwritten(x):
         return None
     values = weight.meta["example_value"], scale.meta["example_value"]
@@ -152,7 +155,7 @@ def _join(gm: fx.GraphModule, layers: list[Layer]) -> None:
         if layers[0].kind == ("int8",):
             scales = [insert_call(gm, first, getattr, (weight, "scale")) for weight in weights]
             weights = [insert_call(gm, first, getattr, (weight, "qdata")) for weight in weights]
-        joined = insert_call(gm, first, torch.ops.tidal.linear.default, (first.args[0], weights, biases, scales))
+        joined = insert_call(gm, first, torch.ops.tidal.linear.default, (first.args[0], weights, biases, scales, []))
         outputs = [joined]
         if len(layers) > 1:
             sizes = (layer.node.meta["example_value"].shape[-1] for layer in layers)
@@ -165,3 +168,24 @@ def _join(gm: fx.GraphModule, layers: list[Layer]) -> None:
     for layer, output in zip(layers, outputs, strict=True):
         layer.node.replace_all_uses_with(output)
         gm.graph.erase_node(layer.node)
+
+
+def _look_ahead(gm: fx.GraphModule) -> None:
+    """Tell every call in int4 what the next one reads first, if that still is in the L2 cache by then."""
+    last = None
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.tidal.linear.default:
+            weight = node.args[1][0]
+            is_int4 = weight.meta["example_value"].dtype == torch.int16
+            if is_int4 and last is not None and _is_input(weight):
+                last.args = (*last.args[:4], [weight, node.args[3][0]])
+            last = node if is_int4 else None
+        elif _reads_much(node):
+            last = None
+
+
+def _reads_much(node: fx.Node) -> bool:
+    """Whether a node is attention to a whole cache, ours or another's."""
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "tidal":
+        return node.target._schema.name not in SMALL
+    return "attention" in target_name(node)

@@ -75,7 +75,7 @@ def compile_quantised_linears():
         held, scale = packed(torch.zeros(rows, columns, dtype=torch.int32), pairs)
         weights, bias = (3, [torch.zeros(rows, dtype=dtype)] * 3) if groups == 16 else (1, [])
         x = torch.zeros(tokens, columns, dtype=dtype)
-        linear.linear(x, [held] * weights, bias, [scale] * weights)
+        linear.linear(x, [held] * weights, bias, [scale] * weights, [held, scale] * (tokens != 3))
         int4.dense_weight(held, scale, columns - 12)
 
 

@@ -312,7 +312,7 @@ def test_linear_layers_in_int8(name, tokens, case):
     means = [weight.double() * scale.double() for weight, scale in zip(weights, scales, strict=True)]
     expected = torch.cat([x.double() @ mean.T for mean in means], -1) + (torch.cat(biases).double() if biased else 0.0)
     torch.testing.assert_close(impl(*given).cpu().double(), expected, atol=3e-2, rtol=1.6e-2)
-    torch.library.opcheck(ops.linear, given)
+    torch.library.opcheck(ops.linear, (*given, []))
 
 
 def test_opcheck():
@@ -334,7 +334,7 @@ def test_opcheck():
         index = ops.select_attention(*arguments(call), *arguments(Selection(24)))[1]
         torch.library.opcheck(ops.sparse_attention, (*arguments(call), index))
     x, weights, biases = torch.ones(1, 8), [torch.ones(4, 8), torch.ones(6, 8)], [torch.ones(4), torch.ones(6)]
-    torch.library.opcheck(ops.linear, (on_device([x])[0], on_device(weights), on_device(biases), []))
+    torch.library.opcheck(ops.linear, (on_device([x])[0], on_device(weights), on_device(biases), [], []))
 
 
 def test_bad_arguments_are_named():
@@ -369,14 +369,14 @@ def test_bad_arguments_are_named():
     bad.append((ops.sparse_attention, (*arguments(call), index), "index must be"))
     x, weight = torch.zeros(1, 8, device=DEVICE), torch.zeros(4, 8, device=DEVICE)
     bad += [
-        (ops.linear, (x.repeat(17, 1), [weight], [], []), "x must be 1 to 1 tokens"),
-        (ops.linear, (x.half().repeat(17, 1), [weight.half()], [], []), "x must be 1 to 16 tokens"),
-        (ops.linear, (x, [weight] * 4, [], []), "1 to 3 weights"),
-        (ops.linear, (x, [weight, weight.T], [], []), "a weight must be contiguous"),
-        (ops.linear, (x, [weight], [x[0]], []), "a bias must be contiguous"),
-        (ops.linear, (x, [weight], [weight[:, :1].clone()], []), "a bias must be contiguous"),
-        (ops.linear, (x, [weight], [], [x[0, :4]]), "a weight must be contiguous torch.int8"),
-        (ops.linear, (x, [weight.char()], [], [x[0]]), "a scale must be contiguous"),
+        (ops.linear, (x.repeat(17, 1), [weight], [], [], []), "x must be 1 to 1 tokens"),
+        (ops.linear, (x.half().repeat(17, 1), [weight.half()], [], [], []), "x must be 1 to 16 tokens"),
+        (ops.linear, (x, [weight] * 4, [], [], []), "1 to 3 weights"),
+        (ops.linear, (x, [weight, weight.T], [], [], []), "a weight must be contiguous"),
+        (ops.linear, (x, [weight], [x[0]], [], []), "a bias must be contiguous"),
+        (ops.linear, (x, [weight], [weight[:, :1].clone()], [], []), "a bias must be contiguous"),
+        (ops.linear, (x, [weight], [], [x[0, :4]], []), "a weight must be contiguous torch.int8"),
+        (ops.linear, (x, [weight.char()], [], [x[0]], []), "a scale must be contiguous"),
     ]
     for op, args, message in bad:
         with pytest.raises(ValueError, match=message):

@@ -82,11 +82,11 @@ def test_products_of_int4(rows, columns, group, used, dtype, weights, tokens):
     x = torch.randn(1, tokens, used, generator=torch.Generator().manual_seed(9)).to(DEVICE, dtype)
     biases = [torch.randn(len(weight), device=DEVICE).to(dtype) for weight in dense]
     exact = torch.cat([x.double() @ one[:, :used].T + bias for one, bias in zip(dense, biases, strict=True)], -1)
-    found = triton_linear()(x, list(held), biases, list(scales))
+    found = triton_linear()(x, list(held), biases, list(scales), [held[0], scales[0]])
     rounding = torch.finfo(dtype).eps
     assert (found.double() - exact).norm() < rounding * exact.norm()
     assert (
-        torch.ops.tidal.linear(x, list(held), biases, list(scales)).double() - exact
+        torch.ops.tidal.linear(x, list(held), biases, list(scales), []).double() - exact
     ).norm() < rounding * exact.norm()
 
 
@@ -157,6 +157,10 @@ def test_packed_layers_share_a_launch_and_equal_the_dense_model():
         found = decode_logits(step, prefilled(model, prompt, 64), tokens)
     groups = [len(node.args[1]) for node in seen[0].graph.nodes if node.target is torch.ops.tidal.linear.default]
     assert groups == [3, 1, 2, 1] * 2 + [1]
+    calls = [node for node in seen[0].graph.nodes if node.target is torch.ops.tidal.linear.default]
+    after = [[*call.args[1][:1], *call.args[3][:1]] for call in calls[1:]] + [[]]
+    after[0] = after[4] = []  # between the projections and the output's there is attention
+    assert [list(call.args[4]) for call in calls] == after
     rounding = (half - exact).norm() / exact.norm()
     assert 0 < rounding < 0.05
     for logits in (eager, found):

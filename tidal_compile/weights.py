@@ -50,10 +50,10 @@ class PackedLinear(nn.Module):
         fits = self.held.dtype == torch.int8 or x.dtype == self.scales.dtype
         if fits and 0 < x.numel() // self.in_features <= most_tokens(x.dtype):
             if self.held.dtype == torch.int16 and self.out_features % 16:  # the rest of a tile
-                out = torch.ops.tidal.linear.default(x, [self.held], [], [self.scales])[..., : self.out_features]
+                out = torch.ops.tidal.linear.default(x, [self.held], [], [self.scales], [])[..., : self.out_features]
                 return out if self.bias is None else out + self.bias
             biases = [] if self.bias is None else [self.bias]
-            return torch.ops.tidal.linear.default(x, [self.held], biases, [self.scales])
+            return torch.ops.tidal.linear.default(x, [self.held], biases, [self.scales], [])
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:

@@ -5,9 +5,11 @@ numbers that it hands to the tensor cores, so no layout is converted (as in Marl
 Two of them become floats in one instruction, which puts their bits where the lowest ones of 128 are, and that goes to
 the tensor cores; what it adds to a product is taken off by the sum of x, which these compute as well.
 
-The warps of a program divide the columns of its rows, so that enough is on its way where rows are few.
+The warps of a program divide the columns of its rows, so that enough is on its way where rows are few. And the last
+programs bring to the L2 cache what the next launch reads first, since memory would idle until that has begun.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,16 +29,17 @@ def _as_floats(one: int) -> str:
     )
 
 
+AHEAD = 4 * 2**20  # bytes of the next weight
 AS_BFLOAT16 = tl.constexpr(_as_floats(0x43004300))
 AS_FLOAT16 = tl.constexpr(_as_floats(0x64006400))
 
 
 @triton.jit
 def _linear_int4(
-    x_ptr, weight_0, weight_1, weight_2, scale_0, scale_1, scale_2, bias_0, bias_1, bias_2, out_ptr, tokens, tiles_0,
-    tiles_01, rows, columns, blocks, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
-    ONE: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, ALL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, weight_0, weight_1, weight_2, scale_0, scale_1, scale_2, bias_0, bias_1, bias_2, out_ptr, next_weight,
+    next_scale, weight_lines, scale_lines, tokens, tiles_0, tiles_01, rows, columns, blocks, GROUPS: tl.constexpr,
+    BLOCKS: tl.constexpr, TOKENS: tl.constexpr, ONE: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr,
+    TILES: tl.constexpr, ALL: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: TILES tiles of 16 rows of one of three weights, times up to TOKENS rows of x, or ONE.
 
@@ -71,6 +74,21 @@ def _linear_int4(
     if HAS_BIAS:
         out += tl.load(bias + tile * (16 * TILES) + row).to(tl.float32)
     tl.store(out_ptr + token * rows + begin + row, out.to(out_ptr.dtype.element_ty), mask=token < tokens)
+    if next_weight is not None:
+        _fetch(next_weight, weight_lines)
+        _fetch(next_scale, scale_lines)
+
+
+@triton.jit
+def _fetch(tensor, lines):
+    """Bring the first `lines` of 128 bytes of a tensor to the L2 cache; each program 128 of them, the last one first."""
+    programs = tl.num_programs(0)
+    for first in range((programs - 1 - tl.program_id(0)) * 128, lines, programs * 128):
+        line = tl.minimum(first + tl.arange(0, 128), lines - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [tensor.to(tl.int64) + line.to(tl.int64) * 128],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -202,16 +220,21 @@ def dense_weight(held: Tensor, scales: Tensor, columns: int) -> Tensor:
 
 
 def launch(
-    x: Tensor, tensors: tuple, out: Tensor, tokens: int, rows: list[int], columns: int, given: dict[str, Any]
-) -> None:
+    x: Tensor, tensors: tuple, out: Tensor, tokens: int, rows: list[int], columns: int, ahead: Sequence[Tensor],
+    given: dict[str, Any],
+) -> None:  # fmt: skip
     """Of `linear.linear`, for int4: `tensors` are three weights, scales and biases each."""
     weights, scales, biases = tensors[:3], tensors[3:6], tensors[6:] if given["HAS_BIAS"] else (x, x, x)
     blocks, groups = weights[0].shape[1], scales[0].shape[3]
     tiles = [n // 16 for n in rows]
     sizes = _sizes(tokens, tiles, blocks, groups)
+    fetched = (None, None, 0, 0)
+    if ahead and given["PDL"]:
+        part = min(1.0, AHEAD / ahead[0].nbytes)
+        fetched = (*ahead, *(int(part * tensor.nbytes) // 128 for tensor in ahead))
     programs = [n // sizes["TILES"] for n in tiles]
     _linear_int4[(sum(programs),)](
-        x, *weights, *(scale.view(torch.int32) for scale in scales), *biases, out, tokens, programs[0],
+        x, *weights, *(scale.view(torch.int32) for scale in scales), *biases, out, *fetched, tokens, programs[0],
         sum(programs[:2]), sum(rows), columns, blocks, GROUPS=groups, BLOCKS=blocks // scales[0].shape[1],
         TOKENS=8 if tokens <= 8 else most_tokens(x.dtype), ONE=tokens == 1, **sizes, num_warps=sizes["WARPS"], **given,
     )  # fmt: skip

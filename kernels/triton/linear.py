@@ -6,6 +6,8 @@ of rows on the tensor cores. On Hopper the first weights are loaded while the pr
 because no kernel writes weights. Weights in int8 are dequantised on the way.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -95,8 +97,10 @@ def _rows(
     tl.store(outs, out.to(out_ptr.dtype.element_ty), mask=(token[:, None] < tokens) & (row[None, :] < rows))
 
 
-def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor]) -> Tensor:
-    """See `reference.linear`."""
+def linear(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor], ahead: Sequence[Tensor] = ()
+) -> Tensor:
+    """See `reference.linear`; `ahead` is for int4 (see `ops.linear`)."""
     columns = x.shape[-1]
     tokens = x.numel() // columns
     spare = 3 - len(weights)  # the kernels take three weights, of which the last may have no rows
@@ -108,7 +112,7 @@ def linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[
     tensors = *tensors, *(biases or [None] * 3), *biases[:1] * spare
     given = {"HAS_BIAS": bool(biases), **overlap(x.device)}
     if is_int4:
-        int4.launch(x, tensors, out, tokens, rows, columns, given)
+        int4.launch(x, tensors, out, tokens, rows, columns, ahead, given)
         return out
     given["HAS_SCALE"] = bool(scales)
     if tokens == 1:
