@@ -79,14 +79,13 @@ def sum_of(kernels: dict[str, float], names: tuple[str, ...]) -> float:
 
 
 @torch.no_grad()
-def measured(model: Any, cache: Any, policy: str, batch: int, steps: int, overlap: bool) -> dict[str, Any]:
+def measured(model: Any, cache: Any, policy: str, batch: int, steps: int) -> dict[str, Any]:
     """One policy: ms of a step, and its kernels."""
     torch._dynamo.reset()
     token = torch.full((batch, 1), 7, device="cuda")
     given = {"input_ids": token, **with_cache(model, cache)}
     error = None
-    options = {"policy": policy, "inductor": {"triton.enable_pdl": True} if overlap else {}}
-    compiled = torch.compile(model.forward, backend="tidal", fullgraph=True, dynamic=False, options=options)
+    compiled = torch.compile(model.forward, backend="tidal", fullgraph=True, dynamic=False, options={"policy": policy})
 
     def step() -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -123,13 +122,12 @@ def main(
     batch: int = 1,
     layers: Annotated[int | None, typer.Option(help="Another depth.")] = None,
     steps: int = 30,
-    overlap: Annotated[bool, typer.Option(help="Inductor's programmatic dependent launch.")] = False,
     out: Path = Path("out/quantised.json"),
 ) -> None:
     """Measure, and write JSON."""
     rate = copy_rate(torch.device("cuda"))
-    about = {"model": model, "context": context, "batch": batch, "layers": layers, "overlap": overlap}
-    result = {"kind": "quantised", **about, "copy_bytes_per_s": rate, **provenance("cuda"), "records": []}
+    about = {"model": model, "context": context, "batch": batch, "layers": layers, "copy_bytes_per_s": rate}
+    result = {"kind": "quantised", **about, **provenance("cuda"), "records": []}
     for stored in weights:
         net = load_model(model, "cuda", torch.bfloat16, layers)
         size = weight_bytes(quantised(net, stored))
@@ -137,7 +135,7 @@ def main(
             held = random_cache(net, context - 1, context + 8, batch, kind)
             of_layer = [getattr(held.layers[0], name, None) for name in ("keys", "values", "scales")]
             for name in policy:
-                record = measured(net, held, name, batch, steps, overlap)
+                record = measured(net, held, name, batch, steps)
                 kernels = record.pop("kernels")
                 linear, top = sum_of(kernels, LINEAR), sorted(kernels.items(), key=lambda one: -one[1])[:14]
                 record = {

@@ -199,14 +199,14 @@ def quantised_steps():
     rows, sources = [], []
     for name, result in results("quantised-weights").items():
         sources.append(f"`{name}.json` ({result['device']}, {result['context']:,} tokens, commit {result['commit']})")
-        size = f"{result['batch']} x {result['context']:,}" + (", overlapped" if result.get("overlap") else "")
+        size = f"{result['batch']} x {result['context']:,}"
         for one in result["records"]:
             linear = f"{one['linear_us'] / 1e3:.2f}", f"{one['weights_share_of_copy']:.2f}"
             times = f"{one['ms']:.2f}", *linear, f"{one['attention_us'] / 1e3:.2f}", f"{one['weight_bytes'] / 1e9:.2f}"
             rows.append((size, f"`{one['policy']}`", one["weights"], one["cache"], *times))
     kinds = ("auto", "torchao-int8", "int8", "torchao-int4", "int4-32", "int4")
     rows.sort(
-        key=lambda row: (row[0].split(" ")[0], "over" in row[0], row[1] != "`tidal`", kinds.index(row[2]), row[3])
+        key=lambda row: (row[0], row[1] != "`tidal`", row[1], kinds.index(row[2]), row[3])
     )
     columns = (
         "tokens", "policy", "weights", "cache", "ms a step", "of it linear", "of the copy rate", "of it attention",
