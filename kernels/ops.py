@@ -5,9 +5,10 @@
     sparse_attention  (call, index)                   -> out
     rank_and_attend   (call, selection, rank, ranks)  -> out, worth       select_attention and choose_by_scores up to
     rank_by_scores    (call, selection, rank, ranks)  -> worth            the choice, by the heads that a rank has;
-    choose_ranked     (call, selection, worth)        -> index            and the choice, by what all ranks say
+    choose_ranked     (call, selection, worth, page)  -> index            and the choice, by what all ranks say
     choose_by_<name>  (call, selection, method keys, what it keeps)  -> index      one for each of `methods`,
     attend_by_<name>  (call, selection, method keys, what it keeps)  -> out        or for one that attends by itself
+    weigh_by_<name>   (call, selection, method keys, what it keeps, rank, ranks)  -> worth     and up to the choice
     linear            (x, weights, biases, scales, ahead) -> out
     dense_weight      (held, scales, columns)         -> weight           what int8 or int4 numbers stand for
 
@@ -152,19 +153,37 @@ rank_by_scores = _define(
     _on_gpu("select", "rank_by_scores"), reference.rank_by_scores, lambda call, *_: _empty_worth(call),
 )  # fmt: skip
 choose_ranked = _define(
-    "choose_ranked", (Call, Selection), "Tensor worth", "Tensor", _on_gpu("select", "choose_ranked"),
+    "choose_ranked", (Call, Selection), "Tensor worth, int page", "Tensor", _on_gpu("select", "choose_ranked"),
     reference.choose_ranked, _empty_index,
 )  # fmt: skip
+
+
+def _kept(kind: type[Method]) -> list[str]:
+    """What a method keeps, as arguments of an op that writes to it."""
+    return [f"Tensor(a{number}!) {name}" for number, name in enumerate(kind.keeps)]
+
+
 by_method = {
     name: _define(
         f"{'attend' if kind.attends else 'choose'}_by_{name}", (Call, Selection, kind),
-        ", ".join(f"Tensor(a{number}!) {kept}" for number, kept in enumerate(kind.keeps)), "Tensor",
+        ", ".join(_kept(kind)), "Tensor",
         lambda call, selection, method, *kept: method.step_on_gpu(call, selection, *kept),
         lambda call, selection, method, *kept: method.step(call, selection, *kept),
         _empty_out if kind.attends else _empty_index,
         check=None if kind.several else _check_one_token,
     )
     for name, kind in METHODS.items()
+}  # fmt: skip
+
+weigh_by_method = {
+    name: _define(
+        f"weigh_by_{name}", (Call, Selection, kind), ", ".join([*_kept(kind), "int rank", "int ranks"]), "Tensor",
+        lambda call, selection, method, *given: method.weigh_on_gpu(call, selection, *given[-2:], *given[:-2]),
+        lambda call, selection, method, *given: method.weigh(call, selection, *given[-2:], *given[:-2]),
+        lambda call, *_: _empty_worth(call),
+        check=None if kind.several else _check_one_token,
+    )
+    for name, kind in METHODS.items() if kind.weigh is not Method.weigh
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def rank_and_attend(call: Call[Tensor], selection: Selection, rank: int, ranks: 
     -> `[B, Hq, T, D]`, worth `[B, T, 1, S]`.
     """
     scores = score_live_tokens(call)
-    return weigh_live_tokens(call, scores), _worth(call, selection, scores, rank, ranks)
+    return weigh_live_tokens(call, scores), worth(call, selection, scores, rank, ranks)
 
 
 def rank_by_scores(call: Call[Tensor], selection: Selection, rank: int, ranks: int) -> Tensor:
@@ -52,13 +52,26 @@ def rank_by_scores(call: Call[Tensor], selection: Selection, rank: int, ranks: i
 
     The ranks' sum of it (of `pool: sum`), or else their maximum, orders tokens as `importance` does for all heads.
     """
-    return _worth(call, selection, score_live_tokens(call), rank, ranks)
+    return worth(call, selection, score_live_tokens(call), rank, ranks)
 
 
-def choose_ranked(call: Call[Tensor], selection: Selection, worth: Tensor) -> Tensor:
-    """Choose the most important tokens by what they are worth to all ranks `[B, T, 1, S]`: -> index `[B, 1, K]`."""
+def choose_ranked(call: Call[Tensor], selection: Selection, worth: Tensor, page: int) -> Tensor:
+    """Choose the most important tokens by what they are worth to all ranks `[B, T, 1, S]`: -> index `[B, 1, K]`.
+
+    The newest page's tokens come first, if pages have a size.
+    """
     n = min(int(call.length), call.key.shape[2])
-    return pick(worth[..., :n], seen(call)[..., :n], selection, call.key.shape[2])
+    live, worth = seen(call)[..., :n], worth[..., :n]
+    if page and n:
+        worth = worth.masked_fill(in_newest_page(live, page)[:, :, None], torch.finfo(worth.dtype).max)
+    return pick(worth, live, selection, call.key.shape[2])
+
+
+def in_newest_page(seen: Tensor, page: int) -> Tensor:
+    """Which slots stand in the page of the newest token that is seen: `[..., n]` bool of `seen [..., n]`."""
+    slot = torch.arange(seen.shape[-1], device=seen.device)
+    newest = torch.where(seen, slot, -1).amax(-1, keepdim=True) if len(slot) else slot
+    return slot // page == newest // page
 
 
 def sparse_attention(call: Call[Tensor], index: Tensor) -> Tensor:
@@ -333,19 +346,22 @@ def _choose(call: Call[Tensor], selection: Selection, scores: Tensor) -> Tensor:
     return pick(worth, valid, selection, call.key.shape[2])
 
 
-def _worth(call: Call[Tensor], selection: Selection, scores: Tensor, rank: int, ranks: int) -> Tensor:
-    """See `rank_by_scores`; by scores `[B, Hkv, g, T, n]`."""
+def worth(
+    call: Call[Tensor], selection: Selection, scores: Tensor, rank: int, ranks: int, aside: Tensor | None = None
+) -> Tensor:
+    """See `rank_by_scores`; by scores `[B, Hkv, g, T, n]`. `aside [B, T, n]`: tokens that need no turn."""
     by_head = scores.flatten(1, 2)  # [B, Hq, T, n]
     if selection.pool == "union":
         kept = always_kept(by_head[:, 0] > -torch.inf, selection)[:, None]
+        kept = kept if aside is None else kept | aside[:, None]
         order = by_head.masked_fill(kept, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         heads = by_head.shape[1]
         head = rank * heads + torch.arange(heads, device=order.device)[:, None, None]
-        worth = -(order * heads * ranks + head).amin(1).float()
+        found = -(order * heads * ranks + head).amin(1).float()
     else:
         weights = probabilities(scores, _by_head(call.sink_logit, scores)).flatten(1, 2)
-        worth = weights.sum(1) if selection.pool == "sum" else weights.amax(1)
-    return torch.nn.functional.pad(worth[:, :, None], (0, call.key.shape[2] - worth.shape[-1]))
+        found = weights.sum(1) if selection.pool == "sum" else weights.amax(1)
+    return torch.nn.functional.pad(found[:, :, None], (0, call.key.shape[2] - found.shape[-1]))
 
 
 def weigh_live_tokens(call: Call[Tensor], scores: Tensor) -> Tensor:

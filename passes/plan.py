@@ -66,8 +66,12 @@ def make_plan(calls: Sequence[AttentionSite | Unmatched], roles: Sequence[LayerR
 
 def _cannot_follow(call: AttentionSite, role: LayerRole, selected: dict[int, AttentionSite | None]) -> str:
     """Why a call can't have its role, or nothing."""
-    if role.role == "select" and call.ranks is not None and asks_all_ranks(role) and role.by != "scores":
-        return f"share: layer, by: {role.by}, but its heads are divided among ranks; use share: kv_head, or by: scores"
+    together = role.role == "select" and call.ranks is not None and asks_all_ranks(role)
+    if together and role.by != "scores" and not role.method.weighs:
+        return (
+            f"share: layer, by: {role.describe_method()}, but its heads are divided among ranks; use share: kv_head, "
+            "by: scores, or by: pages without keep"
+        )
     if role.keeps and role.method.prepares and call.call.scales is not None:
         return "place: cpu reads no cache in float8; use a HostCache, or place: gpu"
     if role.role != "reuse":

@@ -105,7 +105,7 @@ def follow(
     if role.role == "full":
         return run("full_attention", *arguments(call))
     if role.role == "select" and ranks is not None and asks_all_ranks(role):
-        return _choose_together(role, call, sets, run, ranks)
+        return _choose_together(role, call, sets, run, kept, ranks)
     if role.role == "select" and role.output == "full":
         both = run("select_attention", *arguments(call), *arguments(role.selection))
         sets[role.layer, None] = TokenSet(run(operator.getitem, both, 1), call.mask)
@@ -134,7 +134,9 @@ def asks_all_ranks(role: LayerRole) -> bool:
     return role.selection.share == "layer" and role.method.by_heads and not role.method.attends
 
 
-def _choose_together(role: LayerRole, call: Call[T], sets: Sets, run: Run, ranks: Ranks) -> T:
+def _choose_together(
+    role: LayerRole, call: Call[T], sets: Sets, run: Run, kept: Sequence[T], ranks: Ranks
+) -> T:  # fmt: skip
     """A selection by the heads of all ranks. Each chooses by the same numbers, which a reduction leaves on all of them,
     so that they can't disagree.
     """
@@ -142,12 +144,16 @@ def _choose_together(role: LayerRole, call: Call[T], sets: Sets, run: Run, ranks
 
     collectives = torch.ops._c10d_functional
     settings = (*arguments(call), *arguments(role.selection))
-    name = "rank_and_attend" if role.output == "full" else "rank_by_scores"
-    both = run(name, *settings, ranks.rank, ranks.size)
+    if role.by == "scores":
+        name = "rank_and_attend" if role.output == "full" else "rank_by_scores"
+        both = run(name, *settings, ranks.rank, ranks.size)
+    else:
+        both = run(f"weigh_by_{role.by}", *settings, *arguments(role.method), *kept, ranks.rank, ranks.size)
     worth = run(operator.getitem, both, 1) if role.output == "full" else both
     reduction = "sum" if role.selection.pool == "sum" else "max"
     worth = run(collectives.all_reduce.default, worth, reduction, ranks.group)
-    index = run("choose_ranked", *settings, run(collectives.wait_tensor.default, worth))
+    page = getattr(role.method, "page", 0)
+    index = run("choose_ranked", *settings, run(collectives.wait_tensor.default, worth), page)
     chosen = sets[role.layer, None] = TokenSet(index, call.mask)
     return run(operator.getitem, both, 0) if role.output == "full" else _attend_to(chosen, call, run)
 

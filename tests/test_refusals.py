@@ -135,9 +135,11 @@ def test_what_ranks_cannot_choose_together_is_refused(one_of_two_ranks):
             return out
 
         projection.forward = rowwise
-    by_pages = {"0": "full", "1": {"role": "select", "by": "pages", "share": "layer"}, "2": "reuse"}
-    policy = {"num_layers": 3, "layers": by_pages, "defaults": SMALL}
-    assert "by: pages, but its heads are divided among ranks" in tc.explain(model, policy).problems[0]
+    for keep, problem in ((0.0, ""), (2.0, "by: pages, page 16, keep 2.0, but its heads are divided among ranks")):
+        select = {"role": "select", "by": "pages", "share": "layer", "keep": keep}
+        by_pages = {"0": "full", "1": select, "2": "reuse"}
+        problems = tc.explain(model, {"num_layers": 3, "layers": by_pages, "defaults": SMALL}).problems
+        assert problem in problems[0] if problem else not problems
     for share in ("kv_head", "layer"):
         assert not tc.explain(model, "tidal", share=share, **SMALL).problems
     for heads, problem in (([0, 1], "for each of its 4 kv heads"), ([3, 2, 1, 0], ""), ([1, 0, 3, 2], "")):

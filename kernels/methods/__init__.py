@@ -42,6 +42,11 @@ class Method:
     keeps: ClassVar[tuple[str, ...]] = ()
 
     @property
+    def weighs(self) -> bool:
+        """Whether `weigh` can say what each token is worth to some of a layer's heads, the others being elsewhere."""
+        return False
+
+    @property
     def prepares(self) -> bool:
         """Whether what is kept is made before a step, by `prepare`, and not by `summarize` and in the step."""
         return False
@@ -67,6 +72,14 @@ class Method:
     def step_on_gpu(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
         """`step` as kernels, for T = 1 and, if `several`, more."""
         return self.step(call, selection, *kept)
+
+    def weigh(self, call: Call[Tensor], selection: Selection, rank: int, ranks: int, *kept: Tensor) -> Tensor:
+        """`step` up to the choice, for `share: layer`, of heads that are divided among ranks: see `rank_by_scores`."""
+        raise NotImplementedError
+
+    def weigh_on_gpu(self, call: Call[Tensor], selection: Selection, rank: int, ranks: int, *kept: Tensor) -> Tensor:
+        """`weigh` as kernels."""
+        return self.weigh(call, selection, rank, ranks, *kept)
 
     def summarize(self, key: Tensor) -> tuple[Tensor, ...]:
         """What it keeps, made of the keys of a layer `[B, Hkv, S, D]`. Slots that aren't live may hold anything."""

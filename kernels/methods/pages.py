@@ -43,6 +43,11 @@ class Pages(Method):
         if self.keep != 0.0 and not 1.0 <= self.keep <= 1024.0:
             raise ValueError(f"keep must be 0 for one level, or 1 to 1024 times the budget; found {self.keep}")
 
+    @property
+    def weighs(self) -> bool:
+        """With one level: a second one would rank what all ranks have chosen."""
+        return not self.keep
+
     def step_on_gpu(self, call: Call[Tensor], selection: Selection, *kept: Tensor) -> Tensor:
         """A scan of the bounds, and a search for the best; with `keep`, exact scores and another search."""
         from ..triton import pages
@@ -50,6 +55,22 @@ class Pages(Method):
         if not self.keep:
             return pages.choose_pages(call, selection, *kept, self.page).index
         return pages.choose_again(call, selection, pages.choose_pages(call, self._wide(selection), *kept, self.page))
+
+    def weigh(self, call: Call[Tensor], selection: Selection, rank: int, ranks: int, *kept: Tensor) -> Tensor:
+        """By the bounds of their pages. That the newest page comes first is left to `choose_ranked`."""
+        from .. import reference
+
+        if kept:
+            self.update(call, selection, *kept)
+        scores = reference.as_scores(call, self._bound_products(call, *kept))
+        newest = reference.in_newest_page(scores[:, 0, 0] > -math.inf, self.page)
+        return reference.worth(call, selection, scores, rank, ranks, newest)
+
+    def weigh_on_gpu(self, call: Call[Tensor], selection: Selection, rank: int, ranks: int, *kept: Tensor) -> Tensor:
+        """A scan of the bounds, whose scores are spread over the tokens."""
+        from ..triton import pages
+
+        return pages.rank_by_pages(call, selection, *kept, self.page, rank, ranks)
 
     def _wide(self, selection: Selection) -> Selection:
         """What the bounds keep: `keep` times as many tokens."""
@@ -119,9 +140,7 @@ class Pages(Method):
         seen = scores[:, 0, 0] > -torch.inf  # [B, T, n]
         if seen.shape[-1] == 0:  # nothing is live
             return reference.choose_by_scores(call, selection)
-        slot = torch.arange(seen.shape[-1], device=seen.device)
-        newest = torch.where(seen, slot, -1).amax(-1, keepdim=True)  # [B, T, 1]
-        in_newest = slot // self.page == newest // self.page  # [B, T, n]
+        in_newest = reference.in_newest_page(seen, self.page)
         aside = reference.always_kept(seen, selection) | in_newest
         worth = reference.importance(scores, selection, aside, call.sink_logit)
         worth = worth.masked_fill(in_newest[:, :, None], torch.finfo(torch.float32).max)

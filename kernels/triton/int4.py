@@ -81,7 +81,7 @@ def _linear_int4(
 
 @triton.jit
 def _fetch(tensor, lines):
-    """Bring the first `lines` of 128 bytes of a tensor to the L2 cache; each program 128 of them, the last one first."""
+    """Bring the first `lines` of 128 bytes of a tensor to the L2 cache: 128 a program, from the last one on."""
     programs = tl.num_programs(0)
     for first in range((programs - 1 - tl.program_id(0)) * 128, lines, programs * 128):
         line = tl.minimum(first + tl.arange(0, 128), lines - 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..call import Call, Selection, arguments
 from ..reference import seen
 from .pick import Picked, pick
-from .select import choose, takes_turns
+from .select import choose, takes_turns, worth
 from .split import (
     LOG2E,
     Splits,
@@ -270,12 +270,33 @@ def _score_chosen(
 
 def choose_pages(call: Call[Tensor], selection: Selection, bounds: Tensor, page: int) -> Picked:
     """The tokens of the best pages. Also brings `bounds [B, Hkv, P, 2, D]` up to date."""
-    q, _, _, length, mask, scale, sink_logit, softcap, _ = arguments(call)
+    num_heads, (num_kv_heads, slots) = call.query.shape[1], call.key.shape[1:3]
+    num_sets = selection.num_sets(num_heads, num_kv_heads)
+    scores, stats, counts, valid = _scores_of_pages(call, bounds, page)
+    if _has_own_scores(call.mask) or takes_turns(selection, num_sets, num_heads):
+        index = choose(_by_token(scores, call, page), call, selection, page=page)
+        return Picked(index, torch.stack([(index[:, 0] >= 0).sum(1), seen(call).sum((1, 2))], 1).int())
+    units = triton.cdiv(slots, page)
+    return pick(
+        scores, stats, call.sink_logit, selection, units, slots, num_sets, page, counts, valid, call.mask, call.length
+    )
+
+
+def rank_by_pages(
+    call: Call[Tensor], selection: Selection, bounds: Tensor, page: int, rank: int, ranks: int
+) -> Tensor:  # fmt: skip
+    """`choose_pages` up to the choice: see `Pages.weigh`."""
+    scores, *_ = _scores_of_pages(call, bounds, page)
+    return worth(_by_token(scores, call, page), call, selection, rank, ranks, page=page)
+
+
+def _scores_of_pages(call: Call[Tensor], bounds: Tensor, page: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores of pages by their bounds `[B, Hq, >= P]`, and of splits: m and l, and how many tokens count."""
+    q, _, _, length, mask, scale, _, softcap, _ = arguments(call)
     rows = rows_of(call)
     k = rows.key
     batch, num_heads = q.shape[:2]
     num_kv_heads, slots = k.shape[1:3]
-    num_sets = selection.num_sets(num_heads, num_kv_heads)
     units = triton.cdiv(slots, page)
     large = batch * num_kv_heads * units >= 2**14
     block_p = tile_tokens(q, stage_bytes=2**15 if large else 2**14)
@@ -293,16 +314,22 @@ def choose_pages(call: Call[Tensor], selection: Selection, bounds: Tensor, page:
         **rows.sizes, PAGE=page, BLOCK_P=block_p, **mask_kind, CAP=softcap,
         num_warps=warps, num_stages=stages, **overlap(q.device),
     )  # fmt: skip
-    if _has_own_scores(mask) or takes_turns(selection, num_sets, num_heads):
-        splits = triton.cdiv(slots, 1024)
-        stats, by_token = q.new_empty(batch, num_heads, splits, 2, dtype=torch.float32), empty_scores(q, slots)
-        _spread[(splits, num_heads, batch)](
-            scores, mask_data, length, stats, by_token, slots, splits, scores.stride(1), *stride_m, by_token.stride(1),
-            NUM_HEADS=num_heads, PAGE=page, TILE=1024, **mask_kind, **overlap(q.device),
-        )  # fmt: skip
-        index = choose(Splits(stats, None, by_token), call, selection, page=page)
-        return Picked(index, torch.stack([(index[:, 0] >= 0).sum(1), seen(call).sum((1, 2))], 1).int())
-    return pick(scores, stats, sink_logit, selection, units, slots, num_sets, page, counts, valid, mask, length)
+    return scores, stats, counts, valid
+
+
+def _by_token(scores: Tensor, call: Call[Tensor], page: int) -> Splits:
+    """Scores of pages, spread over their tokens."""
+    batch, num_heads = call.query.shape[:2]
+    slots = call.key.shape[2]
+    (mask_data, *stride_m), mask_kind = mask_args(call.mask, batch, slots)
+    splits = triton.cdiv(slots, 1024)
+    stats = scores.new_empty(batch, num_heads, splits, 2)
+    by_token = empty_scores(call.query, slots)
+    _spread[(splits, num_heads, batch)](
+        scores, mask_data, call.length, stats, by_token, slots, splits, scores.stride(1), *stride_m, by_token.stride(1),
+        NUM_HEADS=num_heads, PAGE=page, TILE=1024, **mask_kind, **overlap(scores.device),
+    )  # fmt: skip
+    return Splits(stats, None, by_token)
 
 
 def choose_again(call: Call[Tensor], selection: Selection, of: Picked) -> Tensor:

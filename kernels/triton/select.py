@@ -30,44 +30,48 @@ def choose_by_scores(call: Call[Tensor], selection: Selection) -> Tensor:
 def rank_and_attend(call: Call[Tensor], selection: Selection, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
     """See `reference.rank_and_attend`."""
     out = call.query.new_empty(call.query.shape)
-    return out, _worth(scan(call, write_scores=True), call, selection, rank, ranks, out)
+    return out, worth(scan(call, write_scores=True), call, selection, rank, ranks, out)
 
 
 def rank_by_scores(call: Call[Tensor], selection: Selection, rank: int, ranks: int) -> Tensor:
     """See `reference.rank_by_scores`."""
-    return _worth(scan(call, write_scores=True, values=False), call, selection, rank, ranks)
+    return worth(scan(call, write_scores=True, values=False), call, selection, rank, ranks)
 
 
-def choose_ranked(call: Call[Tensor], selection: Selection, worth: Tensor) -> Tensor:
+def choose_ranked(call: Call[Tensor], selection: Selection, worth: Tensor, page: int) -> Tensor:
     """See `reference.choose_ranked`."""
     batch, tokens, _, slots = worth.shape
     prepared = merge_and_prepare(None, call, 1, slots)
     width = selection.width(slots)
     worth = worth.flatten(0, 1).clone()  # `choose_tokens` writes to it
-    index = choose_tokens(worth, prepared, call.length, selection, "turn", slots=slots, width=width, tokens=tokens)
+    given = {"slots": slots, "width": width, "tokens": tokens, "page": page}
+    index = choose_tokens(worth, prepared, call.length, selection, "turn", **given)
     return as_index(index.unflatten(0, (batch, tokens)))
 
 
-def _worth(
-    splits: Splits, call: Call[Tensor], selection: Selection, rank: int, ranks: int, out: Tensor | None = None
+def worth(
+    splits: Splits, call: Call[Tensor], selection: Selection, rank: int, ranks: int, out: Tensor | None = None,
+    page: int = 0,
 ) -> Tensor:  # fmt: skip
-    """What each slot is worth to the heads of this rank `[B, T, 1, S]`, by the scores of a scan; -inf where hidden."""
+    """What each slot is worth to the heads of this rank `[B, T, 1, S]`, by the scores of a scan; -inf where hidden.
+
+    `page`: see `choose`.
+    """
     num_heads, slots = call.query.shape[1], call.key.shape[2]
     batch, tokens = call.query.shape[0], call.query.shape[2]
     if selection.pool == "union":
         prepared = merge_and_prepare(splits, call, num_heads, slots, out)
         own, width = replace(selection, share="query_head"), selection.width(slots)
-        by_head = choose_tokens(
-            splits.scores, prepared, call.length, own, "score", slots=slots, width=width, tokens=tokens
-        )
-        worth = take_turns(splits.scores, by_head, 1, rank, ranks)
+        given = {"slots": slots, "width": width, "tokens": tokens, "page": page}
+        by_head = choose_tokens(splits.scores, prepared, call.length, own, "score", **given)
+        found = take_turns(splits.scores, by_head, 1, rank, ranks)
     else:
         lse = merge_and_prepare(splits, call, 1, slots, out).lse[..., None]  # [R, Hq, 1]
         weights = (splits.scores - lse).exp2()
         pooled = weights.sum(1, keepdim=True) if selection.pool == "sum" else weights.amax(1, keepdim=True)
         least = 2.0 ** -math.ceil(math.log2(ranks * num_heads))  # one set has as much to give as one head: see `topk`
-        worth = torch.where(splits.scores[:, :1] > -torch.inf, pooled * least, -torch.inf)
-    return worth[..., :slots].unflatten(0, (batch, tokens)).contiguous()
+        found = torch.where(splits.scores[:, :1] > -torch.inf, pooled * least, -torch.inf)
+    return found[..., :slots].unflatten(0, (batch, tokens)).contiguous()
 
 
 def takes_turns(selection: Selection, num_sets: int, num_heads: int) -> bool:
