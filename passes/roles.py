@@ -152,7 +152,7 @@ def _choose_together(
     worth = run(operator.getitem, both, 1) if role.output == "full" else both
     reduction = "sum" if role.selection.pool == "sum" else "max"
     worth = run(collectives.all_reduce.default, worth, reduction, ranks.group)
-    page = getattr(role.method, "page", 0)
+    page = getattr(role.method, "page", 0)  # of a method that has pages, the newest one comes first
     index = run("choose_ranked", *settings, run(collectives.wait_tensor.default, worth), page)
     chosen = sets[role.layer, None] = TokenSet(index, call.mask)
     return run(operator.getitem, both, 0) if role.output == "full" else _attend_to(chosen, call, run)

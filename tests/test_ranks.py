@@ -77,12 +77,13 @@ def test_ranks_choose_by_the_heads_of_all(name, case, pool):
 @pytest.mark.parametrize("pool", ["sum", "max", "union"])
 @pytest.mark.parametrize("padding", [0, 30])
 def test_ranks_choose_the_pages_of_all(name, pool, padding):
-    """By bounds that two ranks have: what one process with all heads chooses. The newest page is one of them."""
+    """By bounds that two ranks have: what one process with all heads chooses. The newest page takes no turn."""
     from tidal_compile.kernels.triton import select
 
     q, k, v, length, mask, scale = make_case(heads=(8, 4), slots=200, length=190, padding=padding, batch=2)[0]
-    pages, selection = Pages(page=8), Selection(40, 0.0, 3, 5, "layer", pool)
+    pages, selection = Pages(page=8), Selection(41, 0.0, 3, 2, "layer", pool)
     k = k.nan_to_num(0)
+    k[:, 0, int(length) - 6 : int(length) + 2] = 3 * q[:, 0]  # the newest page is the best one of the first head
     said, ranks = [], 2
     for rank in range(ranks):
         call = Call(*on_device((*(one.chunk(ranks, 1)[rank] for one in (q, k, v)), length, mask, scale)))
