@@ -168,12 +168,11 @@ def fill(tensor: Tensor, dim: int, multiple: int) -> Tensor:
 
 def unpacked(words: Tensor, scales: Tensor) -> Tensor:
     """The weight `[N, K]` in float32 of numbers that are `packed`. On any device."""
-    shifts = torch.arange(0, 16, 4, device=words.device)
-    numbers = (words.int().view(*words.shape[:2], 2, 8, 4, 2, 2, 2, 1) >> shifts) & 15
-    numbers = numbers.permute(0, 2, 3, 1, 8, 5, 6, 4, 7).reshape(len(words) * 16, -1)
-    pairs = scales.float().transpose(1, 2).reshape(len(numbers), -1, 2)
-    scale, offset = pairs.repeat_interleave(group_of(words, scales), 1).unbind(-1)
-    return (numbers - 8) * scale + offset
+    shifts = torch.arange(0, 16, 4, dtype=torch.int16, device=words.device)
+    numbers = (words.view(*words.shape[:2], 2, 8, 4, 2, 2, 2, 1) >> shifts) & 15
+    numbers = numbers.permute(0, 2, 3, 1, 8, 5, 6, 4, 7).reshape(len(words) * 16, -1, group_of(words, scales))
+    scale, offset = scales.float().transpose(1, 2).reshape(len(numbers), -1, 2, 1).unbind(2)
+    return ((numbers - 8) * scale + offset).flatten(1)
 
 
 def most_tokens(dtype: torch.dtype) -> int:
