@@ -210,7 +210,7 @@ def _(x, weights, biases, scales, ahead):
 @linear.register_fake
 def _(x, weights, biases, scales, ahead):
     _check_linear(x, weights, biases, scales)
-    return x.new_empty((*x.shape[:-1], sum(_rows_of(weights))))
+    return x.new_empty((*x.shape[:-1], sum(map(reference.num_rows, weights))))
 
 
 def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor]) -> None:
@@ -239,14 +239,9 @@ def _check_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales
                     f"tidal: a scale must be contiguous [{weight.shape[0]}] or [{weight.shape[0]}, 1]; found "
                     f"{tuple(scale.shape)}"
                 )
-    for rows, bias in zip(_rows_of(weights), biases, strict=False):
+    for rows, bias in zip(map(reference.num_rows, weights), biases, strict=False):
         if bias.shape != (rows,) or not bias.is_contiguous():
             raise ValueError(f"tidal: a bias must be contiguous [{rows}]; found {tuple(bias.shape)}")
-
-
-def _rows_of(weights: list[Tensor]) -> list[int]:
-    """Rows of each weight: those in int4 are held in tiles of 16."""
-    return [len(weight) * (16 if weight.dtype == torch.int16 else 1) for weight in weights]
 
 
 def _check_int4(x: Tensor, weights: list[Tensor], scales: list[Tensor]) -> None:
@@ -291,7 +286,7 @@ def _(held, scales, columns):
 
 @dense_weight.register_fake
 def _(held, scales, columns):
-    return scales.new_empty(_rows_of([held])[0], columns)
+    return scales.new_empty(reference.num_rows(held), columns)
 
 
 def _check(given: Call | Selection | Method) -> None:

@@ -129,6 +129,11 @@ def dense_weight(held: Tensor, scales: Tensor, columns: int) -> Tensor:
     return unpacked(held, scales)[:, :columns]
 
 
+def num_rows(held: Tensor) -> int:
+    """Rows of a weight as it is held: in int4, of whole tiles (see `packed`)."""
+    return len(held) * (16 if held.dtype == torch.int16 else 1)
+
+
 def group_of(held: Tensor, scales: Tensor) -> int:
     """How many columns of a weight in int4 have one scale: 32, 64, or divided by 128. See `packed`."""
     groups, in_block = scales.shape[1], scales.shape[3]
@@ -149,21 +154,14 @@ def packed(numbers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     groups = scales.shape[1]
     group = numbers.shape[1] // groups
     in_block, whole = max(1, 128 // group), math.lcm(128, group)
-    numbers = fill(fill(numbers, 0, 16), 1, whole)
-    scales = fill(fill(scales, 0, 16), 1, whole // group)
+    numbers = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % whole, 0, -len(numbers) % 16))
+    scales = torch.nn.functional.pad(scales, (0, 0, 0, -groups % (whole // group), 0, -len(scales) % 16))
     tiles = numbers.to(torch.int32).view(-1, 2, 8, numbers.shape[1] // 128, 4, 2, 2, 4, 2)
     tiles = tiles.permute(0, 3, 1, 2, 7, 5, 6, 8, 4)  # [., ., h, g, t, u, v, w, j]
     words = sum(tiles[..., place] << (4 * place) for place in range(4))
     words = torch.where(words < 2**15, words, words - 2**16).to(torch.int16)
     pairs = scales.view(len(scales) // 16, 16, -1, in_block, 2).transpose(1, 2)
     return words.reshape(len(words), -1, 512), pairs.contiguous()
-
-
-def fill(tensor: Tensor, dim: int, multiple: int) -> Tensor:
-    """A tensor with zeros at its end, so that `multiple` divides its size."""
-    missing = -tensor.shape[dim] % multiple
-    shape = [*tensor.shape[:dim], missing, *tensor.shape[dim + 1 :]]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim) if missing else tensor
 
 
 def unpacked(words: Tensor, scales: Tensor) -> Tensor:

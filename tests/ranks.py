@@ -28,11 +28,8 @@ def policies(ranks):
     yield {"0": "full", "1": {"role": "select", "by": "pages", "page": 4}, "2-3": "reuse"}
     yield {"0": "full", "1": {"role": "select", "by": "pages", "page": 4, "keep": 2.0}, "2-3": "reuse"}
     for pool in ("sum", "max", "union"):
-        yield {
-            "0": "full",
-            "1": {"role": "select", "by": "pages", "page": 4, "share": "layer", "pool": pool},
-            "2-3": "reuse",
-        }
+        select = {"role": "select", "by": "pages", "page": 4, "share": "layer", "pool": pool}
+        yield {"0": "full", "1": select, "2-3": "reuse"}
     yield {"0": "full", "1": {"role": "select", "by": "window", "share": "layer"}, "2-3": "reuse"}
     yield {"0": "full", "1-3": {"role": "select", "by": "lsh", "k": 2, "l": 20}}
     here = 4 // ranks

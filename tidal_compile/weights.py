@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import TidalError
 from .kernels import ops as _ops  # noqa: F401  registers the operators
-from .kernels.reference import fill, most_tokens, packed
+from .kernels.reference import most_tokens, packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,8 @@ def as_int4(
         group = math.ceil(columns / 128) * 128
     if (group not in (32, 64) and group % 128) or dtype.itemsize != 2:
         return None
-    numbers = fill(numbers[:rows, : groups * group], 1, group)
+    numbers = numbers[:rows, : groups * group]
+    numbers = nn.functional.pad(numbers, (0, groups * group - numbers.shape[1]))
     pairs = torch.stack([scale[:rows, :groups], offset[:rows, :groups]], -1)
     return Held(*packed(numbers, pairs.to(dtype)))
 

@@ -140,12 +140,10 @@ def _product(words, pairs, x, GROUPS: tl.constexpr, SPAN: tl.constexpr, WARPS: t
     """Products `[GROUPS SPAN WARPS, 16 TILES, TOKENS]`, of each group's columns."""
     COUNT: tl.constexpr = GROUPS * SPAN * WARPS
     TOKENS: tl.constexpr = x.shape[2]
-    ADDED: tl.constexpr = 136.0 if x.dtype == tl.bfloat16 else 1032.0  # 8, and what `_numbers` adds
     numbers = _numbers(words, GROUPS, SPAN, WARPS, TILES, x.dtype)
     ones = tl.full([COUNT, 16 * TILES, 128 // GROUPS], 1.0, x.dtype)  # for the sum of x, in every row
-    pairs = tl.permute(tl.reshape(pairs, [2 * TILES, SPAN * WARPS, 8, 4, GROUPS]), (4, 1, 0, 2, 3))
-    factor, offset = _as_pair(tl.reshape(pairs, [COUNT, 16 * TILES, 4]), x.dtype)
-    offset -= ADDED * factor
+    factor, offset = _as_pair(_by_row(pairs, GROUPS, SPAN * WARPS, TILES), x.dtype)
+    offset -= _added(x.dtype) * factor
     return dot(numbers, x) * _for_tokens(factor, TOKENS) + dot(ones, x) * _for_tokens(offset, TOKENS)
 
 
@@ -160,7 +158,7 @@ def _numbers(
     first = (tl.arange(0, 4) * 4).to(tl.int16)[:, None, None, None]
     first = tl.broadcast_to(first, [4, SPAN * WARPS, 16 * TILES, 32])
     if INTERPRETED:
-        numbers = ((words >> first) & 15).to(tl.float32) + (128.0 if dtype == tl.bfloat16 else 1024.0)
+        numbers = ((words >> first) & 15).to(tl.float32) + (_added(dtype) - 8.0)
     elif dtype == tl.bfloat16:
         numbers = tl.inline_asm_elementwise(
             AS_BFLOAT16, "=r,r,r", [words, first], dtype=tl.bfloat16, is_pure=True, pack=2
@@ -171,6 +169,19 @@ def _numbers(
         )
     numbers = tl.reshape(numbers, [GROUPS, 4 // GROUPS, SPAN * WARPS, 16 * TILES, 32])
     return tl.reshape(tl.permute(numbers, (0, 2, 3, 1, 4)), [GROUPS * SPAN * WARPS, 16 * TILES, 128 // GROUPS])
+
+
+@triton.jit
+def _added(dtype: tl.constexpr):
+    """What `_numbers` are too large by: they are held 8 too large, and stand above 128 (1,024 in float16)."""
+    return 136.0 if dtype == tl.bfloat16 else 1032.0
+
+
+@triton.jit
+def _by_row(pairs, GROUPS: tl.constexpr, COUNT: tl.constexpr, TILES: tl.constexpr):
+    """Pairs of COUNT blocks `[GROUPS COUNT, 16 TILES, 4]`, in the order of `_numbers`; a row's 4 are the same."""
+    pairs = tl.permute(tl.reshape(pairs, [2 * TILES, COUNT, 8, 4, GROUPS]), (4, 1, 0, 2, 3))
+    return tl.reshape(pairs, [GROUPS * COUNT, 16 * TILES, 4])
 
 
 @triton.jit
@@ -194,14 +205,12 @@ def _dense_int4(
 ):
     """One program: a tile of 16 rows, and WARPS blocks of columns, of a weight `[rows, columns]`."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    ADDED: tl.constexpr = 136.0 if dtype == tl.bfloat16 else 1032.0
     tile, block = tl.program_id(0), tl.program_id(1) * WARPS
     words = _load_words(weight_ptr, tile, block, blocks, 1, WARPS, 1)
     pairs = _load_pairs(scale_ptr, tile, block, blocks, GROUPS, BLOCKS, 1, WARPS, 1)
-    pairs = tl.permute(tl.reshape(pairs, [2, WARPS, 8, 4, GROUPS]), (4, 1, 0, 2, 3))
-    factor, offset = _as_pair(tl.max(tl.reshape(pairs, [GROUPS * WARPS, 16, 4]), 2)[:, :, None], dtype)
+    factor, offset = _as_pair(tl.max(_by_row(pairs, GROUPS, WARPS, 1), 2)[:, :, None], dtype)
     numbers = _numbers(words, GROUPS, 1, WARPS, 1, dtype).to(tl.float32)  # [GROUPS WARPS, 16, columns]
-    out = (numbers - ADDED) * factor + offset
+    out = (numbers - _added(dtype)) * factor + offset
     nth = tl.arange(0, GROUPS * WARPS)[:, None, None]
     row = tile * 16 + tl.arange(0, 16)[None, :, None]
     column = (block + nth % WARPS) * 128 + nth // WARPS * (128 // GROUPS) + tl.arange(0, 128 // GROUPS)[None, None, :]

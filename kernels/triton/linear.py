@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import most_tokens
+from ..reference import most_tokens, num_rows
 from . import int4
 from .split import dot, may_launch_next, overlap, wait_for_previous
 
@@ -104,14 +104,13 @@ def linear(
     columns = x.shape[-1]
     tokens = x.numel() // columns
     spare = 3 - len(weights)  # the kernels take three weights, of which the last may have no rows
-    is_int4 = weights[0].dtype == torch.int16  # in tiles of 16 rows
-    rows = [len(weight) * (16 if is_int4 else 1) for weight in weights] + [0] * spare
+    rows = [*map(num_rows, weights), *[0] * spare]
     out = x.new_empty(*x.shape[:-1], sum(rows))
     x = x.contiguous()
     tensors = *weights, *weights[:1] * spare, *(scales or [None] * 3), *scales[:1] * spare
     tensors = *tensors, *(biases or [None] * 3), *biases[:1] * spare
     given = {"HAS_BIAS": bool(biases), **overlap(x.device)}
-    if is_int4:
+    if weights[0].dtype == torch.int16:
         int4.launch(x, tensors, out, tokens, rows, columns, ahead, given)
         return out
     given["HAS_SCALE"] = bool(scales)
