@@ -14,6 +14,7 @@ from transformers.distributed import DistributedConfig
 
 import tidal_compile as tc
 from tidal_compile.ranks import use_local_weights
+from tidal_compile.weights import PackedLinear, quantise
 
 SMALL = {"budget": 12, "sinks": 2, "recent": 3}
 LENGTH, SLOTS = 60, 80
@@ -104,6 +105,46 @@ def same_tokens(whole, shared):
     print("same tokens")
 
 
+@torch.no_grad()
+def same_rounded(folder, ranks):
+    """Weights in int8 that each rank rounds, beside one process that rounds as many pieces; in int4, what each holds."""
+    whole, shared = (load(folder, ranks, torch.float32) for load in (loaded, loaded_part))
+    quantise(shared, "int8")
+    for name, layer in whole.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            by_row = name.endswith(("o_proj", "down_proj"))  # each rank has some of its columns
+            pieces = layer.weight.unflatten(1, (ranks if by_row else 1, -1))
+            scale = pieces.abs().amax(-1, keepdim=True) / 127
+            layer.weight.copy_(((pieces / scale).round() * scale).flatten(1))
+    ids = torch.randint(3, 128, (1, LENGTH + 3), generator=torch.Generator().manual_seed(2))
+    found = []
+    for model in (whole, shared):
+        torch._dynamo.reset()
+        cache = StaticCache(config=model.config, max_cache_len=SLOTS)
+        model(ids[:, :LENGTH], past_key_values=cache)
+        step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "full"})
+        found.append(decode_logits(step, cache, ids[:, LENGTH:]))
+    assert (found[0] - found[1]).abs().max() < 1e-5, found
+    whole, shared = (load(folder, ranks, torch.bfloat16) for load in (loaded, loaded_part))
+    wholes, checked = dict(quantise(whole, "int4-32").named_modules()), set()
+    for name, layer in quantise(shared, "int4-32").named_modules():
+        if isinstance(layer, PackedLinear):
+            of_ranks = wholes[name].weight.chunk(ranks, 1 if name.endswith(("o_proj", "down_proj")) else 0)
+            assert torch.equal(layer.weight, of_ranks[distributed.get_rank()]), name
+            checked.add(name.rpartition(".")[2])
+    assert checked >= {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}, checked
+    print("same rounded")
+
+
+def loaded(folder, _, dtype):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def loaded_part(folder, ranks, dtype):
+    shared = DistributedConfig(tp_size=ranks)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=shared)
+
+
 def refusals(shared):
     """Ranks that compile different steps are told so, all of them."""
     rank = distributed.get_rank()
@@ -138,12 +179,12 @@ def refusals(shared):
 def main(folder, every):
     torch.set_num_threads(1)
     ranks = int(os.environ["WORLD_SIZE"])
-    whole = AutoModelForCausalLM.from_pretrained(folder)
-    shared = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=ranks))
+    whole, shared = (load(folder, ranks, torch.float32) for load in (loaded, loaded_part))
     same_logits(whole, shared, every)
     with uncompiled():
         same_tokens(whole, use_local_weights(shared))
         refusals(shared)
+        same_rounded(folder, ranks)
     distributed.destroy_process_group()
 
 

@@ -178,8 +178,8 @@ def test_layers_around_a_write_into_their_input_stay_apart():
     class Around(nn.Module):
         def __init__(self):
             super().__init__()
-            held = packing.Held(*weight_of(16, 128, 128, torch.bfloat16)[:2])
-            self.first, self.second = packing.PackedLinear(held, 128, 16), packing.PackedLinear(held, 128, 16)
+            held = packing.Held(*weight_of(16, 128, 128, torch.bfloat16)[:2], torch.Size([16, 128]))
+            self.first, self.second = packing.PackedLinear(held), packing.PackedLinear(held)
 
         def forward(self, x):
             x = x * 2
@@ -341,5 +341,9 @@ def test_what_can_not_be_packed():
         packing.quantise(nn.Sequential(nn.Linear(32, 8)), "int4")
     layer = nn.Sequential(nn.Linear(64, 8, dtype=torch.bfloat16))
     layer[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(tc.TidalError, match="layer '0' has hooks"):
+        packing.quantise(layer, "int4")
+    layer = nn.Sequential(nn.Linear(64, 8, dtype=torch.bfloat16))
+    layer[0].forward = lambda x: 2 * nn.functional.linear(x, layer[0].weight)  # as accelerate does
     with pytest.raises(tc.TidalError, match="layer '0' has hooks"):
         packing.quantise(layer, "int4")

@@ -106,6 +106,26 @@ def use_local_weights(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def divide_layer(model: PreTrainedModel, name: str, part: torch.nn.Module) -> None:
+    """Let a layer of another kind, this rank's part, be summed or gathered as the one whose place it takes.
+
+    Raises `TidalError` if transformers' plan doesn't say how, or in a way that linear layers alone know.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
+
+    style = model.tp_plan.get(replace_layer_number_by_wildcard(name))
+    if not str(style).startswith(("colwise", "rowwise")):
+        raise TidalError(f"layer {name!r} is divided among ranks as {style!r}; valid here: colwise, rowwise")
+    mesh = model._device_mesh
+    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+    part._hf_quantized_needs_local_tp = True  # it takes and makes plain tensors
+    if style.startswith("rowwise") and part.bias is not None:  # but this is added to a sum, which is a DTensor yet
+        whole = DTensor.from_local(part.bias.data, mesh, [Replicate()], run_check=False)
+        part.bias = torch.nn.Parameter(whole, requires_grad=False)
+    ALL_PARALLEL_STYLES[style].install_forward(part, mesh)
+
+
 def divide(model: PreTrainedModel, ranks: int) -> PreTrainedModel:
     """Divide a model that every rank has loaded, by transformers' plan for it: for weights that no folder holds.
 

@@ -16,41 +16,51 @@ from torch import Tensor, nn
 from .errors import TidalError
 from .kernels import ops as _ops  # noqa: F401  registers the operators
 from .kernels.reference import most_tokens, packed
+from .ranks import divide_layer, group_of, use_local_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """What `tidal::linear` takes of a weight: int8 `[N, K]` and scales `[N, 1]`, or int4 (`reference.packed`)."""
+    """What `tidal::linear` takes of a weight of some shape `[N, K]`.
+
+    That is int8 `[N, K]` and scales `[N, 1]`, or int4 (`reference.packed`).
+    """
 
     weight: Tensor
     scales: Tensor
+    shape: torch.Size
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of a weight in int8 or int4, `[out_features, in_features]`. For inference.
+    """A linear layer of a weight in int8 or int4. For inference.
 
     A few tokens are multiplied by the weight as it is held, in a compiled step as well, where layers of one input share
     a launch; more tokens, and those of another dtype than a weight in int4 was made for, by what it stands for.
+
+    `rows` and `columns` are those of the weight: of a rank's part of one, where `out_features` and `in_features` are
+    the whole layer's.
     """
 
-    def __init__(self, held: Held, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
+    def __init__(self, held: Held, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.rows, self.columns = self.out_features, self.in_features = held.shape
         self.register_buffer("held", held.weight)
         self.register_buffer("scales", held.scales)
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        # A parameter, since transformers looks for one, to add it after the ranks' sum
+        bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", bias)
 
     @property
     def weight(self) -> Tensor:
-        """The weight that is stood for `[out_features, in_features]`, made anew at each call."""
-        return torch.ops.tidal.dense_weight.default(self.held, self.scales, self.in_features)[: self.out_features]
+        """The weight that is stood for `[rows, columns]`, made anew at each call."""
+        return torch.ops.tidal.dense_weight.default(self.held, self.scales, self.columns)[: self.rows]
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` -> `[..., out_features]`."""
+        """`[..., columns]` -> `[..., rows]`."""
         fits = self.held.dtype == torch.int8 or x.dtype == self.scales.dtype
-        if fits and 0 < x.numel() // self.in_features <= most_tokens(x.dtype):
-            if self.held.dtype == torch.int16 and self.out_features % 16:  # the rest of a tile
-                out = torch.ops.tidal.linear.default(x, [self.held], [], [self.scales], [])[..., : self.out_features]
+        if fits and 0 < x.numel() // self.columns <= most_tokens(x.dtype):
+            if self.held.dtype == torch.int16 and self.rows % 16:  # the rest of a tile
+                out = torch.ops.tidal.linear.default(x, [self.held], [], [self.scales], [])[..., : self.rows]
                 return out if self.bias is None else out + self.bias
             biases = [] if self.bias is None else [self.bias]
             return torch.ops.tidal.linear.default(x, [self.held], biases, [self.scales], [])
@@ -59,7 +69,7 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """As `torch.nn.Linear` has it, and the numbers' format."""
         kind = "int8" if self.held.dtype == torch.int8 else "int4"
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {kind}"
+        return f"{self.columns}, {self.rows}, bias={self.bias is not None}, {kind}"
 
 
 @torch.no_grad()
@@ -71,8 +81,11 @@ def pack_weights(model: nn.Module) -> int:
     first call, which would decompress it. In int4, groups are a row, or of 32, 64 or columns that 128 divides, and the
     model has a 16-bit format.
 
-    The old layers' memory is freed one by one. Raises `TidalError` where there is no such layer, or one has hooks.
+    The old layers' memory is freed one by one. Raises `TidalError` where there is no such layer, one has hooks, or the
+    model is divided among ranks.
     """
+    if group_of(model) is not None:
+        raise TidalError("pack_weights: the model is divided among ranks; valid there: tidal_compile.weights.quantise")
     found, others = 0, Counter()
     for name, module in list(model.named_modules()):
         held = of_compressed_tensors(module) if hasattr(module, "weight_packed") else of_torchao(module)
@@ -101,7 +114,7 @@ def of_torchao(module: nn.Module) -> Held | None:
         return None  # x is to be scaled, or quantised, first
     kind, group = type(weight).__name__, getattr(weight, "block_size", [0, 0])[-1]
     if kind == "Int8Tensor" and weight.scale.numel() == len(weight):
-        return Held(weight.qdata.contiguous(), weight.scale.view(-1, 1).contiguous())
+        return Held(weight.qdata.contiguous(), weight.scale.view(-1, 1).contiguous(), weight.shape)
     if kind == "Int4TilePackedTo4dTensor":
         scale, offset = weight.scale_and_zero.unbind(-1)  # [groups, N], of rows that are divided by 8
         return as_int4(of_tiles(weight.qdata), scale.T, offset.T, group, weight.shape)
@@ -153,7 +166,7 @@ def as_int4(
     numbers = numbers[:rows, : groups * group]
     numbers = nn.functional.pad(numbers, (0, groups * group - numbers.shape[1]))
     pairs = torch.stack([scale[:rows, :groups], offset[:rows, :groups]], -1)
-    return Held(*packed(numbers, pairs.to(dtype)))
+    return Held(*packed(numbers, pairs.to(dtype)), shape)
 
 
 def of_tiles(tiles: Tensor) -> Tensor:
@@ -173,13 +186,16 @@ def quantise(model: nn.Module, kind: str) -> nn.Module:
     """Round the weights of all linear layers to `int8` (a scale a row), `int4` (a scale and an offset for 128 columns,
     or for 64 or 32 where these divide them) or `int4-32` (for 32 columns). `auto` leaves them.
 
-    In int4, layers whose columns 32 doesn't divide stay. Raises `TidalError` for another kind.
+    In int4, layers whose columns 32 doesn't divide stay. Of a model that is divided among ranks, each rounds its part.
+    Raises `TidalError` for another kind.
     """
     groups = {"auto": (), "int8": (1,), "int4": (128, 64, 32), "int4-32": (32,)}
     if kind not in groups:
         raise TidalError(f"weights must be {', '.join(groups)}; found {kind!r}")
+    if group_of(model) is not None and groups[kind]:
+        use_local_weights(model)
     for name, module in list(model.named_modules()):
-        group = next((group for group in groups[kind] if _is_plain(module) and module.in_features % group == 0), None)
+        group = next((one for one in groups[kind] if _is_plain(module) and module.weight.shape[1] % one == 0), None)
         if group is not None:
             held = as_rounded_int8(module.weight) if kind == "int8" else as_rounded_int4(module.weight, group)
             _replace(model, name, module, held)
@@ -191,7 +207,8 @@ def as_rounded_int8(weight: Tensor) -> Held:
     scale = (
         (weight.abs().amax(1, keepdim=True).float() / 127).to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
     )
-    return Held((weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale)
+    numbers = (weight.float() / scale.float()).round().clamp(-127, 127)
+    return Held(numbers.to(torch.int8), scale, weight.shape)
 
 
 def as_rounded_int4(weight: Tensor, group: int) -> Held | None:
@@ -211,9 +228,14 @@ def _is_plain(module: Any) -> bool:
 
 def _replace(model: nn.Module, name: str, module: nn.Module, held: Held | None) -> None:
     """Put a `PackedLinear` in a layer's place."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise TidalError(f"layer {name!r} has hooks, as where a model is divided among ranks or devices")
     if held is None:
         raise TidalError(f"layer {name!r}: weights in int4 want a 16-bit number format; found {module.weight.dtype}")
+    part = PackedLinear(held, module.bias)
+    has_own_forward = "forward" in vars(module)
+    if has_own_forward and group_of(model) is not None:
+        part.out_features, part.in_features = module.out_features, module.in_features
+        divide_layer(model, name, part)
+    elif has_own_forward or module._forward_hooks or module._forward_pre_hooks:
+        raise TidalError(f"layer {name!r} has hooks, as where a model is divided among devices")
     parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, PackedLinear(held, module.in_features, module.out_features, module.bias))
+    setattr(model.get_submodule(parent), own, part)

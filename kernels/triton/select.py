@@ -55,7 +55,7 @@ def worth(
 ) -> Tensor:  # fmt: skip
     """What each slot is worth to the heads of this rank `[B, T, 1, S]`, by the scores of a scan; -inf where hidden.
 
-    `page`: see `choose`.
+    What is beyond the live length is undefined. `page`: see `choose`.
     """
     num_heads, slots = call.query.shape[1], call.key.shape[2]
     batch, tokens = call.query.shape[0], call.query.shape[2]

@@ -102,8 +102,6 @@ def run(
     hf_logging.disable_progress_bar()  # its stages are shown here
     device, number = where(device, dtype)
     check_weights(weights, number)
-    if tp and weights != Weights.auto:
-        raise TidalError("run: --tp and --weights don't go together; ranks divide weights in the number format")
     report.need_matplotlib()
     rank, ranks = 0, 1
     if tp:
