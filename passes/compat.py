@@ -27,6 +27,7 @@ __all__ = [
     "free_unbacked_symbols",
     "has_model",
     "inductor_counts",
+    "kernels_that_wait",
     "list_mode_options",
     "list_options",
     "mark_static_input",
@@ -133,6 +134,23 @@ def forget_compilations(model: Any) -> None:
     """Start anew, with what Dynamo compiles and with what the model's `generate` has compiled."""
     torch._dynamo.reset()
     model._last_compile_config = None
+
+
+@contextmanager
+def kernels_that_wait() -> Iterator[None]:
+    """Let each of Inductor's kernels wait for the one before it, where `triton.enable_pdl` lets it begin early.
+
+    Inductor leaves the wait out where the scheduler's node before writes nothing that is read. But that node may launch
+    nothing, as an output of an operator that has several, and then the kernel could read what isn't written yet.
+    Where there is no node before, it waits.
+    """
+    from torch._inductor.scheduler import Scheduler
+
+    Scheduler.previous_node = property(lambda _: None, lambda *_: None)
+    try:
+        yield
+    finally:
+        del Scheduler.previous_node
 
 
 def inductor_counts() -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from families import FAMILIES
 from models import decode_logits, family_model, family_pair, prefilled, random_tokens, tiny_model
 from recorder import Recorder
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from transformers import StaticCache
 
 import tidal_compile as tc
@@ -48,6 +50,31 @@ def test_captured_in_cuda_graphs_and_equal_to_eager(policy, cudagraph_or_error):
     got = decode_logits(step, prefilled(model, prompt, 128), tokens)
     eager = decode_logits(model, prefilled(model, prompt, 128), tokens)
     torch.testing.assert_close(got, eager, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="before Hopper"
+)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_inductors_kernels_begin_early_and_wait(name, cudagraph_or_error):
+    """Each waits for the one before it ahead of its first load and store; and logits are those without, to the bit."""
+    prompt, tokens, found = on_gpu(random_tokens(2, 90)), on_gpu(random_tokens(2, 32, seed=2)), []
+    model = family_model(name, device="cuda", dtype=torch.bfloat16)
+    for early in (False, True):
+        torch._dynamo.reset()
+        options = {"policy": "tidal", "budget": 24, "inductor": {"force_disable_caches": True}}
+        options["inductor"] |= {} if early else {"triton.enable_pdl": False}
+        step = torch.compile(model, backend="tidal", fullgraph=True, options=options)
+        cache = prefilled(model, prompt, 160)
+        logits, code = run_and_get_code(decode_logits, step, cache, tokens)
+        found.append(logits)
+        kernels = re.findall(r"async_compile\.triton\(.*?\'\'\'(.*?)\'\'\'", "".join(code), re.DOTALL)
+        assert len(kernels) > 5
+        for kernel in kernels:
+            for part in re.split(r"\n    (?:if|elif) pid .*:", kernel):  # kernels that share a launch
+                lines = [line for line in part.splitlines() if re.search("tl.load|tl.store|gdc_wait", line)]
+                assert not lines or ("gdc_wait" in lines[0]) == early, kernel
+    assert torch.equal(*found)
 
 
 HEADS = {"2-3": {"role": "reuse", "heads": [1, 0]}, "4-5": {"role": "reuse", "heads": [1, 1]}}

@@ -169,7 +169,10 @@ def tidal(
             "steps run without CUDA graphs, which would be recorded anew for every token",
             stacklevel=2,
         )
-    compiled = compile_fx(gm, inputs if counters is None else counters.as_tensors(inputs), config_patches=settings)
+    # In a CUDA graph, a kernel may begin while the one before it ends, as ours do (`overlap`)
+    settings.setdefault("triton.enable_pdl", decodes_on_cuda and settings["triton.cudagraphs"])
+    with compat.kernels_that_wait():
+        compiled = compile_fx(gm, inputs if counters is None else counters.as_tensors(inputs), config_patches=settings)
     take_out_inputs(gm, kept)
     step = around(kept, compiled if counters is None else counters.around(compiled))
     return functools.partial(_with, regions, step) if regions else step
