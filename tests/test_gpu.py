@@ -60,11 +60,12 @@ def test_inductors_kernels_begin_early_and_wait(name, cudagraph_or_error):
     """Each waits for the one before it ahead of its first load and store; and logits are those without, to the bit."""
     prompt, tokens, found = on_gpu(random_tokens(2, 90)), on_gpu(random_tokens(2, 32, seed=2)), []
     model = family_model(name, device="cuda", dtype=torch.bfloat16)
+    policy = tc.Policy.preset("tidal", 6, budget=24, sinks=2, recent=4)
     for early in (False, True):
         torch._dynamo.reset()
         # Else Inductor takes the kernel that is fastest today, which may add up in another order
         inductor = {"deterministic": True} | ({} if early else {"triton.enable_pdl": False})
-        options = {"policy": "tidal", "budget": 24, "inductor": inductor}
+        options = {"policy": policy, "inductor": inductor}
         step = torch.compile(model, backend="tidal", fullgraph=True, options=options)
         cache = prefilled(model, prompt, 160)
         with fresh_cache():
