@@ -15,12 +15,14 @@ from recorder import Recorder
 from test_ops import slack_of_turns
 from tiers import sampled
 
+import tidal_compile as tc
 from tidal_compile.__main__ import main
 from tidal_compile.kernels import reference
 from tidal_compile.kernels.call import Call, Selection
 from tidal_compile.kernels.methods.pages import Pages
 from tidal_compile.passes.linears import join_linears
 from tidal_compile.ranks import divide, use_local_weights
+from tidal_compile.weights import quantise
 
 HERE = Path(__file__).parent
 CASES = {
@@ -154,6 +156,15 @@ def test_linear_layers_of_a_rank_are_joined(one_of_two_ranks):
             torch._dynamo.reset()
         torch.testing.assert_close(*found)
         use_local_weights(model)
+
+
+def test_weights_that_cannot_follow_a_plan_are_named(one_of_two_ranks):
+    model = divide(tiny_model(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4), 2)
+    with pytest.raises(tc.TidalError, match="pack_weights: the model is divided among ranks"):
+        tc.pack_weights(model)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(64))
+    with pytest.raises(tc.TidalError, match="'lm_head' with a bias is divided among ranks as 'colwise_gather_output'"):
+        quantise(model, "int8")
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ see `passes/roles.py`. Here is what concerns the loop around it.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,37 +94,66 @@ def divided(ranks: int) -> Any:
 def use_local_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Let the linear layers of a divided model hold this rank's part of their weights as plain tensors.
 
-    A step has less to check on the host then: each weight that is a DTensor is unpacked at every call. For inference
-    alone, since nothing can gather the weights again.
+    A step has less to check on the host then: each weight that is a DTensor is unpacked at every call, by a function
+    around the layer that is made for training. For inference alone, since nothing can gather the weights again.
     """
     from torch.distributed.tensor import DTensor
 
-    for module in model.modules():
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or not isinstance(module.weight, DTensor):
+            continue
         for name, weight in list(module.named_parameters(recurse=False)):
-            if isinstance(module, torch.nn.Linear) and isinstance(weight, DTensor):
+            if isinstance(weight, DTensor):
                 own = weight.to_local().detach().contiguous()
                 module.register_parameter(name, torch.nn.Parameter(own, requires_grad=False))
+        if _style(model, path) in PLAIN_STYLES:
+            divide_layer(model, path, module)
     return model
 
 
-def divide_layer(model: PreTrainedModel, name: str, part: torch.nn.Module) -> None:
-    """Let a layer of another kind, this rank's part, be summed or gathered as the one whose place it takes.
+PLAIN_STYLES = ("colwise", "rowwise")  # of a rank's x, or of its part of one, to its part of a product, or of a sum
 
-    Raises `TidalError` if transformers' plan doesn't say how, or in a way that linear layers alone know.
+
+def _style(model: PreTrainedModel, path: str) -> str | None:
+    """How transformers' plan divides a layer among ranks."""
+    from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
+
+    return model.tp_plan.get(replace_layer_number_by_wildcard(path))
+
+
+def divide_layer(model: PreTrainedModel, path: str, part: torch.nn.Module) -> None:
+    """Let a layer of this rank's part of a weight, `torch.nn.Linear` or `PackedLinear`, be summed or gathered.
+
+    Raises `TidalError` if transformers' plan divides the layer in a way that another weight can't follow.
     """
-    from torch.distributed.tensor import DTensor, Replicate
-    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-    style = model.tp_plan.get(replace_layer_number_by_wildcard(name))
-    if not str(style).startswith(("colwise", "rowwise")):
-        raise TidalError(f"layer {name!r} is divided among ranks as {style!r}; valid here: colwise, rowwise")
-    mesh = model._device_mesh
-    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
-    part._hf_quantized_needs_local_tp = True  # it takes and makes plain tensors
-    if style.startswith("rowwise") and part.bias is not None:  # but this is added to a sum, which is a DTensor yet
-        whole = DTensor.from_local(part.bias.data, mesh, [Replicate()], run_check=False)
-        part.bias = torch.nn.Parameter(whole, requires_grad=False)
-    ALL_PARALLEL_STYLES[style].install_forward(part, mesh)
+    style, group = _style(model, path), group_of(model)
+    if style == "colwise":
+        vars(part).pop("forward", None)
+    elif style == "rowwise":
+        part.forward = _summed(part, group)
+    elif style in ("colwise_gather_output", "colwise_rep") and part.bias is None:
+        part._hf_quantized_needs_local_tp = True  # it takes and makes plain tensors
+        mesh = model._device_mesh
+        ALL_PARALLEL_STYLES[style].install_forward(part, mesh["tp"] if mesh.ndim > 1 else mesh)
+    else:
+        bias = "" if part.bias is None else " with a bias"
+        raise TidalError(
+            f"layer {path!r}{bias} is divided among ranks as {style!r}; valid for other weights: "
+            "colwise, rowwise, and colwise_gather_output without a bias"
+        )
+
+
+def _summed(part: torch.nn.Module, group: Any) -> Callable[[Tensor], Tensor]:
+    """The `forward` of a layer that has some of a weight's columns: all ranks' sum, to which the bias is added once."""
+
+    def forward(x: Tensor) -> Tensor:
+        out = torch.nn.functional.linear(x, part.weight) if isinstance(part, torch.nn.Linear) else part.multiply(x)
+        distributed.all_reduce(out, group=group)
+        return out if part.bias is None else out + part.bias
+
+    return forward
 
 
 def divide(model: PreTrainedModel, ranks: int) -> PreTrainedModel:

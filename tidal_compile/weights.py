@@ -46,9 +46,7 @@ class PackedLinear(nn.Module):
         self.rows, self.columns = self.out_features, self.in_features = held.shape
         self.register_buffer("held", held.weight)
         self.register_buffer("scales", held.scales)
-        # A parameter, since transformers looks for one, to add it after the ranks' sum
-        bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.register_parameter("bias", bias)
+        self.register_buffer("bias", None if bias is None else bias.detach())
 
     @property
     def weight(self) -> Tensor:
@@ -57,14 +55,18 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., columns]` -> `[..., rows]`."""
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`forward` with another bias, or none."""
         fits = self.held.dtype == torch.int8 or x.dtype == self.scales.dtype
         if fits and 0 < x.numel() // self.columns <= most_tokens(x.dtype):
             if self.held.dtype == torch.int16 and self.rows % 16:  # the rest of a tile
                 out = torch.ops.tidal.linear.default(x, [self.held], [], [self.scales], [])[..., : self.rows]
-                return out if self.bias is None else out + self.bias
-            biases = [] if self.bias is None else [self.bias]
+                return out if bias is None else out + bias
+            biases = [] if bias is None else [bias]
             return torch.ops.tidal.linear.default(x, [self.held], biases, [self.scales], [])
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         """As `torch.nn.Linear` has it, and the numbers' format."""
