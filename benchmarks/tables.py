@@ -203,12 +203,12 @@ def quantised_steps():
         for one in result["records"]:
             linear = f"{one['linear_us'] / 1e3:.2f}", f"{one['weights_share_of_copy']:.2f}"
             times = f"{one['ms']:.2f}", *linear, f"{one['attention_us'] / 1e3:.2f}", f"{one['weight_bytes'] / 1e9:.2f}"
-            rows.append((size, f"`{one['policy']}`", one["weights"], one["cache"], *times))
+            rows.append((size, f"`{one['policy']}`", one["weights"], one["cache"], *times, result["commit"][:7]))
     kinds = ("auto", "torchao-int8", "int8", "torchao-int4", "int4-32", "int4")
-    rows.sort(key=lambda row: (row[0], row[1] != "`tidal`", row[1], kinds.index(row[2]), row[3]))
+    rows.sort(key=lambda row: (row[0], row[1] != "`tidal`", row[1], kinds.index(row[2]), row[3], -float(row[4])))
     columns = (
         "tokens", "policy", "weights", "cache", "ms a step", "of it linear", "of the copy rate", "of it attention",
-        "weights, GB",
+        "weights, GB", "commit",
     )  # fmt: skip
     return f"{markdown(columns, rows)}\nSources: {', '.join(sources)}.\n"
 
