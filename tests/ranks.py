@@ -46,9 +46,20 @@ def uncompiled():
     return mock.patch("torch._inductor.compile_fx.compile_fx", lambda gm, *_, **__: gm.forward)
 
 
+def difference(whole, shared):
+    """How far logits of ranks are from those of one process, as a share of the largest, which is about 7 here.
+
+    In float32, those of one process are 1.9e-5 from float64's on some processors, those of 4 ranks 1.2e-5.
+    """
+    return (whole - shared).abs().max() / whole.abs().max()
+
+
 @torch.no_grad()
 def same_logits(whole, shared, every):
-    """A decode step by step after a prompt, padded or not, under each `every`-th policy."""
+    """A decode step by step after a prompt, padded or not, under each `every`-th policy.
+
+    The first three with weights as transformers divides them, the others as `--tp` does.
+    """
     torch.manual_seed(0)
     ids = torch.randint(3, 128, (2, LENGTH + 3))
     mask = torch.ones(2, SLOTS, dtype=torch.bool)
@@ -56,6 +67,8 @@ def same_logits(whole, shared, every):
     for number, layers in enumerate(policies(distributed.get_world_size())):
         if number % every:
             continue
+        if number == 3 * every:
+            use_local_weights(shared)
         compiles = layers.get("1") == {"role": "select", "output": "full", "share": "layer", "pool": "sum"}
         torch._dynamo.reset()
         policy = tc.Policy.from_dict({"num_layers": 4, "layers": layers, "defaults": SMALL})
@@ -68,7 +81,7 @@ def same_logits(whole, shared, every):
             masks = [mask] * 3 if number % 2 else None
             with contextlib.nullcontext() if compiles else uncompiled():
                 found.append(decode_logits(step, cache, ids[:, LENGTH:], masks))
-        error = (found[0] - found[1]).abs().max()
+        error = difference(*found)
         assert error < 1e-5, (layers, error)
         print("same logits", layers, float(error))
 
@@ -124,7 +137,8 @@ def same_rounded(folder, ranks):
         model(ids[:, :LENGTH], past_key_values=cache)
         step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "full"})
         found.append(decode_logits(step, cache, ids[:, LENGTH:]))
-    assert (found[0] - found[1]).abs().max() < 1e-5, found
+    error = difference(*found)
+    assert error < 1e-5, error
     whole, shared = (load(folder, ranks, torch.bfloat16) for load in (loaded, loaded_part))
     wholes, checked = dict(quantise(whole, "int4-32").named_modules()), set()
     for name, layer in quantise(shared, "int4-32").named_modules():
@@ -132,7 +146,8 @@ def same_rounded(folder, ranks):
             of_ranks = wholes[name].weight.chunk(ranks, 1 if name.endswith(("o_proj", "down_proj")) else 0)
             assert torch.equal(layer.weight, of_ranks[distributed.get_rank()]), name
             checked.add(name.rpartition(".")[2])
-    assert checked >= {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}, checked
+    by_row = {"o_proj"} if ranks == 2 else set()  # 32 divides no rank's columns else
+    assert checked == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", *by_row}, checked
     print("same rounded")
 
 
@@ -182,9 +197,9 @@ def main(folder, every):
     whole, shared = (load(folder, ranks, torch.float32) for load in (loaded, loaded_part))
     same_logits(whole, shared, every)
     with uncompiled():
-        same_tokens(whole, use_local_weights(shared))
+        same_tokens(whole, shared)
         refusals(shared)
-        same_rounded(folder, ranks)
+        same_rounded(f"{folder}/biased", ranks)
     distributed.destroy_process_group()
 
 

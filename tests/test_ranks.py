@@ -120,14 +120,14 @@ def in_processes(ranks, *arguments):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of 8 query heads and 4 kv heads, whose every linear layer but the last has a bias."""
-    made = tmp_path_factory.mktemp("model")
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    model = tiny_model(num_hidden_layers=4, intermediate_size=128, attention_bias=True, mlp_bias=True, **heads)
+    """A model of 8 query heads and 4 kv heads; and in a folder within, one whose linear layers but the last have biases."""
+    made, heads = tmp_path_factory.mktemp("model"), {"num_attention_heads": 8, "num_key_value_heads": 4}
+    tiny_model(num_hidden_layers=4, **heads).save_pretrained(made)
+    model = tiny_model(num_hidden_layers=4, attention_bias=True, mlp_bias=True, **heads)
     for name, bias in model.named_parameters():
         if name.endswith(".bias"):
             torch.nn.init.normal_(bias, std=0.3)
-    model.save_pretrained(made)
+    model.save_pretrained(made / "biased")
     return made
 
 
