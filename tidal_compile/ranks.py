@@ -91,6 +91,9 @@ def divided(ranks: int) -> Any:
     return DistributedConfig(tp_size=ranks)
 
 
+PLAIN_STYLES = ("colwise", "rowwise")  # a rank makes its part of the output; or all sum what they make of their inputs
+
+
 def use_local_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Let the linear layers of a divided model hold this rank's part of their weights as plain tensors.
 
@@ -109,9 +112,6 @@ def use_local_weights(model: PreTrainedModel) -> PreTrainedModel:
         if _style(model, path) in PLAIN_STYLES:
             divide_layer(model, path, module)
     return model
-
-
-PLAIN_STYLES = ("colwise", "rowwise")  # of a rank's x, or of its part of one, to its part of a product, or of a sum
 
 
 def _style(model: PreTrainedModel, path: str) -> str | None:

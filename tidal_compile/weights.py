@@ -232,12 +232,12 @@ def _replace(model: nn.Module, name: str, module: nn.Module, held: Held | None) 
     """Put a `PackedLinear` in a layer's place."""
     if held is None:
         raise TidalError(f"layer {name!r}: weights in int4 want a 16-bit number format; found {module.weight.dtype}")
+    is_wrapped, is_divided = "forward" in vars(module), group_of(model) is not None
+    if module._forward_hooks or module._forward_pre_hooks or (is_wrapped and not is_divided):
+        raise TidalError(f"layer {name!r} has hooks, as where a model is divided among devices")
     part = PackedLinear(held, module.bias)
-    has_own_forward = "forward" in vars(module)
-    if has_own_forward and group_of(model) is not None:
+    if is_wrapped:
         part.out_features, part.in_features = module.out_features, module.in_features
         divide_layer(model, name, part)
-    elif has_own_forward or module._forward_hooks or module._forward_pre_hooks:
-        raise TidalError(f"layer {name!r} has hooks, as where a model is divided among devices")
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, part)
