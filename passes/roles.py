@@ -134,9 +134,7 @@ def asks_all_ranks(role: LayerRole) -> bool:
     return role.selection.share == "layer" and role.method.by_heads and not role.method.attends
 
 
-def _choose_together(
-    role: LayerRole, call: Call[T], sets: Sets, run: Run, kept: Sequence[T], ranks: Ranks
-) -> T:  # fmt: skip
+def _choose_together(role: LayerRole, call: Call[T], sets: Sets, run: Run, kept: Sequence[T], ranks: Ranks) -> T:
     """A selection by the heads of all ranks. Each chooses by the same numbers, which a reduction leaves on all of them,
     so that they can't disagree.
     """

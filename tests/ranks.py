@@ -7,7 +7,7 @@ import sys
 from unittest import mock
 
 import torch
-from models import decode_logits
+from models import decode_logits, prefilled
 from torch import distributed
 from transformers import AutoModelForCausalLM, StaticCache
 from transformers.distributed import DistributedConfig
@@ -18,6 +18,7 @@ from tidal_compile.weights import PackedLinear, quantise
 
 SMALL = {"budget": 12, "sinks": 2, "recent": 3}
 LENGTH, SLOTS = 60, 80
+BY_ROW = ("o_proj", "down_proj")  # linear layers of which each rank has some of the columns
 
 
 def policies(ranks):
@@ -121,29 +122,26 @@ def same_tokens(whole, shared):
 @torch.no_grad()
 def same_rounded(folder, ranks):
     """Weights in int8 that each rank rounds, beside one process that rounds as many pieces; in int4, what each holds."""
-    whole, shared = (load(folder, ranks, torch.float32) for load in (loaded, loaded_part))
+    whole, shared = load(folder, ranks, torch.float32)
     quantise(shared, "int8")
     for name, layer in whole.named_modules():
         if isinstance(layer, torch.nn.Linear):
-            by_row = name.endswith(("o_proj", "down_proj"))  # each rank has some of its columns
-            pieces = layer.weight.unflatten(1, (ranks if by_row else 1, -1))
+            pieces = layer.weight.unflatten(1, (ranks if name.endswith(BY_ROW) else 1, -1))
             scale = pieces.abs().amax(-1, keepdim=True) / 127
             layer.weight.copy_(((pieces / scale).round() * scale).flatten(1))
     ids = torch.randint(3, 128, (1, LENGTH + 3), generator=torch.Generator().manual_seed(2))
     found = []
     for model in (whole, shared):
         torch._dynamo.reset()
-        cache = StaticCache(config=model.config, max_cache_len=SLOTS)
-        model(ids[:, :LENGTH], past_key_values=cache)
         step = torch.compile(model, backend="tidal", fullgraph=True, options={"policy": "full"})
-        found.append(decode_logits(step, cache, ids[:, LENGTH:]))
+        found.append(decode_logits(step, prefilled(model, ids[:, :LENGTH], SLOTS), ids[:, LENGTH:]))
     error = difference(*found)
     assert error < 1e-5, error
-    whole, shared = (load(folder, ranks, torch.bfloat16) for load in (loaded, loaded_part))
-    wholes, checked = dict(quantise(whole, "int4-32").named_modules()), set()
-    for name, layer in quantise(shared, "int4-32").named_modules():
+    whole, shared = (quantise(model, "int4-32") for model in load(folder, ranks, torch.bfloat16))
+    checked = set()
+    for name, layer in shared.named_modules():
         if isinstance(layer, PackedLinear):
-            of_ranks = wholes[name].weight.chunk(ranks, 1 if name.endswith(("o_proj", "down_proj")) else 0)
+            of_ranks = whole.get_submodule(name).weight.chunk(ranks, 1 if name.endswith(BY_ROW) else 0)
             assert torch.equal(layer.weight, of_ranks[distributed.get_rank()]), name
             checked.add(name.rpartition(".")[2])
     by_row = {"o_proj"} if ranks == 2 else set()  # 32 divides no rank's columns else
@@ -151,13 +149,10 @@ def same_rounded(folder, ranks):
     print("same rounded")
 
 
-def loaded(folder, _, dtype):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-
-
-def loaded_part(folder, ranks, dtype):
-    shared = DistributedConfig(tp_size=ranks)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=shared)
+def load(folder, ranks, dtype):
+    """A model, and this rank's part of it."""
+    make = AutoModelForCausalLM.from_pretrained
+    return make(folder, dtype=dtype), make(folder, dtype=dtype, distributed_config=DistributedConfig(tp_size=ranks))
 
 
 def refusals(shared):
@@ -194,7 +189,7 @@ def refusals(shared):
 def main(folder, every):
     torch.set_num_threads(1)
     ranks = int(os.environ["WORLD_SIZE"])
-    whole, shared = (load(folder, ranks, torch.float32) for load in (loaded, loaded_part))
+    whole, shared = load(folder, ranks, torch.float32)
     same_logits(whole, shared, every)
     with uncompiled():
         same_tokens(whole, shared)

@@ -236,8 +236,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module, held: Held | None) 
     if module._forward_hooks or module._forward_pre_hooks or (is_wrapped and not is_divided):
         raise TidalError(f"layer {name!r} has hooks, as where a model is divided among devices")
     part = PackedLinear(held, module.bias)
+    part.out_features, part.in_features = module.out_features, module.in_features
     if is_wrapped:
-        part.out_features, part.in_features = module.out_features, module.in_features
         divide_layer(model, name, part)
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, part)

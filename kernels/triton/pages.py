@@ -282,9 +282,7 @@ def choose_pages(call: Call[Tensor], selection: Selection, bounds: Tensor, page:
     )
 
 
-def rank_by_pages(
-    call: Call[Tensor], selection: Selection, bounds: Tensor, page: int, rank: int, ranks: int
-) -> Tensor:  # fmt: skip
+def rank_by_pages(call: Call[Tensor], selection: Selection, bounds: Tensor, page: int, rank: int, ranks: int) -> Tensor:
     """`choose_pages` up to the choice: see `Pages.weigh`."""
     scores, *_ = _scores_of_pages(call, bounds, page)
     return worth(_by_token(scores, call, page), call, selection, rank, ranks, page=page)
